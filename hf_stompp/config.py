@@ -1,0 +1,181 @@
+"""What is binarized and how: `StoMPPConfig`, serialised into `config.json`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .nn.functional import LEVELS, SURROGATES, WEIGHT_SCALES
+
+
+QUANT_METHOD = "stompp"
+FORMAT_VERSION = 1
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "mode": ("bnn", "bwn"),
+    "surrogate": tuple(SURROGATES),
+    "weight_scale": tuple(WEIGHT_SCALES),
+    "activation_scale": ("learned", "fixed"),
+    "activation_shift": ("learned", "fixed", "none"),
+    "feed_forward_levels": tuple(LEVELS),
+    "unit": ("layer", "sublayer", "module"),
+    "state": ("latent", "packed"),
+}
+"""Allowed values of the fields that name one of several."""
+
+MODULE_KINDS = ("linear", "activation", "embedding")
+
+
+class StoMPPConfig(QuantizationConfigMixin):
+    """
+    What is binarized and how. Saved in `config.json` as `quantization_config`.
+
+    Sources: "paper" is StoMPP (arXiv 2606.27759), BiT arXiv 2205.13016, BiBERT arXiv 2203.06390, XNOR-Net arXiv 1603.05279.
+
+    Args:
+        mode (`str`, *optional*, defaults to `"bnn"`):
+            `"bnn"`: binary weights and activations; `"bwn"`: binary weights, float activations (paper).
+        surrogate (`str`, *optional*, defaults to `"ste"`):
+            Gradient of the frozen entries: `"none"` (STE-free, exactly 0; paper), `"ste"` (StoMPP+STE, identity; paper) or
+            `"clipped_ste"` (identity within the clip range; BinaryNet).
+        weight_scale (`str`, *optional*, defaults to `"row"`):
+            Hard level of a weight: mean |w| of its output `"row"` (XNOR-Net, BiBERT) or of the whole `"tensor"` (BiT), or 1 (`"none"`;
+            paper).
+        weight_clip (`float`, *optional*, defaults to 3.0):
+            Clip range of the free weights, as a multiple of the weight scale (ours; the paper clips at 1, which destroys a pretrained
+            network before anything is frozen).
+        activation_scale (`str`, *optional*, defaults to `"learned"`):
+            Hard level of an activation, one number a tensor, initialised from the first batch, then `"learned"` (BiT) or `"fixed"`.
+        activation_shift (`str`, *optional*, defaults to `"learned"`):
+            Shift and threshold of a binary activation, one number a feature, initialised from the first batch, then `"learned"` (BiT)
+            or `"fixed"`, or `"none"`: both 0.
+        activation_clip (`float`, *optional*, defaults to 3.0):
+            Clip range of the free activations, as a multiple of the activation scale (ours, as for the weights).
+        feed_forward_levels (`str`, *optional*, defaults to `"signed"`):
+            Levels behind the feed-forward activation function: `"signed"` = {-a, +a} about the shift, `"zero_one"` = {0, a} (BiT's set
+            for non-negative tensors).
+        unit (`str`, *optional*, defaults to `"layer"`):
+            What the progression moves through: encoder `"layer"` (paper), `"sublayer"` (attention, feed-forward) or `"module"` (each
+            linear layer).
+        modules_to_not_convert (`list[str]`, *optional*, defaults to `["embeddings", "pooler", "classifier"]`):
+            What to leave float: regular expressions that match whole dot-separated parts of a module's name.
+        binary_word_embeddings (`bool`, *optional*, defaults to `False`):
+            Binarize the word embedding table as well, with a scale a row.
+        layer_stack (`str`, *optional*):
+            Name of the module list that holds the encoder layers, for models where it cannot be found.
+        state (`str`, *optional*, defaults to `"latent"`):
+            `"latent"`: float weights with freeze masks, trainable; `"packed"`: 1-bit weights. Set by the library.
+        format_version (`int`, *optional*, defaults to 1):
+            Version of the file format. Set by the library.
+        modules (`list[dict]`, *optional*):
+            What was replaced, from input to output: `name`, `kind` (`"linear"`, `"activation"`, `"embedding"`), `unit`, and for a linear
+            layer `input`, the module that binarizes its input, and `bias`, whether it has one. Set by [`binarize`].
+
+    Raises:
+        ValueError: a bad value (the message names the field and what it may be), an unknown field, or a newer format.
+    """
+
+    def __init__(
+        self,
+        mode: str = "bnn",
+        surrogate: str = "ste",
+        weight_scale: str = "row",
+        weight_clip: float = 3.0,
+        activation_scale: str = "learned",
+        activation_shift: str = "learned",
+        activation_clip: float = 3.0,
+        feed_forward_levels: str = "signed",
+        unit: str = "layer",
+        modules_to_not_convert: list[str] | None = None,
+        binary_word_embeddings: bool = False,
+        layer_stack: str | None = None,
+        state: str = "latent",
+        format_version: int = FORMAT_VERSION,
+        modules: list[dict[str, Any]] | None = None,
+        quant_method: str = QUANT_METHOD,
+        **unknown: Any,
+    ) -> None:
+        self.quant_method = quant_method
+        self.mode = mode
+        self.surrogate = surrogate
+        self.weight_scale = weight_scale
+        self.weight_clip = weight_clip
+        self.activation_scale = activation_scale
+        self.activation_shift = activation_shift
+        self.activation_clip = activation_clip
+        self.feed_forward_levels = feed_forward_levels
+        self.unit = unit
+        self.modules_to_not_convert = (
+            ["embeddings", "pooler", "classifier"] if modules_to_not_convert is None else modules_to_not_convert
+        )
+        self.binary_word_embeddings = binary_word_embeddings
+        self.layer_stack = layer_stack
+        self.state = state
+        self.format_version = format_version
+        self.modules = modules
+        self._check(unknown)
+
+    def _check(self, unknown: dict[str, Any]) -> None:
+        version = self.format_version
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            raise ValueError(f"StoMPPConfig.format_version must be a whole number from 1 on, got {version!r}")
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"this model has format version {version}; this hf_stompp reads up to {FORMAT_VERSION}: upgrade hf_stompp"
+            )
+        if unknown:
+            raise ValueError(
+                f"StoMPPConfig has no field {', '.join(sorted(unknown))}: it may come from a newer hf_stompp (then upgrade) or be "
+                f"misspelt (fields: {', '.join(sorted(self.__dict__))})"
+            )
+        if self.quant_method != QUANT_METHOD:
+            raise ValueError(f"StoMPPConfig.quant_method must be {QUANT_METHOD!r}, got {self.quant_method!r}")
+        for field, choices in CHOICES.items():
+            if getattr(self, field) not in choices:
+                raise ValueError(f"StoMPPConfig.{field} must be one of {list(choices)}, got {getattr(self, field)!r}")
+        for field in ("weight_clip", "activation_clip"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 1:
+                raise ValueError(
+                    f"StoMPPConfig.{field} must be a finite number of at least 1 (a multiple of the scale), got {value!r}"
+                )
+        if not isinstance(self.binary_word_embeddings, bool):
+            raise ValueError(
+                f"StoMPPConfig.binary_word_embeddings must be True or False, got {self.binary_word_embeddings!r}"
+            )
+        if self.layer_stack is not None and not isinstance(self.layer_stack, str):
+            raise ValueError(f"StoMPPConfig.layer_stack must be a module name or None, got {self.layer_stack!r}")
+        patterns = self.modules_to_not_convert
+        if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise ValueError(f"StoMPPConfig.modules_to_not_convert must be a list of strings, got {patterns!r}")
+        if self.modules is not None:
+            self._check_modules(self.modules)
+
+    def _check_modules(self, modules: Any) -> None:
+        if not isinstance(modules, list) or not all(isinstance(entry, dict) for entry in modules):
+            raise ValueError(f"StoMPPConfig.modules must be a list of entries, got {modules!r}")
+        kinds = {entry.get("name"): entry.get("kind") for entry in modules}
+        for entry in modules:
+            name, unit, source = entry.get("name"), entry.get("unit"), entry.get("input")
+            if not isinstance(name, str) or entry.get("kind") not in MODULE_KINDS or not isinstance(unit, str):
+                raise ValueError(
+                    f"StoMPPConfig.modules: an entry must have a name, a kind of {list(MODULE_KINDS)} and the name of a unit, got {entry!r}"
+                )
+            if entry["kind"] == "linear" and not isinstance(entry.get("bias"), bool):
+                raise ValueError(f"StoMPPConfig.modules: bias of {name!r} must be true or false, got {entry.get('bias')!r}")
+            if source is not None and kinds.get(source) not in ("linear", "activation"):
+                raise ValueError(
+                    f"StoMPPConfig.modules: input of {name!r} must name a linear layer or an activation of the same list, got {source!r}"
+                )
+
+    @property
+    def table(self) -> dict[str, dict[str, Any]]:
+        """The entries of `modules` by name, from input to output; empty before [`binarize`]."""
+        return {entry["name"]: entry for entry in self.modules or []}
+
+    @property
+    def units(self) -> list[str]:
+        """Names of the units, from input to output; empty before [`binarize`]."""
+        return list(dict.fromkeys(entry["unit"] for entry in self.modules or []))

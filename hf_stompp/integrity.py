@@ -1,0 +1,110 @@
+"""
+Checks of checkpoint files: whole, unaltered, complete.
+
+Every tensor that is saved leaves its SHA-256 in the file's safetensors metadata, and a file that has such metadata is checked
+against it before any of it is used. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+
+METADATA_PREFIX = "sha256:"
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, hexadecimal."""
+    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(flat.numpy()).hexdigest()
+
+
+def digests(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
+    """Safetensors metadata with the digest of every tensor of a state dict."""
+    return {f"{METADATA_PREFIX}{name}": tensor_digest(tensor) for name, tensor in state_dict.items()}
+
+
+def _first_cut_tensor(path: Path) -> str:
+    """Name of the first tensor whose bytes the file does not hold, from its header."""
+    content = path.read_bytes()
+    if len(content) < 8:
+        return "its header"
+    (header_size,) = struct.unpack("<Q", content[:8])
+    try:
+        header = json.loads(content[8 : 8 + header_size])
+    except ValueError:
+        return "its header"
+    ends = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
+    cut = [name for name in sorted(ends, key=ends.__getitem__) if 8 + header_size + ends[name] > len(content)]
+    return f"tensor {cut[0]!r} and {len(cut) - 1} more" if cut else "its header"
+
+
+def verify_files(files: Iterable[str | Path]) -> dict[str, Path]:
+    """
+    Checks checkpoint files.
+
+    Args:
+        files (`Iterable[str | Path]`): safetensors files; others raise.
+
+    Returns:
+        `dict[str, Path]`: tensor name -> the file that holds it.
+
+    Raises:
+        ValueError: a file is not safetensors, is cut, or holds a tensor that was altered or a mask that is not boolean; names the
+            tensor.
+    """
+    names: dict[str, Path] = {}
+    for file in map(Path, files):
+        if file.suffix != ".safetensors":
+            raise ValueError(f"{file}: only safetensors files are read, never pickles; save the model again with save_pretrained")
+        try:
+            with safe_open(file, framework="pt") as handle:
+                metadata = handle.metadata() or {}
+                for name in handle.keys():  # noqa: SIM118 - not a mapping
+                    names[name] = file
+                    _verify_tensor(name, handle.get_tensor(name), metadata.get(f"{METADATA_PREFIX}{name}"), file)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{file} is damaged: {_first_cut_tensor(file)} cannot be read ({error}); download or copy it again"
+            ) from error
+    return names
+
+
+def _verify_tensor(name: str, tensor: Tensor, digest: str | None, file: Path) -> None:
+    if digest is not None and tensor_digest(tensor) != digest:
+        raise ValueError(
+            f"{file}: tensor {name!r} was altered after it was saved (its SHA-256 is not the one in the file's metadata); download or "
+            "copy the file again"
+        )
+    if name.endswith("freeze_mask") and (
+        tensor.dtype != torch.bool or bool((tensor.flatten().view(torch.uint8) > 1).any())
+    ):
+        raise ValueError(f"{file}: freeze mask {name!r} is corrupted: it holds other values than 0 and 1; use another checkpoint")
+
+
+def checkpoint_files(folder: str | Path) -> list[Path]:
+    """
+    The safetensors files of a model folder, sharded or not.
+
+    Raises:
+        ValueError: there are none, or a shard is missing.
+    """
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        missing = [shard for shard in shards if not (folder / shard).is_file()]
+        if missing:
+            raise ValueError(f"{folder}: the index names {missing}, which are not there; download or copy the folder again")
+        return [folder / shard for shard in shards]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    raise ValueError(f"{folder} holds no model.safetensors")

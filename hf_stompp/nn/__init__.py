@@ -1,0 +1,19 @@
+"""What replaces `nn.Linear`, activation functions and word embeddings. Knows nothing of transformers."""
+
+from __future__ import annotations
+
+from .activation import MaskedBinaryActivation
+from .linear import MaskedBinaryEmbedding, MaskedBinaryLinear
+from .module import MaskedBinaryModule
+from .packed import PackedBinaryActivation, PackedBinaryEmbedding, PackedBinaryLinear
+
+
+__all__ = [
+    "MaskedBinaryActivation",
+    "MaskedBinaryEmbedding",
+    "MaskedBinaryLinear",
+    "MaskedBinaryModule",
+    "PackedBinaryActivation",
+    "PackedBinaryEmbedding",
+    "PackedBinaryLinear",
+]

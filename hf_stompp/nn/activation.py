@@ -1,0 +1,157 @@
+"""Binary activations, latent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .functional import LEVELS, masked_binary_activation, sign
+from .module import MaskedBinaryModule
+
+
+PRE_ACTIVATION_RANGE = 10.0
+"""Pre-activations beyond this are taken for saturated when a threshold is initialised."""
+
+
+def _identity(statistic: Tensor) -> Tensor:
+    return statistic
+
+
+class MaskedBinaryActivation(MaskedBinaryModule):
+    """
+    Binarizes a tensor feature by feature, `M * hard + (1 - M) * soft`.
+
+    The smooth branch is the model's own activation function (the identity in front of a linear layer that has none), clipped
+    to `clip` times the scale; the hard branch is one of two levels, decided by the sign of the pre-activation minus a
+    threshold. Scale, shift and threshold are initialised from the first batch the module sees: the shift of a feature is its
+    mean, the scale is the mean distance from it (the two levels that fit the batch best, as in XNOR-Net), and the threshold is where the
+    activation function reaches the middle of the levels.
+
+    Args:
+        features (`int`): size of the last dimension.
+        activation (`nn.Module`, *optional*): the model's activation function, elementwise; the identity when not given.
+        levels (`str`, *optional*, defaults to `"signed"`): a key of [`~hf_stompp.nn.functional.LEVELS`].
+        clip (`float`, *optional*, defaults to 3.0): clip range of the smooth branch as a multiple of the scale.
+        surrogate (`str`, *optional*, defaults to `"ste"`): a key of [`~hf_stompp.nn.functional.SURROGATES`].
+        scale (`str`, *optional*, defaults to `"learned"`): `"learned"` or `"fixed"` at its first value.
+        shift (`str`, *optional*, defaults to `"learned"`): `"learned"`, `"fixed"` at its first value, or `"none"`: no shift,
+            threshold 0. Holds for the threshold as well.
+        device (`torch.device`, *optional*).
+    """
+
+    scale: Tensor
+    shift: Tensor
+    threshold: Tensor
+
+    def __init__(
+        self,
+        features: int,
+        activation: nn.Module | None = None,
+        levels: str = "signed",
+        clip: float = 3.0,
+        surrogate: str = "ste",
+        scale: str = "learned",
+        shift: str = "learned",
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__((features,), device)
+        self.features = features
+        self.activation = activation
+        self.levels = levels
+        self.clip = clip
+        self.surrogate = surrogate
+        self.has_shift = shift != "none"
+        self._register("scale", (), scale == "learned", device)
+        self._register("shift", (features,), shift == "learned" and levels == "signed", device)
+        self._register("threshold", (features,), shift == "learned", device)
+        self.initialized = False
+
+    def _register(self, name: str, shape: tuple[int, ...], learned: bool, device: torch.device | None) -> None:
+        # float32 whatever the model's dtype: a learned scale moves by less than bfloat16 resolves.
+        value = torch.zeros(shape, dtype=torch.float32, device=device)
+        if learned:
+            self.register_parameter(name, nn.Parameter(value))
+        else:
+            self.register_buffer(name, value)
+
+    def refresh_flags(self) -> None:
+        super().refresh_flags()
+        self.initialized = bool(self.scale != 0)
+
+    def two_levels(self) -> tuple[Tensor, Tensor]:
+        """
+        Middle and half distance of the two levels.
+
+        Returns:
+            `tuple(Tensor, Tensor)`: offset, of shape `(features,)` or `()`, and amplitude, of shape `()`, at least 0.
+        """
+        offset, amplitude, _ = LEVELS[self.levels](self.scale.abs(), self.shift)
+        return offset, amplitude
+
+    def signs(self, input: Tensor) -> Tensor:
+        """+-1 for each pre-activation, in the dtype of `input`, of shape `(..., features)`."""
+        return torch.where(input >= self.threshold, 1.0, -1.0).to(input.dtype)
+
+    def signs_of_levels(self, output: Tensor) -> Tensor:
+        """+-1 for each level this module has put out, in the dtype of `output`, of shape `(..., features)`."""
+        return sign(output - self.two_levels()[0]).to(output.dtype)
+
+    @torch.no_grad()
+    def initialize(self, input: Tensor, reduce: Callable[[Tensor], Tensor] = _identity) -> None:
+        """
+        Sets scale, shift and threshold from a batch.
+
+        Args:
+            input (`Tensor` of shape `(..., features)`): pre-activations.
+            reduce (`Callable`, *optional*): sums a statistic over the ranks of a distributed run.
+        """
+        value = input if self.activation is None else self.activation(input)
+        value = value.detach().reshape(-1, self.features).double()
+        count = reduce(torch.tensor([value.shape[0]], dtype=torch.float64, device=value.device))
+        mean = reduce(value.sum(dim=0)) / count
+        if self.levels == "zero_one":
+            positive = value.clamp_min(0)
+            total = reduce(torch.stack([positive.sum(), (positive > 0).sum()]))
+            scale = total[0] / total[1].clamp_min(1)
+            middle = (0.5 * scale).expand(self.features)
+        else:
+            middle = mean if self.has_shift else torch.zeros_like(mean)
+            self.shift.copy_(middle)
+            scale = reduce((value - middle).abs().sum()) / (count * self.features)
+        # A constant input has no distance from its mean; any positive scale serves.
+        self.scale.copy_(torch.where(scale > 0, scale, torch.ones_like(scale)).squeeze())
+        if self.has_shift:
+            self.threshold.copy_(self._pre_activation_of(middle))
+        self.initialized = True
+
+    def _pre_activation_of(self, value: Tensor) -> Tensor:
+        """Where the activation function, right of its minimum, reaches `value`."""
+        if self.activation is None:
+            return value
+        grid = torch.linspace(-PRE_ACTIVATION_RANGE, PRE_ACTIVATION_RANGE, 8193, device=value.device)
+        output = self.activation(grid.to(self.threshold.dtype)).double()
+        start = int((output <= output.min()).nonzero().max())
+        rising = output[start:].cummax(dim=0).values
+        index = torch.searchsorted(rising, value.contiguous()).clamp_max(rising.numel() - 1)
+        return grid[start + index]
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.initialized:
+            self.initialize(input)
+        value = input if self.activation is None else self.activation(input)
+        return masked_binary_activation(
+            value,
+            input,
+            self.freeze_mask,
+            self.threshold,
+            self.scale.abs(),
+            self.shift,
+            self.clip,
+            self.surrogate,
+            self.levels,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.features}, levels={self.levels!r}, clip={self.clip}, surrogate={self.surrogate!r}"

@@ -1,0 +1,154 @@
+"""`pack` and `unpack`: from a committed latent model to 1-bit weights and back. `docs/format.md` describes the tensors."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from .binarization import config_of
+from .config import StoMPPConfig
+from .nn import (
+    MaskedBinaryActivation,
+    MaskedBinaryEmbedding,
+    MaskedBinaryLinear,
+    PackedBinaryEmbedding,
+    PackedBinaryLinear,
+)
+from .nn.functional import sign
+from .ops import pack_bits, unpack_signs
+from .patching import masked_modules, packed_modules, swap_in_masked, swap_in_packed, unit_modules
+from .quantizer import attach_quantizer
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def _check_packable(model: nn.Module) -> None:
+    config = config_of(model)
+    if packed_modules(model):
+        raise ValueError(f"{type(model).__name__} is packed already")
+    free = [
+        unit
+        for unit, modules in unit_modules(model, config).items()
+        if not all(bool(module.freeze_mask.all()) for module in modules.values())
+    ]
+    if free:
+        raise ValueError(
+            f"only a committed model can be packed; these units are not: {', '.join(free)}. Train to the end of the progression, or "
+            "commit(model) to freeze them without training"
+        )
+    for name, module in masked_modules(model).items():
+        if isinstance(module, MaskedBinaryActivation) and not module.initialized:
+            raise ValueError(f"{name} has no scale yet: it is initialised from the first batch; run the model on one before pack")
+        for tensor_name, tensor in module.named_parameters(recurse=False):
+            if not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"{name}.{tensor_name} holds NaN or infinity; nothing was packed")
+
+
+@torch.no_grad()
+def pack(model: Model) -> Model:
+    """
+    Packs a committed model: 1-bit weights, a scale and a bias a row, a threshold a feature. Inference only.
+
+    Args:
+        model (`PreTrainedModel`): committed, by training or by [`commit`]. It is left as it is.
+
+    Returns:
+        `PreTrainedModel`: a new model of the same class, in evaluation mode, whose logits are those of `model` in evaluation
+        mode.
+
+    Raises:
+        ValueError: the model is not binarized or packed already, units are not committed (named), an activation was never
+            initialised, or a tensor holds NaN or infinity.
+    """
+    _check_packable(model)
+    packed = copy.deepcopy(model)
+    latent = dict(model.named_modules())
+    config = config_of(packed)
+    config.state = "packed"
+    swap_in_packed(packed, config)
+    for name, module in packed_modules(packed).items():
+        source: Any = latent[name]
+        if isinstance(module, PackedBinaryLinear):
+            scale, bias = _packed_values(source)
+            module.packed_weight.copy_(pack_bits(source.weight))
+            module.scale.copy_(scale)
+            if module.bias is not None and bias is not None:
+                module.bias.copy_(bias)
+        elif isinstance(module, PackedBinaryEmbedding):
+            module.packed_weight.copy_(pack_bits(source.weight))
+            module.scale.copy_(source.row_scale().flatten())
+        else:
+            module.threshold.copy_(source.threshold)
+    attach_quantizer(packed, config)
+    return packed.eval()
+
+
+def _packed_values(linear: MaskedBinaryLinear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if linear.input_activation is not None:
+        return linear.folded()
+    # The rounding of the latent forward pass, which takes the scale in the weight's dtype.
+    return linear.row_scale().to(linear.weight.dtype).flatten().float(), linear.bias
+
+
+@torch.no_grad()
+def unpack(model: Model) -> Model:
+    """
+    Turns a packed model into a committed latent one: plain PyTorch operations, trainable, packs to the same bits.
+
+    The latent weights are `+-scale`; what training knew beyond the signs is gone. Activations have amplitude 1 and no shift: both
+    were folded into scale and bias.
+
+    Args:
+        model (`PreTrainedModel`): from [`pack`] or a packed checkpoint. It is left as it is.
+
+    Returns:
+        `PreTrainedModel`: a new model of the same class.
+
+    Raises:
+        ValueError: the model is not packed.
+    """
+    config = config_of(model)
+    if not packed_modules(model):
+        raise ValueError(f"{type(model).__name__} is not packed")
+    latent = copy.deepcopy(model)
+    config = config_of(latent)
+    config.state = "latent"
+    config.feed_forward_levels = "signed"
+    _swap_in_float(latent, config)
+    swap_in_masked(latent, config)
+    values = dict(model.named_modules())
+    for name, module in masked_modules(latent).items():
+        source: Any = values[name]
+        if isinstance(module, MaskedBinaryActivation):
+            module.threshold.copy_(source.threshold)
+            module.scale.fill_(1.0)
+        module.commit()
+        module.refresh_flags()
+    attach_quantizer(latent, config)
+    return latent.eval()
+
+
+def _swap_in_float(model: nn.Module, config: StoMPPConfig) -> None:
+    """Replaces packed modules by float ones of the same values, and gives the activation functions back."""
+    packed = packed_modules(model)
+    for name, entry in config.table.items():
+        module: Any = packed[name]
+        new: nn.Module
+        if entry["kind"] == "linear":
+            device = module.packed_weight.device
+            new = nn.Linear(module.in_features, module.out_features, module.bias is not None, device=device)
+            new.weight.copy_(unpack_signs(module.packed_weight, module.in_features) * module.scale.unsqueeze(-1))
+            if module.bias is not None:
+                new.bias.copy_(module.bias)
+            # Folding gave a bias to layers that had none.
+            entry["bias"] = module.bias is not None
+        elif entry["kind"] == "embedding":
+            signs = unpack_signs(module.packed_weight, module.embedding_dim).to(module.scale.dtype)
+            new = nn.Embedding.from_pretrained(signs * module.scale.unsqueeze(-1), freeze=False)
+        else:
+            new = module.activation
+        model.set_submodule(name, new)

@@ -1,0 +1,315 @@
+"""Swaps modules by the plan in a `StoMPPConfig`, and counts what was swapped. Knows nothing of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import StoMPPConfig
+from .nn import (
+    MaskedBinaryActivation,
+    MaskedBinaryEmbedding,
+    MaskedBinaryLinear,
+    MaskedBinaryModule,
+    PackedBinaryActivation,
+    PackedBinaryEmbedding,
+    PackedBinaryLinear,
+)
+from .ops import packed_bytes
+
+
+PackedModule = PackedBinaryActivation | PackedBinaryEmbedding | PackedBinaryLinear
+
+
+def masked_modules(model: nn.Module) -> dict[str, MaskedBinaryModule]:
+    """Every module of a latent model that has a freeze mask, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MaskedBinaryModule)}
+
+
+def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
+    """Every 1-bit module of a packed model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
+
+
+def unit_modules(model: nn.Module, config: StoMPPConfig) -> dict[str, dict[str, MaskedBinaryModule]]:
+    """The masked modules of each unit, units from input to output: unit name -> module name -> module."""
+    units: dict[str, dict[str, MaskedBinaryModule]] = {unit: {} for unit in config.units}
+    modules = config.table
+    for name, module in masked_modules(model).items():
+        owner = name if name in modules else name.rpartition(".")[0]
+        units[modules[owner]["unit"]][name] = module
+    return units
+
+
+def check_fits(model: nn.Module, config: StoMPPConfig, kinds: dict[str, type[nn.Module]]) -> None:
+    """
+    Checks that a model has the modules that the config says were replaced.
+
+    Raises:
+        ValueError: no plan, or a module is missing or of another kind; names it.
+    """
+    if not config.modules:
+        raise ValueError(
+            "this checkpoint's quantization_config has no table of modules: it was not written by binarize() or pack()"
+        )
+    found = dict(model.named_modules())
+    for name, entry in config.table.items():
+        module = found.get(name)
+        expected = kinds[entry["kind"]]
+        if module is None or not isinstance(module, expected):
+            what = "no such module" if module is None else f"a {type(module).__name__}"
+            raise ValueError(
+                f"{name}: quantization_config.modules says it is a {expected.__name__}, but {type(model).__name__} has {what} there; "
+                "load the checkpoint with the model class that wrote it"
+            )
+
+
+def _wire_inputs(model: nn.Module, config: StoMPPConfig, make: Callable[[nn.Module], nn.Module]) -> None:
+    """Gives every linear layer the module that binarizes its input, made with `make(linear)` where it is its own."""
+    modules = dict(model.named_modules())
+    for name, entry in config.table.items():
+        source = entry.get("input")
+        if source is None:
+            continue
+        linear: Any = modules[name]
+        if source == name:
+            linear.set_input_activation(make(linear), owned=True)
+        elif isinstance(modules[source], MaskedBinaryActivation | PackedBinaryActivation):
+            linear.set_input_activation(modules[source], owned=False, upstream=True)
+        else:
+            linear.set_input_activation(modules[source].input_activation, owned=False)
+
+
+def _features(config: StoMPPConfig, name: str, modules: dict[str, nn.Module]) -> int:
+    """Size of the tensor that an activation puts out: what its reader takes in."""
+    entries = config.table.items()
+    reader = next(reader for reader, entry in entries if entry.get("input") == name)
+    return int(getattr(modules[reader], "in_features"))
+
+
+def swap_in_masked(model: nn.Module, config: StoMPPConfig) -> None:
+    """
+    Replaces what the plan names by masked modules, in place. Weights are kept, not copied.
+
+    Args:
+        model (`nn.Module`): a float model, on any device (`meta` included).
+        config (`StoMPPConfig`): with its table of modules.
+
+    Raises:
+        ValueError: see [`check_fits`].
+    """
+    check_fits(model, config, {"linear": nn.Linear, "activation": nn.Module, "embedding": nn.Embedding})
+    modules = dict(model.named_modules())
+    settings: dict[str, Any] = {"clip": config.weight_clip, "surrogate": config.surrogate}
+
+    def activation(features: int, device: torch.device, function: nn.Module | None = None) -> MaskedBinaryActivation:
+        return MaskedBinaryActivation(
+            features,
+            activation=function,
+            levels=config.feed_forward_levels if function is not None else "signed",
+            clip=config.activation_clip,
+            surrogate=config.surrogate,
+            scale=config.activation_scale,
+            shift=config.activation_shift,
+            device=device,
+        )
+
+    device = next(model.parameters()).device
+    for name, entry in config.table.items():
+        old: Any = modules[name]
+        new: MaskedBinaryModule
+        if entry["kind"] == "linear":
+            place = {"device": old.weight.device, "dtype": old.weight.dtype}
+            new = MaskedBinaryLinear(
+                old.in_features, old.out_features, entry["bias"], scale=config.weight_scale, **settings, **place
+            )
+            new.weight = old.weight
+            if old.bias is not None:
+                new.bias = old.bias
+        elif entry["kind"] == "embedding":
+            place = {"device": old.weight.device, "dtype": old.weight.dtype}
+            new = MaskedBinaryEmbedding(old.num_embeddings, old.embedding_dim, old.padding_idx, **settings, **place)
+            new.weight = old.weight
+        else:
+            new = activation(_features(config, name, modules), device, old)
+        new.train(old.training)
+        model.set_submodule(name, new)
+
+    def input_activation(linear: nn.Module) -> nn.Module:
+        new = activation(int(linear.in_features), linear.weight.device)  # type: ignore[union-attr, arg-type]
+        return new.train(linear.training)
+
+    _wire_inputs(model, config, input_activation)
+
+
+def swap_in_packed(model: nn.Module, config: StoMPPConfig, dtype: torch.dtype | None = None) -> None:
+    """
+    Replaces what the plan names by packed modules without values, in place.
+
+    Args:
+        model (`nn.Module`): a float or a latent model, on any device (`meta` included).
+        config (`StoMPPConfig`): with its table of modules.
+        dtype (`torch.dtype`, *optional*): of the word embeddings' output, where they are binary; their own when not given.
+
+    Raises:
+        ValueError: see [`check_fits`].
+    """
+    check_fits(
+        model,
+        config,
+        {
+            "linear": nn.Linear | MaskedBinaryLinear,  # type: ignore[dict-item]
+            "activation": nn.Module,
+            "embedding": nn.Embedding | MaskedBinaryEmbedding,  # type: ignore[dict-item]
+        },
+    )
+    modules = dict(model.named_modules())
+    device = next(model.parameters()).device
+    for name, entry in config.table.items():
+        old: Any = modules[name]
+        new: nn.Module
+        if entry["kind"] == "linear":
+            new = PackedBinaryLinear(
+                old.in_features, old.out_features, entry["bias"], config.mode == "bnn", device=old.weight.device
+            )
+        elif entry["kind"] == "embedding":
+            place = {"device": old.weight.device, "dtype": dtype or old.weight.dtype}
+            new = PackedBinaryEmbedding(old.num_embeddings, old.embedding_dim, **place)
+        else:
+            function = old.activation if isinstance(old, MaskedBinaryActivation) else old
+            new = PackedBinaryActivation(_features(config, name, modules), function, device=device)
+        new.train(old.training)
+        model.set_submodule(name, new)
+
+    def input_activation(linear: nn.Module) -> nn.Module:
+        new = PackedBinaryActivation(int(linear.in_features), device=linear.scale.device)  # type: ignore[union-attr, arg-type]
+        return new.train(linear.training)
+
+    _wire_inputs(model, config, input_activation)
+
+
+@contextmanager
+def fully_binary(model: nn.Module) -> Iterator[None]:
+    """Commits every mask within the block, and restores the masks after it, whatever happens inside."""
+    saved = {name: m.freeze_mask.clone() for name, m in masked_modules(model).items() if not m.committed}
+    modules = masked_modules(model)
+    try:
+        for name in saved:
+            modules[name].commit()
+        yield
+    finally:
+        for name, mask in saved.items():
+            modules[name].restore(mask)
+
+
+@dataclass(frozen=True)
+class UnitReport:
+    """
+    Size of one unit.
+
+    Args:
+        unit (`str`): its name, or `"(float)"` for what is in no unit.
+        modules (`int`): number of replaced modules.
+        binary_weights (`int`): number of weights that are or become 1-bit.
+        float_weights (`int`): number of parameters that stay float.
+        bytes_before (`int`): of the float model.
+        bytes_latent (`int`): with freeze masks and activation parameters.
+        bytes_packed (`int`).
+    """
+
+    unit: str
+    modules: int = 0
+    binary_weights: int = 0
+    float_weights: int = 0
+    bytes_before: int = 0
+    bytes_latent: int = 0
+    bytes_packed: int = 0
+
+
+@dataclass(frozen=True)
+class BinarizationReport:
+    """Sizes by unit, from input to output; `str()` of it is a table."""
+
+    units: list[UnitReport]
+
+    @property
+    def total(self) -> UnitReport:
+        """Sum of all rows."""
+        fields = [name for name in UnitReport.__dataclass_fields__ if name != "unit"]
+        return UnitReport("total", **{name: sum(getattr(row, name) for row in self.units) for name in fields})
+
+    def __str__(self) -> str:
+        header = ["unit", "modules", "binary weights", "float weights", "bytes before", "latent", "packed"]
+        rows = [
+            [row.unit, *(f"{getattr(row, name):,}" for name in UnitReport.__dataclass_fields__ if name != "unit")]
+            for row in [*self.units, self.total]
+        ]
+        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+        lines = [[header[0].ljust(widths[0]), *(h.rjust(w) for h, w in zip(header[1:], widths[1:], strict=True))]]
+        lines += [[row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))] for row in rows]
+        return "\n".join("  ".join(line) for line in lines)
+
+
+def report(model: nn.Module, config: StoMPPConfig) -> BinarizationReport:
+    """
+    Sizes of a latent or packed model, as it was, as it is trained and as it is packed.
+
+    Args:
+        model (`nn.Module`): after [`binarize`] or [`pack`].
+        config (`StoMPPConfig`): with its table of modules.
+    """
+    plan = config.table
+    counts: dict[str, dict[str, int]] = {unit: {} for unit in [*config.units, "(float)"]}
+    counted: set[str] = set()
+
+    def add(unit: str, **values: int) -> None:
+        for field, value in values.items():
+            counts[unit][field] = counts[unit].get(field, 0) + value
+
+    float_bytes = next(p for p in model.parameters() if p.is_floating_point()).element_size()
+    for name, module in model.named_modules():
+        if isinstance(module, MaskedBinaryActivation | PackedBinaryActivation):
+            owner = name if name in plan else name.rpartition(".")[0]
+            features = module.features
+            # Latent: mask, shift, threshold and scale; packed: threshold.
+            add(plan[owner]["unit"], modules=1, bytes_latent=features * 9 + 4, bytes_packed=features * 4)
+        elif isinstance(module, MaskedBinaryLinear | PackedBinaryLinear | MaskedBinaryEmbedding | PackedBinaryEmbedding):
+            rows, columns, bias = _shape(module)
+            before = (rows * columns + bias) * float_bytes
+            is_linear = isinstance(module, MaskedBinaryLinear | PackedBinaryLinear)
+            packed_bias = 4 * rows if is_linear and (bias or config.mode == "bnn") else 0
+            scale_bytes = 4 if is_linear else float_bytes
+            add(
+                plan[name]["unit"],
+                modules=1,
+                binary_weights=rows * columns,
+                float_weights=bias,
+                bytes_before=before,
+                bytes_latent=before + rows * columns,
+                bytes_packed=rows * (packed_bytes(columns) + scale_bytes) + packed_bias,
+            )
+        else:
+            continue
+        counted.update(f"{name}.{tensor}" for tensor, _ in module.named_parameters(recurse=False))
+        counted.update(f"{name}.{tensor}" for tensor, _ in module.named_buffers(recurse=False))
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in counted:
+            continue
+        unit = next((unit for unit in config.units if name.startswith(f"{unit}.")), "(float)")
+        size = tensor.numel() * tensor.element_size()
+        weights = tensor.numel() if isinstance(tensor, nn.Parameter) else 0
+        add(unit, float_weights=weights, bytes_before=size, bytes_latent=size, bytes_packed=size)
+    return BinarizationReport([UnitReport(unit, **values) for unit, values in counts.items()])
+
+
+def _shape(module: nn.Module) -> tuple[int, int, int]:
+    """Rows, columns and number of biases of the float layer that a module stands for."""
+    if isinstance(module, MaskedBinaryLinear | PackedBinaryLinear):
+        return module.out_features, module.in_features, 0 if module.bias is None else module.out_features
+    assert isinstance(module, MaskedBinaryEmbedding | PackedBinaryEmbedding)
+    return module.num_embeddings, module.embedding_dim, 0

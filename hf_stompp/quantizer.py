@@ -1,0 +1,181 @@
+"""`from_pretrained` and `save_pretrained` of latent and packed models: the Transformers quantizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+from .config import QUANT_METHOD, StoMPPConfig
+from .integrity import digests, verify_files
+from .nn import MaskedBinaryModule, PackedBinaryActivation, PackedBinaryEmbedding, PackedBinaryLinear
+from .patching import masked_modules, packed_modules, swap_in_masked, swap_in_packed
+from .structure import plan_modules
+
+
+class StoMPPQuantizer(HfQuantizer):
+    """
+    Loads and saves binarized models.
+
+    - a latent or packed checkpoint: the modules in its table are swapped in on the meta device before the weights are loaded;
+      afterwards nothing may be left uninitialised.
+    - a float checkpoint with `quantization_config=StoMPPConfig(...)`: the same as [`binarize`] after `from_pretrained`.
+    """
+
+    requires_calibration = False
+    quantization_config: StoMPPConfig
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        config = self.quantization_config
+        if not self.pre_quantized:
+            if config.state != "latent" or config.modules is not None:
+                raise ValueError(
+                    "from_pretrained(float_checkpoint, quantization_config=...) takes a fresh StoMPPConfig(state='latent'): a model must be "
+                    "trained or committed before it is packed, see hf_stompp.pack"
+                )
+            return
+        files = kwargs.get("checkpoint_files")
+        if files:
+            verify_files(files)
+        if config.state == "latent":
+            swap_in_masked(model, config)
+        else:
+            swap_in_packed(model, config, dtype=kwargs.get("dtype"))
+            _skip_initialization(model)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            binarize_modules(model, self.quantization_config)
+            return
+        _check_loaded(model)
+        for module in masked_modules(model).values():
+            module.refresh_flags()
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
+        return None, digests(model.state_dict())
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        # The Trainer asks this even to evaluate; StoMPPTrainer.train refuses a packed model itself.
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+# A module reload must not register twice: the registry refuses that.
+if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    register_quantization_config(QUANT_METHOD)(StoMPPConfig)
+if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+    register_quantizer(QUANT_METHOD)(StoMPPQuantizer)
+
+
+def _skip_initialization(model: nn.Module) -> None:
+    """Keeps `_init_weights` off the parents of packed modules: some models initialise their children's `weight` there."""
+    modules = dict(model.named_modules())
+    for name, module in packed_modules(model).items():
+        parent: Any = modules[name.rpartition(".")[0]]
+        parent._is_hf_initialized = True
+        holder: Any = module
+        holder._is_hf_initialized = True
+
+
+def _check_loaded(model: nn.Module) -> None:
+    """
+    Checks that the checkpoint held every tensor of the encoder: what it does not hold would be uninitialised memory.
+
+    Raises:
+        ValueError: names the missing tensors, or a value that no packed model has.
+    """
+    base = getattr(model, "base_model_prefix", "")
+    inside = f"{base}." if base and hasattr(model, base) else ""
+    tensors: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+    persistent = set(model.state_dict())
+    ours = tuple(f"{name}." for name in [*masked_modules(model), *packed_modules(model)])
+    missing = [
+        name
+        for name, tensor in tensors
+        if name in persistent
+        and (name.startswith(inside) or name.startswith(ours))
+        and not getattr(tensor, "_is_hf_initialized", False)
+    ]
+    if missing:
+        raise ValueError(
+            f"the checkpoint lacks {len(missing)} tensors of {type(model).__name__}, the first of them {missing[0]!r}: it is incomplete or was "
+            "written for another model class; download or copy it again"
+        )
+    for name, module in packed_modules(model).items():
+        _check_packed(name, module)
+
+
+def _check_packed(name: str, module: PackedBinaryActivation | PackedBinaryLinear | PackedBinaryEmbedding) -> None:
+    for tensor_name, tensor in module.named_buffers(recurse=False):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"tensor {name + '.' + tensor_name!r} holds NaN or infinity: the checkpoint is damaged")
+    if isinstance(module, PackedBinaryActivation):
+        return
+    columns = module.in_features if isinstance(module, PackedBinaryLinear) else module.embedding_dim
+    whole, rest = divmod(columns, 8)
+    tail = module.packed_weight[:, whole:]
+    if tail.numel() and bool((tail[:, 0] >> rest).any() or tail[:, 1:].any()):
+        raise ValueError(
+            f"tensor {name + '.packed_weight'!r} has bits beyond its {columns} columns: the checkpoint is damaged or of another format"
+        )
+
+
+def attach_quantizer(model: nn.Module, config: StoMPPConfig) -> None:
+    """Makes `save_pretrained` and the Trainer treat a model that was changed in process like one that was loaded so."""
+    holder: Any = model
+    if not hasattr(holder, "config"):
+        return
+    holder.config.quantization_config = config
+    holder.hf_quantizer = StoMPPQuantizer(config, pre_quantized=True)
+    holder.is_quantized = True
+    holder.quantization_method = QUANT_METHOD
+    # Checkpoints with LayerNorm.gamma/beta are renamed on loading, and save_pretrained would rename them back; Trainer
+    # resumes with load_state_dict, which would then silently skip those tensors.
+    holder._weight_conversions = None
+
+
+def _check_float(model: nn.Module) -> None:
+    """
+    Checks that a model is float and finite.
+
+    Raises:
+        ValueError: it was binarized, packed or quantized before, or holds NaN or infinity; names the tensor.
+    """
+    if packed_modules(model):
+        raise ValueError(f"{type(model).__name__} is packed; binarize the float model it came from, or unpack(model) to train on")
+    if any(isinstance(module, MaskedBinaryModule) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} is already binarized; binarize a model once, right after from_pretrained")
+    method = getattr(model, "quantization_method", None)
+    # from_pretrained(float, quantization_config=StoMPPConfig(...)) has marked the model already.
+    if method not in (None, QUANT_METHOD) or (getattr(model, "is_quantized", False) and method is None):
+        raise ValueError(f"{type(model).__name__} is already quantized ({method}); binarize takes a float model")
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"{name} is on the meta device: load the weights before binarize")
+        if not parameter.is_floating_point():
+            raise ValueError(f"{name} is {parameter.dtype}: binarize takes a float model")
+        if not bool(torch.isfinite(parameter).all()):
+            raise ValueError(f"{name} holds NaN or infinity: start from sound weights")
+
+
+def binarize_modules(model: nn.Module, config: StoMPPConfig, inputs: dict[str, Any] | None = None) -> None:
+    """Checks, plans and swaps: [`binarize`] without marking the model."""
+    _check_float(model)
+    if config.state != "latent" or config.modules is not None:
+        raise ValueError("this StoMPPConfig belongs to another model; pass a fresh one, StoMPPConfig(...)")
+    config.modules = [{"name": name, **entry} for name, entry in plan_modules(model, config, inputs).items()]
+    swap_in_masked(model, config)

@@ -1,0 +1,287 @@
+"""Finds what to binarize in an encoder: its stack of layers, their order of depth, and what reads which tensor."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import StoMPPConfig
+
+
+AMBIGUOUS_SHARE = 0.1
+"""A second stack of layers with this share of the first one's weights makes the choice ambiguous."""
+
+
+def is_excluded(name: str, patterns: list[str]) -> bool:
+    """Whether a module's name has whole dot-separated parts that match one of the regular expressions."""
+    return any(re.search(rf"(^|\.)(?:{pattern})(\.|$)", name) for pattern in patterns)
+
+
+def _linear_weights(module: nn.Module) -> int:
+    return sum(m.weight.numel() for m in module.modules() if type(m) is nn.Linear)
+
+
+def find_layer_stack(model: nn.Module, layer_stack: str | None = None) -> tuple[str, list[nn.Module]]:
+    """
+    The encoder's stack of layers: the outermost `nn.ModuleList` of modules of one class that hold linear layers.
+
+    Args:
+        model (`nn.Module`).
+        layer_stack (`str`, *optional*): its name, where it is not to be searched.
+
+    Returns:
+        `tuple(str, list[nn.Module])`: name and layers, from input to output.
+
+    Raises:
+        ValueError: there is none, or there are several of similar size, or `layer_stack` names none.
+    """
+    if layer_stack is not None:
+        modules = dict(model.named_modules())
+        stack = modules.get(layer_stack)
+        if not isinstance(stack, nn.ModuleList | nn.Sequential) or len(stack) == 0:
+            lists = [name for name, m in modules.items() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m)]
+            raise ValueError(
+                f"StoMPPConfig.layer_stack={layer_stack!r} names no list of layers in {type(model).__name__}; its lists: {lists}"
+            )
+        return layer_stack, list(stack)
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside_another = any(name.startswith(f"{other}.") for other in found)
+        if not isinstance(module, nn.ModuleList) or len(module) == 0 or inside_another:
+            continue
+        if len({type(layer) for layer in module}) == 1 and all(_linear_weights(layer) for layer in module):
+            found[name] = module
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no stack of layers: no nn.ModuleList of modules of one class that hold nn.Linear. If the "
+            "layers are kept elsewhere, name their list in StoMPPConfig(layer_stack=...)"
+        )
+    by_size = sorted(found, key=lambda name: _linear_weights(found[name]), reverse=True)
+    if len(by_size) > 1 and _linear_weights(found[by_size[1]]) >= AMBIGUOUS_SHARE * _linear_weights(found[by_size[0]]):
+        raise ValueError(
+            f"{type(model).__name__} has several stacks of layers, {by_size}: name the one to binarize in "
+            "StoMPPConfig(layer_stack=...)"
+        )
+    return by_size[0], list(found[by_size[0]])
+
+
+def example_inputs(model: nn.Module) -> dict[str, Tensor]:
+    """
+    A smallest input to trace a model with: eight token ids, or one black image.
+
+    Raises:
+        ValueError: the model takes neither; pass `example_inputs` to [`binarize`].
+    """
+    config, main_input = getattr(model, "config", None), getattr(model, "main_input_name", "input_ids")
+    parameter = next(model.parameters())
+    if main_input == "input_ids" and hasattr(config, "vocab_size"):
+        return {"input_ids": torch.arange(8, device=parameter.device).remainder(config.vocab_size).unsqueeze(0)}
+    if main_input == "pixel_values" and hasattr(config, "image_size"):
+        size = config.image_size if isinstance(config.image_size, list | tuple) else (config.image_size,) * 2
+        shape = (1, getattr(config, "num_channels", 3), *size)
+        return {"pixel_values": torch.zeros(shape, device=parameter.device, dtype=parameter.dtype)}
+    raise ValueError(
+        f"{type(model).__name__} takes {main_input!r}, for which no example can be made: pass binarize(model, config, "
+        "example_inputs={...}), a dict of its forward arguments"
+    )
+
+
+class _Trace:
+    """What one forward pass did with the linear layers of a stack."""
+
+    def __init__(self) -> None:
+        self.layer_calls: dict[str, int] = {}
+        self.reads: dict[str, Tensor] = {}
+        self.outputs: dict[str, list[Tensor]] = {}
+        self.dropped: list[Tensor] = []
+
+
+def _first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+
+
+@torch.no_grad()
+def _trace(model: nn.Module, stack: dict[str, nn.Module], inputs: Mapping[str, Any]) -> _Trace:
+    trace = _Trace()
+
+    def on_layer(name: str) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            trace.layer_calls[name] = trace.layer_calls.get(name, 0) + 1
+
+        return hook
+
+    def on_linear(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            # A tensor is told by identity: keeping it keeps its identity from being reused.
+            trace.reads.setdefault(name, _first_tensor(args, kwargs))
+
+        return hook
+
+    def on_function(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                trace.outputs.setdefault(name, []).append(output)
+
+        return hook
+
+    def on_dropout(module: nn.Module, args: Any) -> None:
+        trace.dropped.extend(arg for arg in args if isinstance(arg, Tensor))
+
+    with ExitStack() as hooks:
+        for layer_name, layer in stack.items():
+            hooks.callback(layer.register_forward_pre_hook(on_layer(layer_name)).remove)
+            for name, module in layer.named_modules(prefix=layer_name):
+                if type(module) is nn.Linear:
+                    hooks.callback(module.register_forward_pre_hook(on_linear(name), with_kwargs=True).remove)
+                elif isinstance(module, nn.modules.dropout._DropoutNd):
+                    hooks.callback(module.register_forward_pre_hook(on_dropout).remove)
+                elif _may_be_activation_function(module):
+                    hooks.callback(module.register_forward_hook(on_function(name)).remove)
+        was_training = model.training
+        model.eval()
+        try:
+            model(**inputs)
+        finally:
+            model.train(was_training)
+    return trace
+
+
+def _may_be_activation_function(module: nn.Module) -> bool:
+    """A module without tensors or children that acts on each element alone, whatever its neighbours."""
+    if isinstance(module, nn.Identity) or any(True for _ in module.children()) or module.state_dict():
+        return False
+    probe = torch.linspace(-2.0, 2.0, 6)
+    try:
+        output = module(probe)
+        alone = torch.stack([module(value.reshape(1)) for value in probe]).flatten()
+    except Exception:  # noqa: BLE001 - a module that cannot take a vector is no activation function, whatever it raises
+        return False
+    return isinstance(output, Tensor) and output.shape == probe.shape and torch.allclose(output, alone, atol=1e-6)
+
+
+def _sublayer_units(layer_name: str, linears: list[str]) -> dict[str, str]:
+    """The first child of the layer that runs a linear layer is the attention, the rest the feed-forward."""
+    children = {name: name[len(layer_name) + 1 :].split(".")[0] for name in linears}
+    attention = children[linears[0]]
+    rest = "+".join(dict.fromkeys(child for child in children.values() if child != attention))
+    return {name: f"{layer_name}.{attention if child == attention else rest}" for name, child in children.items()}
+
+
+def plan_modules(
+    model: nn.Module, config: StoMPPConfig, inputs: Mapping[str, Any] | None = None
+) -> dict[str, dict[str, Any]]:
+    """
+    Plans what [`binarize`] replaces, for `StoMPPConfig.modules`, in order of depth.
+
+    One forward pass in evaluation mode tells which linear layers read the same tensor (they share a binary activation: the first
+    one's entry names itself as `input`, the others' name the first), and which read the output of an activation function (their entries
+    name it, and it gets an entry of its own).
+
+    Args:
+        model (`nn.Module`): a float model.
+        config (`StoMPPConfig`).
+        inputs (`Mapping[str, Any]`, *optional*): forward arguments to trace with; from [`example_inputs`] when not given.
+
+    Returns:
+        `dict[str, dict]`: module name -> `{"kind", "unit"}`, and for a linear layer `"bias"` and `"input"` (None in mode `bwn`).
+
+    Raises:
+        ValueError: no stack, an ambiguous one, layers that are shared, a tied weight, or nothing left to binarize.
+    """
+    stack_name, layers = find_layer_stack(model, config.layer_stack)
+    stack = {f"{stack_name}.{i}": layer for i, layer in enumerate(layers)}
+    trace = _trace(model, stack, example_inputs(model) if inputs is None else inputs)
+    shared = [name for name, calls in trace.layer_calls.items() if calls > 1]
+    if shared or len({id(layer) for layer in layers}) < len(layers):
+        raise ValueError(
+            f"{type(model).__name__} shares its layers: {shared or [stack_name]} run more than once in a forward pass, so there is no depth "
+            "for a progression to follow, and one weight would be frozen for several depths at once. Models with shared layers "
+            "(ALBERT with num_hidden_layers > num_hidden_groups) are not supported"
+        )
+    plan: dict[str, dict[str, Any]] = {}
+    if config.binary_word_embeddings:
+        plan.update(_plan_embedding(model))
+    for layer_name, layer in stack.items():
+        plan.update(_plan_layer(layer_name, layer, config, trace))
+    if not any(entry["kind"] == "linear" for entry in plan.values()):
+        raise ValueError(
+            f"nothing to binarize in {type(model).__name__}: every linear layer of {stack_name} matches modules_to_not_convert="
+            f"{config.modules_to_not_convert}"
+        )
+    _check_not_tied(model, plan)
+    return plan
+
+
+def _plan_embedding(model: nn.Module) -> dict[str, dict[str, Any]]:
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    name = next((name for name, module in model.named_modules() if module is embedding), None)
+    if name is None or type(embedding) is not nn.Embedding:
+        raise ValueError(
+            f"binary_word_embeddings: the input embeddings of {type(model).__name__} are {type(embedding).__name__}, not nn.Embedding; "
+            "set binary_word_embeddings=False"
+        )
+    return {name: {"kind": "embedding", "unit": name}}
+
+
+def _plan_layer(
+    layer_name: str, layer: nn.Module, config: StoMPPConfig, trace: _Trace
+) -> dict[str, dict[str, Any]]:
+    linears = {
+        name: module
+        for name, module in layer.named_modules(prefix=layer_name)
+        if type(module) is nn.Linear and not is_excluded(name, config.modules_to_not_convert)
+    }
+    # Execution order is depth order; what did not run in this pass comes last.
+    names = [name for name in trace.reads if name in linears] + [name for name in linears if name not in trace.reads]
+    if not names:
+        return {}
+    if config.unit == "layer":
+        units = dict.fromkeys(names, layer_name)
+    elif config.unit == "sublayer":
+        units = _sublayer_units(layer_name, names)
+    else:
+        units = {name: name for name in names}
+    plan: dict[str, dict[str, Any]] = {}
+    for name in names:
+        source = None if config.mode == "bwn" else _input_of(name, plan, linears, trace)
+        if source is not None and source not in plan and source != name:
+            plan[source] = {"kind": "activation", "unit": units[name]}
+        plan[name] = {"kind": "linear", "unit": units[name], "input": source, "bias": linears[name].bias is not None}
+    return plan
+
+
+def _input_of(name: str, plan: dict[str, dict[str, Any]], linears: dict[str, nn.Module], trace: _Trace) -> str:
+    tensor = trace.reads.get(name)
+    if tensor is None:
+        return name
+    for function, outputs in trace.outputs.items():
+        was_dropped = any(tensor is dropped for dropped in trace.dropped)
+        if len(outputs) == 1 and outputs[0] is tensor and not was_dropped:
+            return function
+    for other, entry in plan.items():
+        if entry["kind"] == "linear" and entry["input"] == other and trace.reads.get(other) is tensor:
+            return other
+    return name
+
+
+def _check_not_tied(model: nn.Module, plan: dict[str, dict[str, Any]]) -> None:
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, entry in plan.items():
+        if entry["kind"] == "activation":
+            continue
+        aliases = [other for other in names[id(parameters[f"{name}.weight"])] if other != f"{name}.weight"]
+        if aliases:
+            what = (
+                "set binary_word_embeddings=False"
+                if entry["kind"] == "embedding"
+                else f"add {name!r} to modules_to_not_convert"
+            )
+            raise ValueError(f"{name}.weight is tied to {aliases}; a tied weight is never binarized: {what}")

@@ -1,0 +1,421 @@
+"""`StoMPPTrainer`: the Transformers Trainer with a progression."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState, ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from .binarization import config_of
+from .integrity import checkpoint_files, tensor_digest, verify_files
+from .nn import MaskedBinaryActivation, MaskedBinaryModule
+from .nn.mask import mask_generator
+from .packing import pack
+from .patching import fully_binary, masked_modules, packed_modules, unit_modules
+from .progression import Progression, plan_progression
+from .training_args import StoMPPTrainingArguments
+
+
+ACTIVATION_PARAMETERS = ("scale", "shift", "threshold")
+
+
+def advance(model: nn.Module, progression: Progression, step: int) -> list[str]:
+    """
+    Brings every mask from the step before to `step`, in place.
+
+    A function of its arguments and of the masks as the step before left them. Committed units are not touched.
+
+    Args:
+        model (`PreTrainedModel`): after [`binarize`].
+        progression (`Progression`).
+        step (`int`): 0-based optimizer step that is about to be taken.
+
+    Returns:
+        `list[str]`: the units whose window begins or ends with this step.
+    """
+    boundaries = []
+    for index, (unit, modules) in enumerate(unit_modules(model, config_of(model)).items()):
+        previous = progression.fraction(index, step - 1) if step else 0.0
+        fraction = progression.fraction(index, step)
+        if fraction == 0.0 or all(module.committed for module in modules.values()):
+            continue
+        for name, module in modules.items():
+            tensor = f"{name}.freeze_mask"
+            generator = mask_generator(progression.seed, unit, tensor, step)
+            module.advance(previous, fraction, progression.refresh_period, generator)
+        if previous == 0.0 or fraction == 1.0:
+            boundaries.append(unit)
+    return boundaries
+
+
+@torch.no_grad()
+def initialize_activations(
+    model: nn.Module, inputs: dict[str, Any], reduce: Callable[[Tensor], Tensor] | None = None
+) -> None:
+    """
+    Initialises scale, shift and threshold of every binary activation that has none yet, from one batch of the float network.
+
+    Args:
+        model (`PreTrainedModel`): after [`binarize`].
+        inputs (`dict[str, Any]`): arguments of its forward.
+        reduce (`Callable`, *optional*): sums a statistic over the ranks of a distributed run.
+    """
+    waiting = [m for m in masked_modules(model).values() if isinstance(m, MaskedBinaryActivation) and not m.initialized]
+    if not waiting:
+        return
+
+    def hook(module: MaskedBinaryActivation, args: tuple[Tensor, ...]) -> None:
+        # A layer that several readers share is called several times; the first call counts.
+        if not module.initialized:
+            module.initialize(args[0], *(() if reduce is None else (reduce,)))
+
+    was_training = model.training
+    with ExitStack() as hooks:
+        for module in waiting:
+            hooks.callback(module.register_forward_pre_hook(hook).remove)
+        model.eval()
+        try:
+            model(**inputs)
+        finally:
+            model.train(was_training)
+
+
+class ProgressionCallback(TrainerCallback, ExportableState):
+    """Advances the progression once per optimizer step, and keeps frozen latent weights where they are."""
+
+    def __init__(self, trainer: StoMPPTrainer) -> None:
+        self.trainer = trainer
+        self.progression: Progression | None = None
+        self._held: list[tuple[MaskedBinaryModule, Tensor]] = []
+
+    def state(self) -> dict[str, Any]:
+        attributes = {} if self.progression is None else {"progression": self.progression.to_dict()}
+        return {"args": {}, "attributes": attributes}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.progression = self.trainer.plan(state.max_steps)
+        if state.global_step == 0:
+            # auto_find_batch_size starts again with the masks of the attempt that failed.
+            for module in masked_modules(self.trainer.model).values():
+                module.reset()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self.progression is not None
+        boundaries = advance(self.trainer.model, self.progression, state.global_step)
+        if boundaries:
+            self.trainer.check_same_masks(boundaries)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if config_of(self.trainer.model).surrogate != "none":
+            return
+        # Momentum and weight decay move an entry whose gradient is 0.
+        modules = masked_modules(self.trainer.model).values()
+        self._held = [(m, m.weight.detach().clone()) for m in modules if hasattr(m, "weight") and m.freeze_mask.any()]
+
+    @torch.no_grad()
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for module, weight in self._held:
+            module.weight.copy_(torch.where(module.freeze_mask, weight, module.weight))
+        self._held = []
+
+
+class UnitProgressCallback(ProgressCallback):
+    """The Trainer's progress bar, with the unit in transition behind it."""
+
+    def __init__(self, progression_callback: ProgressionCallback, max_str_len: int = 100) -> None:
+        super().__init__(max_str_len)
+        self.progression_callback = progression_callback
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        progression = self.progression_callback.progression
+        if self.training_bar is not None and progression is not None:
+            step = state.global_step - 1
+            unit = progression.unit_in_transition(step)
+            if unit is not None:
+                text = f"{progression.units[unit]} {progression.fraction(unit, step):.0%} frozen"
+            else:
+                text = "fully binary" if step >= progression.committed_step else ""
+            self.training_bar.set_postfix_str(text, refresh=False)
+        super().on_step_end(args, state, control, **kwargs)
+
+
+class StoMPPTrainer(Trainer):
+    """
+    Trains a binarized model: once per optimizer step the masks advance, and everything that is reported is the fully binary
+    network.
+
+    Takes the arguments of [`~transformers.Trainer`], with `args` a [`StoMPPTrainingArguments`] and a model from [`binarize`]. A packed
+    model is accepted for `evaluate` and `predict`.
+
+    - `evaluate` reports `eval_*` of the fully binary network, and until it is committed `eval_mixed_*` of the network in training.
+    - no checkpoint from before the network is committed counts as the best, so early stopping waits for that too.
+    - logs carry `frozen_fraction` (share of all binary entries) and `frozen_fraction/<unit>`.
+
+    Raises:
+        ValueError: the model is not binarized, or the run would use nn.DataParallel, FSDP or DeepSpeed.
+    """
+
+    # BERT's classification loss ignores num_items_in_batch, and Trainer would not divide by the accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False
+        self._refuse_unsupported()
+        config_of(self.model)
+        self.progression_callback = ProgressionCallback(self)
+        self.add_callback(self.progression_callback)
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(UnitProgressCallback(self.progression_callback))
+        self._saved_progression: dict[str, Any] | None = None
+
+    def _refuse_unsupported(self) -> None:
+        if not isinstance(self.args, StoMPPTrainingArguments):
+            raise ValueError(f"StoMPPTrainer takes args=StoMPPTrainingArguments(...), got {type(self.args).__name__}")
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "StoMPPTrainer does not run under FSDP or DeepSpeed: they flatten or shard the weights that the masks belong to. Use "
+                "DistributedDataParallel: accelerate launch --multi_gpu"
+            )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"StoMPPTrainer does not run under nn.DataParallel ({self.args.n_gpu} GPUs are visible): its replicas lose what "
+                "the first batch initialises. Use accelerate launch, or CUDA_VISIBLE_DEVICES=0"
+            )
+
+    def plan(self, total_steps: int) -> Progression:
+        """
+        The progression of this run.
+
+        Args:
+            total_steps (`int`): optimizer steps.
+
+        Raises:
+            ValueError: the schedule cannot finish, nothing would be trained, or a resumed run has another progression.
+        """
+        args = self.args
+        config = config_of(self.model)
+        if args.progression_schedule == "immediate" and config.surrogate == "none" and args.progression_warmup == 0:
+            raise ValueError(
+                "progression_schedule='immediate' with surrogate='none' freezes every weight before the first step and passes no "
+                "gradient: nothing in the encoder would be trained. For vanilla STE use StoMPPConfig(surrogate='ste')"
+            )
+        progression = plan_progression(
+            config.units,
+            total_steps,
+            order=args.progression_order,
+            schedule=args.progression_schedule,
+            warmup=args.progression_warmup,
+            tail=args.progression_tail,
+            overlap=args.progression_overlap,
+            refresh_period=args.refresh_period,
+            seed=args.seed if args.mask_seed is None else args.mask_seed,
+        )
+        if self._saved_progression is not None:
+            changes = progression.difference(self._saved_progression)
+            if changes:
+                raise ValueError(
+                    "this run resumes a checkpoint with another progression; resume with the settings it was started with, or start "
+                    "anew in another output_dir. Saved -> now: " + "; ".join(changes)
+                )
+        return progression
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if packed_modules(self.model):
+            raise ValueError("a packed model cannot be trained, only evaluated; train the latent model, or unpack(model)")
+        self._check_dataset()
+        self._saved_progression = None
+        return super().train(*args, **kwargs)
+
+    def _check_dataset(self) -> None:
+        """
+        Checks the training set before the first step.
+
+        Raises:
+            ValueError: it is empty, or a label is out of range.
+        """
+        dataset: Any = self.train_dataset
+        if dataset is not None and hasattr(dataset, "__len__") and len(dataset) == 0:
+            raise ValueError("train_dataset is empty: check max_train_samples and whatever filters the data")
+        columns = getattr(dataset, "column_names", None) or []
+        column = next((name for name in ("labels", "label") if name in columns), None)
+        classes = getattr(self.model.config, "num_labels", None)
+        regression = classes == 1 or getattr(self.model.config, "problem_type", None) not in (
+            None,
+            "single_label_classification",
+        )
+        if column is None or classes is None or regression:
+            return
+        labels = torch.as_tensor(dataset[column][:])
+        bad = ((labels < 0) | (labels >= classes)) & (labels != -100)
+        if labels.dim() == 1 and bool(bad.any()):
+            row = int(bad.nonzero()[0])
+            raise ValueError(
+                f"label out of range: row {row} of train_dataset has {column}={labels[row].item()}, the model has {classes} classes (0 to "
+                f"{classes - 1}); pass num_labels to from_pretrained or correct the data"
+            )
+
+    # --- masks -----------------------------------------------------------------------------------------------------
+
+    def check_same_masks(self, units: list[str]) -> None:
+        """
+        Checks that every rank holds the same masks of some units.
+
+        Raises:
+            RuntimeError: they differ.
+        """
+        if self.args.world_size == 1:
+            return
+        modules = unit_modules(self.model, config_of(self.model))
+        digests = "".join(tensor_digest(m.freeze_mask) for unit in units for m in modules[unit].values())
+        mine = torch.tensor(list(digests.encode()), dtype=torch.uint8, device=self.args.device)
+        everyone = self.accelerator.gather(mine.unsqueeze(0))
+        if not bool((everyone == mine).all()):
+            raise RuntimeError(f"the ranks hold different freeze masks of {units}: check that all were started with the same seed")
+
+    def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        # Each rank draws its own equal masks; broadcasting them would send a byte a weight before every forward pass.
+        names = [f"{name}.freeze_mask" for name in masked_modules(self.model)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, names)
+        return super()._wrap_model(model, *args, **kwargs)
+
+    def _initialize_activations(self, inputs: dict[str, Any]) -> None:
+        def reduce(statistic: Tensor) -> Tensor:
+            return self.accelerator.reduce(statistic, reduction="sum")
+
+        with self.compute_loss_context_manager():
+            initialize_activations(self.model, self._prepare_inputs(inputs), reduce)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        if self.state.global_step == 0:
+            self._initialize_activations(inputs)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        names = super().get_decay_parameter_names(model)
+        ours = {
+            f"{name}.{parameter}"
+            for name, module in masked_modules(model).items()
+            if isinstance(module, MaskedBinaryActivation)
+            for parameter in ACTIVATION_PARAMETERS
+        }
+        return [name for name in names if name not in ours]
+
+    # --- evaluation ------------------------------------------------------------------------------------------------
+
+    @property
+    def is_committed(self) -> bool:
+        """Whether every mask is full (a packed model's are)."""
+        return all(module.committed for module in masked_modules(self.model).values())
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        self._initialize_from(dataloader)
+        with fully_binary(self.model):
+            return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    def _initialize_from(self, dataloader: Any) -> None:
+        modules = masked_modules(self.model).values()
+        if any(isinstance(m, MaskedBinaryActivation) and not m.initialized for m in modules):
+            self._initialize_activations(next(iter(dataloader)))
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if self.is_committed or not self.args.eval_mixed or isinstance(dataset, dict):
+            return metrics
+        # Past the override above: the network as it is in training.
+        mixed = super().evaluation_loop(
+            self.get_eval_dataloader(eval_dataset),
+            description="Evaluation (mixed)",
+            prediction_loss_only=True if self.compute_metrics is None else None,
+            ignore_keys=ignore_keys,
+            metric_key_prefix=f"{metric_key_prefix}_mixed",
+        )
+        self.log(dict(mixed.metrics))
+        return metrics | mixed.metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        return self.is_committed and super()._determine_best_metric(metrics, trial)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self._frozen_fractions()
+        super().log(logs, start_time)
+
+    def _frozen_fractions(self) -> dict[str, float]:
+        fractions: dict[str, float] = {}
+        frozen, entries = 0, 0
+        for unit, modules in unit_modules(self.model, config_of(self.model)).items():
+            sizes = [m.freeze_mask.numel() for m in modules.values()]
+            counts = [n if m.committed else int(m.freeze_mask.sum()) for n, m in zip(sizes, modules.values(), strict=True)]
+            fractions[f"frozen_fraction/{unit}"] = sum(counts) / sum(sizes)
+            frozen, entries = frozen + sum(counts), entries + sum(sizes)
+        return {"frozen_fraction": frozen / entries} | fractions
+
+    # --- checkpoints -----------------------------------------------------------------------------------------------
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._check_checkpoint(Path(resume_from_checkpoint))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _check_checkpoint(self, folder: Path) -> None:
+        """
+        Checks a checkpoint before anything is loaded from it.
+
+        Raises:
+            ValueError: it is damaged, incomplete, of another config, or was not written by this Trainer.
+        """
+        names = verify_files(checkpoint_files(folder))
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
+        missing = [name for name in self.model.state_dict() if name not in names and name not in tied]
+        if missing:
+            raise ValueError(f"{folder}: the checkpoint lacks {len(missing)} tensors, the first of them {missing[0]!r}; use another one")
+        saved = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
+        mine = json.loads(config_of(self.model).to_json_string())
+        changed = sorted(name for name in mine if mine[name] != saved.get(name))
+        if changed:
+            raise ValueError(
+                f"{folder}: the checkpoint was trained with another StoMPPConfig; resume with the one it was started with. Fields that "
+                "differ, saved -> now: " + "; ".join(f"{name}: {saved.get(name)!r} -> {mine[name]!r}" for name in changed)
+            )
+        state = json.loads((folder / "trainer_state.json").read_text())
+        callback = state.get("stateful_callbacks", {}).get(ProgressionCallback.__name__, {})
+        self._saved_progression = callback.get("attributes", {}).get("progression")
+        if self._saved_progression is None:
+            raise ValueError(f"{folder}/trainer_state.json holds no progression: the checkpoint was not written by StoMPPTrainer")
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Pushes the packed model. Arguments as in [`~transformers.Trainer.push_to_hub`].
+
+        Raises:
+            ValueError: the model is not committed.
+        """
+        latent = self.model
+        if not packed_modules(latent):
+            self.model = pack(latent)
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        finally:
+            self.model = latent
