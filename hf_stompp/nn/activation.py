@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .functional import LEVELS, masked_binary_activation, sign
+from .functional import LEVELS, masked_binary_activation, plus_minus_one
 from .module import MaskedBinaryModule
 
 
@@ -92,11 +92,11 @@ class MaskedBinaryActivation(MaskedBinaryModule):
 
     def signs(self, input: Tensor) -> Tensor:
         """+-1 for each pre-activation, in the dtype of `input`, of shape `(..., features)`."""
-        return torch.where(input >= self.threshold, 1.0, -1.0).to(input.dtype)
+        return plus_minus_one(input >= self.threshold, input.dtype)
 
     def signs_of_levels(self, output: Tensor) -> Tensor:
         """+-1 for each level this module has put out, in the dtype of `output`, of shape `(..., features)`."""
-        return sign(output - self.two_levels()[0]).to(output.dtype)
+        return plus_minus_one(output >= self.two_levels()[0], output.dtype)
 
     @torch.no_grad()
     def initialize(self, input: Tensor, reduce: Callable[[Tensor], Tensor] = _identity) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import binary_linear, packed_bytes, unpack_signs
+from .functional import plus_minus_one
 
 
 class PackedBinaryActivation(nn.Module):
@@ -31,7 +32,7 @@ class PackedBinaryActivation(nn.Module):
         self.register_buffer("threshold", torch.zeros(features, dtype=torch.float32, device=device))
 
     def forward(self, input: Tensor) -> Tensor:
-        return torch.where(input >= self.threshold, 1.0, -1.0).to(input.dtype)
+        return plus_minus_one(input >= self.threshold, input.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.features}"

@@ -1,0 +1,388 @@
+"""Reads and checks the data of `run_glue.py`: GLUE from the Hub, GLUE from a local tree, or files of one's own."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas
+from datasets import ClassLabel, Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
+
+
+logger = logging.getLogger(__name__)
+
+HUB_DATASET = "nyu-mll/glue"
+LABEL_COLUMN = "label"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a GLUE task is made of: its one or two text columns, and the names of its classes in the order of ids."""
+
+    text_columns: tuple[str, ...]
+    label_names: tuple[str, ...] | None = None  # None: a regression
+
+
+TASKS = {
+    "cola": Task(("sentence",), ("unacceptable", "acceptable")),
+    "mnli": Task(("premise", "hypothesis"), ("entailment", "neutral", "contradiction")),
+    "mrpc": Task(("sentence1", "sentence2"), ("not_equivalent", "equivalent")),
+    "qnli": Task(("question", "sentence"), ("entailment", "not_entailment")),
+    "qqp": Task(("question1", "question2"), ("not_duplicate", "duplicate")),
+    "rte": Task(("sentence1", "sentence2"), ("entailment", "not_entailment")),
+    "sst2": Task(("sentence",), ("negative", "positive")),
+    "stsb": Task(("sentence1", "sentence2")),
+    "wnli": Task(("sentence1", "sentence2"), ("not_entailment", "entailment")),
+}
+
+# MNLI alone names its development and test sets after the genres they hold.
+SPLIT_NAMES = {
+    "train": ("train",),
+    "validation": ("validation", "validation_matched"),
+    "validation_mismatched": ("validation_mismatched",),
+    "test": ("test", "test_matched"),
+    "test_mismatched": ("test_mismatched",),
+}
+
+FILE_READERS = {
+    # Without keep_default_na=False a sentence that reads "NA" or "null" would be taken for a missing one.
+    ".csv": ("csv", {"keep_default_na": False}),
+    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t", "quoting": 3}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".parquet": ("parquet", {}),
+}
+
+
+@dataclass
+class GlueData:
+    """
+    The examples of a run, read and checked.
+
+    Attributes:
+        splits (`dict[str, Dataset]`):
+            `train`, `validation`, `validation_mismatched`, `test`, `test_mismatched`, as far as they were asked for
+            and exist. The `label` column holds class ids from 0, or scores; test splits have none.
+        text_columns (`tuple[str, ...]`):
+            The one or two columns that are fed to the tokenizer.
+        label_names (`list[str]` or `None`):
+            Names of the classes in the order of their ids, `None` for a regression.
+    """
+
+    splits: dict[str, Dataset]
+    text_columns: tuple[str, ...]
+    label_names: list[str] | None
+
+    @property
+    def is_regression(self) -> bool:
+        return self.label_names is None
+
+    @property
+    def num_labels(self) -> int:
+        return 1 if self.label_names is None else len(self.label_names)
+
+
+def read_glue_task(
+    task_name: str,
+    splits: list[str],
+    dataset_dir: str | None = None,
+    dataset_subdir: str | None = None,
+    cache_dir: str | None = None,
+) -> GlueData:
+    """
+    Read a GLUE task from a local tree of Parquet files, or from the Hub where no tree is given.
+
+    Args:
+        task_name (`str`): A key of `TASKS`.
+        splits (`list[str]`): Which of `train`, `validation` and `test` are needed.
+        dataset_dir (`str`, *optional*): A folder that holds `<task>/<split>.parquet`, or the Hub's layout
+            `<task>/<split>-*.parquet`.
+        dataset_subdir (`str`, *optional*): The name of the task's folder, where it is not that of the task.
+        cache_dir (`str`, *optional*): Where `datasets` keeps what it downloads and converts.
+
+    Raises:
+        `FileNotFoundError`: a folder or a needed split is missing.
+        `ValueError`: a column is missing, a label is out of range, or nothing is left of a split.
+        `ConnectionError`: the Hub cannot be reached.
+    """
+    task = TASKS[task_name]
+    if dataset_dir is None:
+        found = read_from_hub(task_name, splits, cache_dir)
+    else:
+        found = read_from_tree(Path(dataset_dir) / (dataset_subdir or task_name), splits, cache_dir)
+    label_names = None if task.label_names is None else list(task.label_names)
+    ready = {}
+    for name, (dataset, source) in found.items():
+        has_labels = not name.startswith("test")
+        check_columns(dataset, source, task.text_columns, has_labels)
+        dataset = drop_incomplete(dataset, source, task.text_columns, has_labels)
+        if has_labels:
+            check_task_labels(dataset, source, label_names)
+        ready[name] = dataset
+    return GlueData(ready, task.text_columns, label_names)
+
+
+def read_from_tree(folder: Path, splits: list[str], cache_dir: str | None) -> dict[str, tuple[Dataset, str]]:
+    """Read the wanted splits, with their mismatched halves where they exist, from the Parquet files of one folder."""
+    if not folder.is_dir():
+        beside = sorted(path.name for path in folder.parent.glob("*") if path.is_dir())
+        raise FileNotFoundError(
+            f"There is no folder {folder}. {folder.parent} holds: {', '.join(beside) or 'no folders'}. Point "
+            "--dataset_dir to the folder that holds one folder a task, and name the task's folder by "
+            "--dataset_subdir where it differs from --task_name."
+        )
+    found = {}
+    for split in splits:
+        for name in (split, f"{split}_mismatched"):
+            files = split_files(folder, name)
+            if files:
+                source = files[0] if len(files) == 1 else f"{folder} ({name})"
+                found[name] = (load_files("parquet", files, source, cache_dir), source)
+        if split not in found:
+            present = sorted(path.name for path in folder.glob("*.parquet"))
+            raise FileNotFoundError(
+                f"{folder} has no {split}.parquet (nor {split}-*.parquet), it holds: {', '.join(present) or 'none'}. "
+                f"Add the file, or leave out {'--do_' + {'train': 'train', 'test': 'predict'}.get(split, 'eval')}."
+            )
+    return found
+
+
+def split_files(folder: Path, split: str) -> list[str]:
+    """Paths of the Parquet files of one split, in either of the two layouts, in order."""
+    for name in SPLIT_NAMES.get(split, ()):
+        files = sorted(folder.glob(f"{name}.parquet")) or sorted(folder.glob(f"{name}-*.parquet"))
+        if files:
+            return [str(path) for path in files]
+    return []
+
+
+def read_from_hub(task_name: str, splits: list[str], cache_dir: str | None) -> dict[str, tuple[Dataset, str]]:
+    """Download a task (or take it from the cache) and give its splits this script's names."""
+    try:
+        downloaded = load_dataset(HUB_DATASET, task_name, cache_dir=cache_dir)
+    except (ConnectionError, FileNotFoundError) as error:
+        raise ConnectionError(
+            f"The task {task_name} of {HUB_DATASET} is not in the cache and could not be downloaded: {error}. "
+            "Connect, or read a local copy by --dataset_dir."
+        ) from error
+    found = {}
+    for split in splits:
+        for name in (split, f"{split}_mismatched"):
+            for hub_name in SPLIT_NAMES.get(name, ()):
+                if hub_name in downloaded:
+                    found[name] = (downloaded[hub_name], f"{HUB_DATASET} ({task_name}, {hub_name})")
+    return found
+
+
+def read_own_files(
+    files: dict[str, str], label_names: list[str] | None = None, cache_dir: str | None = None
+) -> GlueData:
+    """
+    Read files of one's own.
+
+    The text is that of the column `sentence`, of `sentence1` and `sentence2`, or of the first one or two text columns
+    besides `label`. Labels with a decimal point make it a regression; any others are classes, numbered in the order
+    of their names.
+
+    Args:
+        files (`dict[str, str]`): A csv, tsv, json, jsonl or Parquet file for each of `train`, `validation` and `test`
+            that is needed.
+        label_names (`list[str]`, *optional*): Names of the classes a trained model knows, where nothing is trained.
+            Those of the training file otherwise.
+        cache_dir (`str`, *optional*): Where `datasets` keeps what it converts.
+
+    Raises:
+        `FileNotFoundError`: a file is missing.
+        `ValueError`: a file's kind is unknown, a column is missing, a label was not seen in training or is negative,
+            or nothing is left of a split.
+    """
+    ready: dict[str, Dataset] = {}
+    text_columns: tuple[str, ...] = ()
+    is_regression = False
+    for position, (name, file) in enumerate(files.items()):
+        has_labels = name != "test"
+        dataset = read_file(file, cache_dir)
+        if position == 0:
+            text_columns = find_text_columns(dataset, file)
+        check_columns(dataset, file, text_columns, has_labels)
+        dataset = drop_incomplete(dataset, file, text_columns, has_labels)
+        if has_labels:
+            dataset = with_numeric_labels(dataset)
+            if not ready:
+                is_regression = dataset.features[LABEL_COLUMN].dtype.startswith("float")
+                label_names = None if is_regression else label_names or classes_of(dataset, file)
+            check_one_kind_of_label(dataset, file, is_regression)
+            dataset = dataset if is_regression else with_class_ids(dataset, file, label_names)
+        ready[name] = dataset
+    if not is_regression and label_names is None:
+        raise ValueError("No file has labels, so the number of classes is unknown. Give --validation_file too.")
+    return GlueData(ready, text_columns, label_names)
+
+
+def read_file(file: str, cache_dir: str | None) -> Dataset:
+    """Read one file by the reader its extension names."""
+    path = Path(file)
+    if path.suffix not in FILE_READERS:
+        raise ValueError(f"{file} is not of a known kind. Give a file that ends in {', '.join(FILE_READERS)}.")
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {file}. Check --train_file, --validation_file and --test_file.")
+    reader, options = FILE_READERS[path.suffix]
+    return load_files(reader, [file], file, cache_dir, **options)
+
+
+def load_files(reader: str, files: list[str], source: str, cache_dir: str | None, **options: Any) -> Dataset:
+    """Read files of one split by a reader of `datasets`, whose own errors do not name the file."""
+    try:
+        return load_dataset(reader, data_files=files, split="train", cache_dir=cache_dir, **options)
+    except (ValueError, DatasetGenerationError) as error:
+        raise ValueError(
+            f"{source} holds no examples, or is no valid {reader} file: {error.__cause__ or error}. Check the file."
+        ) from error
+
+
+def find_text_columns(dataset: Dataset, source: str) -> tuple[str, ...]:
+    """The one or two columns of a file that hold its text."""
+    if "sentence" in dataset.column_names:
+        return ("sentence",)
+    if {"sentence1", "sentence2"} <= set(dataset.column_names):
+        return ("sentence1", "sentence2")
+    strings = [name for name in dataset.column_names if name != LABEL_COLUMN and is_text(dataset, name)]
+    if not strings:
+        raise ValueError(missing_columns_message(source, dataset.column_names, ["sentence"]))
+    return tuple(strings[:2])
+
+
+def is_text(dataset: Dataset, column: str) -> bool:
+    return getattr(dataset.features[column], "dtype", None) in ("string", "large_string")
+
+
+def check_columns(dataset: Dataset, source: str, text_columns: tuple[str, ...], has_labels: bool) -> None:
+    """Refuse a data set that lacks a column."""
+    wanted = [*text_columns, LABEL_COLUMN] if has_labels else list(text_columns)
+    missing = [name for name in wanted if name not in dataset.column_names]
+    if missing:
+        raise ValueError(missing_columns_message(source, dataset.column_names, missing))
+    for name in text_columns:
+        # An empty file has no types, and gets its own message later.
+        if dataset.num_rows and not is_text(dataset, name):
+            raise ValueError(f"{source}: the column {name} should hold text, it holds {dataset.features[name]}.")
+
+
+def missing_columns_message(source: str, found: list[str], missing: list[str]) -> str:
+    return (
+        f"{source} lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}. Columns found: "
+        f"{', '.join(found) or 'none'}. Wanted: `{LABEL_COLUMN}` (not for a test file) and the text, in `sentence`, "
+        "in `sentence1` and `sentence2`, in the columns of the GLUE task, or in any one or two columns that every "
+        "file has. Rename the columns in the file; a csv file starts with a line of column names."
+    )
+
+
+def drop_incomplete(dataset: Dataset, source: str, text_columns: tuple[str, ...], has_labels: bool) -> Dataset:
+    """
+    Leave out the examples that have no text or no label, and say how many.
+
+    Test examples all stay, without labels: predictions are matched to them by position.
+
+    Raises:
+        `ValueError`: if no example is left.
+    """
+    if has_labels:
+        columns = [*text_columns, LABEL_COLUMN]
+        complete = [
+            index
+            for index, values in enumerate(zip(*(dataset[name] for name in columns), strict=True))
+            if all(value is not None and value != "" for value in values)
+        ]
+        if 0 < len(complete) < dataset.num_rows:
+            logger.warning(
+                "%s: %d of %d examples lack a text or a label and are left out.",
+                source,
+                dataset.num_rows - len(complete),
+                dataset.num_rows,
+            )
+        total = dataset.num_rows
+        dataset = dataset.select(complete) if len(complete) < total else dataset
+        if dataset.num_rows == 0:
+            raise ValueError(f"{source} has no example with both a text and a label, of {total}. Check the file.")
+    else:
+        dataset = dataset.remove_columns([LABEL_COLUMN]) if LABEL_COLUMN in dataset.column_names else dataset
+        if dataset.num_rows == 0:
+            raise ValueError(f"{source} holds no examples. Check the file.")
+    return dataset
+
+
+def check_task_labels(dataset: Dataset, source: str, label_names: list[str] | None) -> None:
+    """Refuse labels that a GLUE task does not have."""
+    for row, label in enumerate(dataset[LABEL_COLUMN]):
+        if label_names is None and not 0.0 <= label <= 5.0:
+            raise ValueError(f"{source}: the score {label} of row {row} is out of range; it should be from 0 to 5.")
+        if label_names is not None and label not in range(len(label_names)):
+            raise ValueError(
+                f"{source}: the label {label} of row {row} is out of range; it should be one of "
+                f"{', '.join(f'{index} ({name})' for index, name in enumerate(label_names))}. A label of -1 marks a "
+                "hidden label: such a file can only be predicted."
+            )
+
+
+def with_numeric_labels(dataset: Dataset) -> Dataset:
+    """Turn labels that are numbers written as text into numbers: a csv column with an empty cell is read as text."""
+    feature = dataset.features[LABEL_COLUMN]
+    if isinstance(feature, ClassLabel) or not is_text(dataset, LABEL_COLUMN):
+        return dataset
+    try:
+        numbers = pandas.to_numeric(pandas.Series(dataset[LABEL_COLUMN][:]))
+    except ValueError:
+        return dataset
+    return dataset.remove_columns([LABEL_COLUMN]).add_column(LABEL_COLUMN, numbers.to_numpy())
+
+
+def classes_of(dataset: Dataset, source: str) -> list[str]:
+    """Names of the classes in a labelled data set, in order."""
+    feature = dataset.features[LABEL_COLUMN]
+    if isinstance(feature, ClassLabel):
+        return list(feature.names)
+    labels = sorted(set(dataset[LABEL_COLUMN]))
+    if feature.dtype.startswith("int") and labels[0] < 0:
+        raise ValueError(
+            f"{source}: the label {labels[0]} is out of range; class ids start from 0, and -1 marks a hidden label. "
+            "Remove the rows that have none."
+        )
+    if len(labels) < 2:
+        raise ValueError(f"{source}: every label is {labels[0]!r}. At least two classes are needed.")
+    return [str(label) for label in labels]
+
+
+def check_one_kind_of_label(dataset: Dataset, source: str, is_regression: bool) -> None:
+    """Refuse scores where the first file has classes, classes where it has scores, and scores that are no numbers."""
+    feature = dataset.features[LABEL_COLUMN]
+    is_class = isinstance(feature, ClassLabel)
+    if is_class or not is_regression:
+        if is_regression or feature.dtype.startswith("float"):
+            raise ValueError(
+                f"{source}: labels with a decimal point are scores, those without are classes, and the files do not "
+                "agree. Write all labels in the same way."
+            )
+        return
+    for row, label in enumerate(dataset[LABEL_COLUMN]):
+        if not math.isfinite(label):
+            raise ValueError(f"{source}: the score {label} of row {row} is not a finite number.")
+
+
+def with_class_ids(dataset: Dataset, source: str, label_names: list[str]) -> Dataset:
+    """Replace the labels by class ids from 0."""
+    feature = dataset.features[LABEL_COLUMN]
+    ids = {name: index for index, name in enumerate(label_names)}
+    numbers = []
+    for row, label in enumerate(dataset[LABEL_COLUMN]):
+        name = feature.int2str(label) if isinstance(feature, ClassLabel) else str(label)
+        if name not in ids:
+            raise ValueError(
+                f"{source}: the label {name!r} of row {row} is out of range; the known labels are "
+                f"{', '.join(label_names)}. Add examples of it to the training file, or remove the row."
+            )
+        numbers.append(ids[name])
+    return dataset.remove_columns([LABEL_COLUMN]).add_column(LABEL_COLUMN, numbers)
