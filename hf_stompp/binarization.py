@@ -30,7 +30,8 @@ def config_of(model: nn.Module) -> StoMPPConfig:
 
 def binarize(model: Model, config: StoMPPConfig | None = None, example_inputs: dict[str, Any] | None = None) -> Model:
     """
-    Makes a float encoder trainable into a binary one: replaces its linear layers and activations by masked ones, in place.
+    Makes a float encoder trainable into a binary one: replaces its linear layers and activations by masked ones, in
+    place.
 
     With no mask entry frozen, the model computes what it computed before, up to clipping at `weight_clip` and
     `activation_clip` times the scales.
@@ -38,14 +39,16 @@ def binarize(model: Model, config: StoMPPConfig | None = None, example_inputs: d
     Args:
         model (`PreTrainedModel`): a float model with a stack of encoder layers.
         config (`StoMPPConfig`, *optional*): what to binarize and how; copied. The defaults when not given.
-        example_inputs (`dict[str, Any]`, *optional*): forward arguments for the one pass that finds out which layers read the same
+        example_inputs (`dict[str, Any]`, *optional*): forward arguments for the one pass that finds out which layers
+        read the same
             tensor, for models that take neither token ids nor an image.
 
     Returns:
         `PreTrainedModel`: the same object.
 
     Raises:
-        ValueError: the model is binarized, packed or quantized already, holds NaN or infinity, shares its layers, has no stack of
+        ValueError: the model is binarized, packed or quantized already, holds NaN or infinity, shares its layers, has
+        no stack of
             layers or several, or a weight to binarize is tied.
 
     Example:
@@ -69,7 +72,8 @@ def commit(model: Model) -> Model:
         model (`PreTrainedModel`): after [`binarize`].
 
     Returns:
-        `PreTrainedModel`: the same object. Activation scales that no batch has initialised are initialised by the next one.
+        `PreTrainedModel`: the same object. Activation scales that no batch has initialised are initialised by the next
+        one.
 
     Raises:
         ValueError: the model is not binarized, or packed already.
@@ -84,7 +88,8 @@ def commit(model: Model) -> Model:
 
 def binarization_report(model: nn.Module) -> BinarizationReport:
     """
-    Sizes by unit and in total: modules, binary weights, float weights, bytes before, latent and packed. `print` it for a table.
+    Sizes by unit and in total: modules, binary weights, float weights, bytes before, latent and packed. `print` it for
+    a table.
 
     Args:
         model (`PreTrainedModel`): after [`binarize`] or [`pack`].

@@ -32,33 +32,35 @@ class StoMPPConfig(QuantizationConfigMixin):
     """
     What is binarized and how. Saved in `config.json` as `quantization_config`.
 
-    Sources: "paper" is StoMPP (arXiv 2606.27759), BiT arXiv 2205.13016, BiBERT arXiv 2203.06390, XNOR-Net arXiv 1603.05279.
+    Sources: "paper" is StoMPP (arXiv 2606.27759), BiT arXiv 2205.13016, BiBERT arXiv 2203.06390, XNOR-Net arXiv
+    1603.05279.
 
     Args:
         mode (`str`, *optional*, defaults to `"bnn"`):
             `"bnn"`: binary weights and activations; `"bwn"`: binary weights, float activations (paper).
         surrogate (`str`, *optional*, defaults to `"ste"`):
-            Gradient of the frozen entries: `"none"` (STE-free, exactly 0; paper), `"ste"` (StoMPP+STE, identity; paper) or
-            `"clipped_ste"` (identity within the clip range; BinaryNet).
+            Gradient of the frozen entries: `"none"` (STE-free, exactly 0; paper), `"ste"` (StoMPP+STE, identity;
+            paper) or `"clipped_ste"` (identity within the clip range; BinaryNet).
         weight_scale (`str`, *optional*, defaults to `"row"`):
-            Hard level of a weight: mean |w| of its output `"row"` (XNOR-Net, BiBERT) or of the whole `"tensor"` (BiT), or 1 (`"none"`;
-            paper).
+            Hard level of a weight: mean |w| of its output `"row"` (XNOR-Net, BiBERT) or of the whole `"tensor"` (BiT),
+            or 1 (`"none"`; paper).
         weight_clip (`float`, *optional*, defaults to 3.0):
-            Clip range of the free weights, as a multiple of the weight scale (ours; the paper clips at 1, which destroys a pretrained
-            network before anything is frozen).
+            Clip range of the free weights, as a multiple of the weight scale (ours; the paper clips at 1, which
+            destroys a pretrained network before anything is frozen).
         activation_scale (`str`, *optional*, defaults to `"learned"`):
-            Hard level of an activation, one number a tensor, initialised from the first batch, then `"learned"` (BiT) or `"fixed"`.
+            Hard level of an activation, one number a tensor, initialised from the first batch, then `"learned"` (BiT)
+            or `"fixed"`.
         activation_shift (`str`, *optional*, defaults to `"learned"`):
-            Shift and threshold of a binary activation, one number a feature, initialised from the first batch, then `"learned"` (BiT)
-            or `"fixed"`, or `"none"`: both 0.
+            Shift and threshold of a binary activation, one number a feature, initialised from the first batch, then
+            `"learned"` (BiT) or `"fixed"`, or `"none"`: both 0.
         activation_clip (`float`, *optional*, defaults to 3.0):
             Clip range of the free activations, as a multiple of the activation scale (ours, as for the weights).
         feed_forward_levels (`str`, *optional*, defaults to `"signed"`):
-            Levels behind the feed-forward activation function: `"signed"` = {-a, +a} about the shift, `"zero_one"` = {0, a} (BiT's set
-            for non-negative tensors).
+            Levels behind the feed-forward activation function: `"signed"` = {-a, +a} about the shift, `"zero_one"` =
+            {0, a} (BiT's set for non-negative tensors).
         unit (`str`, *optional*, defaults to `"layer"`):
-            What the progression moves through: encoder `"layer"` (paper), `"sublayer"` (attention, feed-forward) or `"module"` (each
-            linear layer).
+            What the progression moves through: encoder `"layer"` (paper), `"sublayer"` (attention, feed-forward) or
+            `"module"` (each linear layer).
         modules_to_not_convert (`list[str]`, *optional*, defaults to `["embeddings", "pooler", "classifier"]`):
             What to leave float: regular expressions that match whole dot-separated parts of a module's name.
         binary_word_embeddings (`bool`, *optional*, defaults to `False`):
@@ -70,8 +72,9 @@ class StoMPPConfig(QuantizationConfigMixin):
         format_version (`int`, *optional*, defaults to 1):
             Version of the file format. Set by the library.
         modules (`list[dict]`, *optional*):
-            What was replaced, from input to output: `name`, `kind` (`"linear"`, `"activation"`, `"embedding"`), `unit`, and for a linear
-            layer `input`, the module that binarizes its input, and `bias`, whether it has one. Set by [`binarize`].
+            What was replaced, from input to output: `name`, `kind` (`"linear"`, `"activation"`, `"embedding"`),
+            `unit`, and for a linear layer `input`, the module that binarizes its input, and `bias`, whether it has
+            one. Set by [`binarize`].
 
     Raises:
         ValueError: a bad value (the message names the field and what it may be), an unknown field, or a newer format.
@@ -97,7 +100,7 @@ class StoMPPConfig(QuantizationConfigMixin):
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
     ) -> None:
-        self.quant_method = quant_method
+        self.quant_method = quant_method  # type: ignore[assignment]
         self.mode = mode
         self.surrogate = surrogate
         self.weight_scale = weight_scale
@@ -123,11 +126,13 @@ class StoMPPConfig(QuantizationConfigMixin):
             raise ValueError(f"StoMPPConfig.format_version must be a whole number from 1 on, got {version!r}")
         if version > FORMAT_VERSION:
             raise ValueError(
-                f"this model has format version {version}; this hf_stompp reads up to {FORMAT_VERSION}: upgrade hf_stompp"
+                f"this model has format version {version}; this hf_stompp reads up to {FORMAT_VERSION}: upgrade "
+                f"hf_stompp"
             )
         if unknown:
             raise ValueError(
-                f"StoMPPConfig has no field {', '.join(sorted(unknown))}: it may come from a newer hf_stompp (then upgrade) or be "
+                f"StoMPPConfig has no field {', '.join(sorted(unknown))}: it may come from a newer hf_stompp (then "
+                f"upgrade) or be "
                 f"misspelt (fields: {', '.join(sorted(self.__dict__))})"
             )
         if self.quant_method != QUANT_METHOD:
@@ -139,7 +144,8 @@ class StoMPPConfig(QuantizationConfigMixin):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 1:
                 raise ValueError(
-                    f"StoMPPConfig.{field} must be a finite number of at least 1 (a multiple of the scale), got {value!r}"
+                    f"StoMPPConfig.{field} must be a finite number of at least 1 (a multiple of the scale), got "
+                    f"{value!r}"
                 )
         if not isinstance(self.binary_word_embeddings, bool):
             raise ValueError(
@@ -161,13 +167,17 @@ class StoMPPConfig(QuantizationConfigMixin):
             name, unit, source = entry.get("name"), entry.get("unit"), entry.get("input")
             if not isinstance(name, str) or entry.get("kind") not in MODULE_KINDS or not isinstance(unit, str):
                 raise ValueError(
-                    f"StoMPPConfig.modules: an entry must have a name, a kind of {list(MODULE_KINDS)} and the name of a unit, got {entry!r}"
+                    f"StoMPPConfig.modules: an entry must have a name, a kind of {list(MODULE_KINDS)} and the name "
+                    f"of a unit, got {entry!r}"
                 )
             if entry["kind"] == "linear" and not isinstance(entry.get("bias"), bool):
-                raise ValueError(f"StoMPPConfig.modules: bias of {name!r} must be true or false, got {entry.get('bias')!r}")
+                raise ValueError(
+                    f"StoMPPConfig.modules: bias of {name!r} must be true or false, got {entry.get('bias')!r}"
+                )
             if source is not None and kinds.get(source) not in ("linear", "activation"):
                 raise ValueError(
-                    f"StoMPPConfig.modules: input of {name!r} must name a linear layer or an activation of the same list, got {source!r}"
+                    f"StoMPPConfig.modules: input of {name!r} must name a linear layer or an activation of the same "
+                    f"list, got {source!r}"
                 )
 
     @property

@@ -1,8 +1,8 @@
 """
 Checks of checkpoint files: whole, unaltered, complete.
 
-Every tensor that is saved leaves its SHA-256 in the file's safetensors metadata, and a file that has such metadata is checked
-against it before any of it is used. Nothing is ever unpickled.
+Every tensor that is saved leaves its SHA-256 in the file's safetensors metadata, and a file that has such metadata is
+checked against it before any of it is used. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ METADATA_PREFIX = "sha256:"
 def tensor_digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes, hexadecimal."""
     flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(flat.numpy()).hexdigest()
+    return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
 def digests(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
@@ -58,17 +58,20 @@ def verify_files(files: Iterable[str | Path]) -> dict[str, Path]:
         `dict[str, Path]`: tensor name -> the file that holds it.
 
     Raises:
-        ValueError: a file is not safetensors, is cut, or holds a tensor that was altered or a mask that is not boolean; names the
+        ValueError: a file is not safetensors, is cut, or holds a tensor that was altered or a mask that is not
+        boolean; names the
             tensor.
     """
     names: dict[str, Path] = {}
     for file in map(Path, files):
         if file.suffix != ".safetensors":
-            raise ValueError(f"{file}: only safetensors files are read, never pickles; save the model again with save_pretrained")
+            raise ValueError(
+                f"{file}: only safetensors files are read, never pickles; save the model again with save_pretrained"
+            )
         try:
             with safe_open(file, framework="pt") as handle:
                 metadata = handle.metadata() or {}
-                for name in handle.keys():  # noqa: SIM118 - not a mapping
+                for name in handle.keys():
                     names[name] = file
                     _verify_tensor(name, handle.get_tensor(name), metadata.get(f"{METADATA_PREFIX}{name}"), file)
         except SafetensorError as error:
@@ -81,13 +84,16 @@ def verify_files(files: Iterable[str | Path]) -> dict[str, Path]:
 def _verify_tensor(name: str, tensor: Tensor, digest: str | None, file: Path) -> None:
     if digest is not None and tensor_digest(tensor) != digest:
         raise ValueError(
-            f"{file}: tensor {name!r} was altered after it was saved (its SHA-256 is not the one in the file's metadata); download or "
+            f"{file}: tensor {name!r} was altered after it was saved (its SHA-256 is not the one in the file's "
+            f"metadata); download or "
             "copy the file again"
         )
     if name.endswith("freeze_mask") and (
         tensor.dtype != torch.bool or bool((tensor.flatten().view(torch.uint8) > 1).any())
     ):
-        raise ValueError(f"{file}: freeze mask {name!r} is corrupted: it holds other values than 0 and 1; use another checkpoint")
+        raise ValueError(
+            f"{file}: freeze mask {name!r} is corrupted: it holds other values than 0 and 1; use another checkpoint"
+        )
 
 
 def checkpoint_files(folder: str | Path) -> list[Path]:
@@ -103,7 +109,9 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         missing = [shard for shard in shards if not (folder / shard).is_file()]
         if missing:
-            raise ValueError(f"{folder}: the index names {missing}, which are not there; download or copy the folder again")
+            raise ValueError(
+                f"{folder}: the index names {missing}, which are not there; download or copy the folder again"
+            )
         return [folder / shard for shard in shards]
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]

@@ -1,4 +1,5 @@
-"""`pack` and `unpack`: from a committed latent model to 1-bit weights and back. `docs/format.md` describes the tensors."""
+"""`pack` and `unpack`: from a committed latent model to 1-bit weights and back. `docs/format.md` describes the "
+"tensors."""
 
 from __future__ import annotations
 
@@ -12,12 +13,10 @@ from .binarization import config_of
 from .config import StoMPPConfig
 from .nn import (
     MaskedBinaryActivation,
-    MaskedBinaryEmbedding,
     MaskedBinaryLinear,
     PackedBinaryEmbedding,
     PackedBinaryLinear,
 )
-from .nn.functional import sign
 from .ops import pack_bits, unpack_signs
 from .patching import masked_modules, packed_modules, swap_in_masked, swap_in_packed, unit_modules
 from .quantizer import attach_quantizer
@@ -37,12 +36,15 @@ def _check_packable(model: nn.Module) -> None:
     ]
     if free:
         raise ValueError(
-            f"only a committed model can be packed; these units are not: {', '.join(free)}. Train to the end of the progression, or "
+            f"only a committed model can be packed; these units are not: {', '.join(free)}. Train to the end of the "
+            f"progression, or "
             "commit(model) to freeze them without training"
         )
     for name, module in masked_modules(model).items():
         if isinstance(module, MaskedBinaryActivation) and not module.initialized:
-            raise ValueError(f"{name} has no scale yet: it is initialised from the first batch; run the model on one before pack")
+            raise ValueError(
+                f"{name} has no scale yet: it is initialised from the first batch; run the model on one before pack"
+            )
         for tensor_name, tensor in module.named_parameters(recurse=False):
             if not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"{name}.{tensor_name} holds NaN or infinity; nothing was packed")
@@ -57,11 +59,12 @@ def pack(model: Model) -> Model:
         model (`PreTrainedModel`): committed, by training or by [`commit`]. It is left as it is.
 
     Returns:
-        `PreTrainedModel`: a new model of the same class, in evaluation mode, whose logits are those of `model` in evaluation
-        mode.
+        `PreTrainedModel`: a new model of the same class, in evaluation mode, whose logits are those of `model` in
+        evaluation mode.
 
     Raises:
-        ValueError: the model is not binarized or packed already, units are not committed (named), an activation was never
+        ValueError: the model is not binarized or packed already, units are not committed (named), an activation was
+        never
             initialised, or a tensor holds NaN or infinity.
     """
     _check_packable(model)
@@ -99,8 +102,8 @@ def unpack(model: Model) -> Model:
     """
     Turns a packed model into a committed latent one: plain PyTorch operations, trainable, packs to the same bits.
 
-    The latent weights are `+-scale`; what training knew beyond the signs is gone. Activations have amplitude 1 and no shift: both
-    were folded into scale and bias.
+    The latent weights are `+-scale`; what training knew beyond the signs is gone. Activations have amplitude 1 and no
+    shift: both were folded into scale and bias.
 
     Args:
         model (`PreTrainedModel`): from [`pack`] or a packed checkpoint. It is left as it is.

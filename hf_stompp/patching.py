@@ -64,7 +64,8 @@ def check_fits(model: nn.Module, config: StoMPPConfig, kinds: dict[str, type[nn.
         if module is None or not isinstance(module, expected):
             what = "no such module" if module is None else f"a {type(module).__name__}"
             raise ValueError(
-                f"{name}: quantization_config.modules says it is a {expected.__name__}, but {type(model).__name__} has {what} there; "
+                f"{name}: quantization_config.modules says it is a {expected.__name__}, but {type(model).__name__} "
+                f"has {what} there; "
                 "load the checkpoint with the model class that wrote it"
             )
 
@@ -89,7 +90,8 @@ def _features(config: StoMPPConfig, name: str, modules: dict[str, nn.Module]) ->
     """Size of the tensor that an activation puts out: what its reader takes in."""
     entries = config.table.items()
     reader = next(reader for reader, entry in entries if entry.get("input") == name)
-    return int(getattr(modules[reader], "in_features"))
+    linear: Any = modules[reader]
+    return int(linear.in_features)
 
 
 def swap_in_masked(model: nn.Module, config: StoMPPConfig) -> None:
@@ -141,7 +143,7 @@ def swap_in_masked(model: nn.Module, config: StoMPPConfig) -> None:
         model.set_submodule(name, new)
 
     def input_activation(linear: nn.Module) -> nn.Module:
-        new = activation(int(linear.in_features), linear.weight.device)  # type: ignore[union-attr, arg-type]
+        new = activation(int(linear.in_features), linear.weight.device)  # type: ignore[arg-type]
         return new.train(linear.training)
 
     _wire_inputs(model, config, input_activation)
@@ -154,7 +156,8 @@ def swap_in_packed(model: nn.Module, config: StoMPPConfig, dtype: torch.dtype | 
     Args:
         model (`nn.Module`): a float or a latent model, on any device (`meta` included).
         config (`StoMPPConfig`): with its table of modules.
-        dtype (`torch.dtype`, *optional*): of the word embeddings' output, where they are binary; their own when not given.
+        dtype (`torch.dtype`, *optional*): of the word embeddings' output, where they are binary; their own when not
+        given.
 
     Raises:
         ValueError: see [`check_fits`].
@@ -187,7 +190,7 @@ def swap_in_packed(model: nn.Module, config: StoMPPConfig, dtype: torch.dtype | 
         model.set_submodule(name, new)
 
     def input_activation(linear: nn.Module) -> nn.Module:
-        new = PackedBinaryActivation(int(linear.in_features), device=linear.scale.device)  # type: ignore[union-attr, arg-type]
+        new = PackedBinaryActivation(int(linear.in_features), device=linear.scale.device)  # type: ignore[arg-type]
         return new.train(linear.training)
 
     _wire_inputs(model, config, input_activation)
@@ -251,7 +254,9 @@ class BinarizationReport:
         ]
         widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
         lines = [[header[0].ljust(widths[0]), *(h.rjust(w) for h, w in zip(header[1:], widths[1:], strict=True))]]
-        lines += [[row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))] for row in rows]
+        lines += [
+            [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))] for row in rows
+        ]
         return "\n".join("  ".join(line) for line in lines)
 
 
@@ -278,7 +283,9 @@ def report(model: nn.Module, config: StoMPPConfig) -> BinarizationReport:
             features = module.features
             # Latent: mask, shift, threshold and scale; packed: threshold.
             add(plan[owner]["unit"], modules=1, bytes_latent=features * 9 + 4, bytes_packed=features * 4)
-        elif isinstance(module, MaskedBinaryLinear | PackedBinaryLinear | MaskedBinaryEmbedding | PackedBinaryEmbedding):
+        elif isinstance(
+            module, MaskedBinaryLinear | PackedBinaryLinear | MaskedBinaryEmbedding | PackedBinaryEmbedding
+        ):
             rows, columns, bias = _shape(module)
             before = (rows * columns + bias) * float_bytes
             is_linear = isinstance(module, MaskedBinaryLinear | PackedBinaryLinear)

@@ -26,8 +26,8 @@ ORDERS: dict[str, Callable[[int, int], list[int]]] = {
     "random": _random_order,
 }
 """
-Order by name: `(num_units, seed) -> position of each unit's window`, units counted from the input. `forward` goes from input to
-output (the paper's), `reverse` from output to input, `global` gives all units one window, `random` shuffles.
+Order by name: `(num_units, seed) -> position of each unit's window`, units counted from the input. `forward` goes from
+input to output (the paper's), `reverse` from output to input, `global` gives all units one window, `random` shuffles.
 """
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -39,8 +39,9 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "immediate": lambda time: 1.0,
 }
 """
-Schedule by name: share of the window that has passed, in (0, 1], to frozen fraction. `cubic` is the paper's. `immediate` has windows of no length:
-every unit is committed from the first step after the warm-up on, which with the surrogate `ste` is vanilla STE (BinaryConnect, arXiv 1511.00363).
+Schedule by name: share of the window that has passed, in (0, 1], to frozen fraction. `cubic` is the paper's.
+`immediate` has windows of no length: every unit is committed from the first step after the warm-up on, which with the
+surrogate `ste` is vanilla STE (BinaryConnect, arXiv 1511.00363).
 """
 
 
@@ -100,7 +101,8 @@ def plan_windows(
     if schedule == "immediate":
         if warmup_steps >= total_steps:
             raise ValueError(
-                f"the schedule cannot finish: progression_warmup takes {warmup_steps} of {total_steps} steps; shorten it or "
+                f"the schedule cannot finish: progression_warmup takes {warmup_steps} of {total_steps} steps; "
+                f"shorten it or "
                 "train longer"
             )
         return [(warmup_steps, warmup_steps)] * num_units
@@ -109,8 +111,10 @@ def plan_windows(
     available = total_steps - warmup_steps - tail_steps
     if available < num_windows:
         raise ValueError(
-            f"the schedule cannot finish: {total_steps} steps less a warm-up of {warmup_steps} and a tail of {tail_steps} leave "
-            f"{max(available, 0)} steps for {num_windows} windows ({num_units} units, order {order!r}); train longer, shorten "
+            f"the schedule cannot finish: {total_steps} steps less a warm-up of {warmup_steps} and a tail of "
+            f"{tail_steps} leave "
+            f"{max(available, 0)} steps for {num_windows} windows ({num_units} units, order {order!r}); train "
+            f"longer, shorten "
             "progression_warmup or progression_tail, or take a coarser unit"
         )
     length = available / (1 + (num_windows - 1) * (1 - overlap))
@@ -152,7 +156,8 @@ class Progression:
         return SCHEDULES[self.schedule]((step - start + 1) / (end - start))
 
     def unit_in_transition(self, step: int) -> int | None:
-        """Index of the first unit, in order of the windows, that is neither free nor committed during a step; None without one."""
+        """Index of the first unit, in order of the windows, that is neither free nor committed during a step; None "
+        "without one."""
         partial = [i for i in range(len(self.units)) if 0.0 < self.fraction(i, step) < 1.0]
         return min(partial, key=lambda i: self.windows[i], default=None)
 

@@ -20,9 +20,11 @@ class StoMPPQuantizer(HfQuantizer):
     """
     Loads and saves binarized models.
 
-    - a latent or packed checkpoint: the modules in its table are swapped in on the meta device before the weights are loaded;
+    - a latent or packed checkpoint: the modules in its table are swapped in on the meta device before the weights are
+      loaded;
       afterwards nothing may be left uninitialised.
-    - a float checkpoint with `quantization_config=StoMPPConfig(...)`: the same as [`binarize`] after `from_pretrained`.
+    - a float checkpoint with `quantization_config=StoMPPConfig(...)`: the same as [`binarize`] after
+      `from_pretrained`.
     """
 
     requires_calibration = False
@@ -33,7 +35,8 @@ class StoMPPQuantizer(HfQuantizer):
         if not self.pre_quantized:
             if config.state != "latent" or config.modules is not None:
                 raise ValueError(
-                    "from_pretrained(float_checkpoint, quantization_config=...) takes a fresh StoMPPConfig(state='latent'): a model must be "
+                    "from_pretrained(float_checkpoint, quantization_config=...) takes a fresh "
+                    "StoMPPConfig(state='latent'): a model must be "
                     "trained or committed before it is packed, see hf_stompp.pack"
                 )
             return
@@ -82,7 +85,8 @@ if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
 
 
 def _skip_initialization(model: nn.Module) -> None:
-    """Keeps `_init_weights` off the parents of packed modules: some models initialise their children's `weight` there."""
+    """Keeps `_init_weights` off the parents of packed modules: some models initialise their children's `weight` "
+    "there."""
     modules = dict(model.named_modules())
     for name, module in packed_modules(model).items():
         parent: Any = modules[name.rpartition(".")[0]]
@@ -112,7 +116,8 @@ def _check_loaded(model: nn.Module) -> None:
     ]
     if missing:
         raise ValueError(
-            f"the checkpoint lacks {len(missing)} tensors of {type(model).__name__}, the first of them {missing[0]!r}: it is incomplete or was "
+            f"the checkpoint lacks {len(missing)} tensors of {type(model).__name__}, the first of them "
+            f"{missing[0]!r}: it is incomplete or was "
             "written for another model class; download or copy it again"
         )
     for name, module in packed_modules(model).items():
@@ -130,12 +135,14 @@ def _check_packed(name: str, module: PackedBinaryActivation | PackedBinaryLinear
     tail = module.packed_weight[:, whole:]
     if tail.numel() and bool((tail[:, 0] >> rest).any() or tail[:, 1:].any()):
         raise ValueError(
-            f"tensor {name + '.packed_weight'!r} has bits beyond its {columns} columns: the checkpoint is damaged or of another format"
+            f"tensor {name + '.packed_weight'!r} has bits beyond its {columns} columns: the checkpoint is damaged or "
+            f"of another format"
         )
 
 
 def attach_quantizer(model: nn.Module, config: StoMPPConfig) -> None:
-    """Makes `save_pretrained` and the Trainer treat a model that was changed in process like one that was loaded so."""
+    """Makes `save_pretrained` and the Trainer treat a model that was changed in process like one that was loaded "
+    "so."""
     holder: Any = model
     if not hasattr(holder, "config"):
         return
@@ -156,9 +163,13 @@ def _check_float(model: nn.Module) -> None:
         ValueError: it was binarized, packed or quantized before, or holds NaN or infinity; names the tensor.
     """
     if packed_modules(model):
-        raise ValueError(f"{type(model).__name__} is packed; binarize the float model it came from, or unpack(model) to train on")
+        raise ValueError(
+            f"{type(model).__name__} is packed; binarize the float model it came from, or unpack(model) to train on"
+        )
     if any(isinstance(module, MaskedBinaryModule) for module in model.modules()):
-        raise ValueError(f"{type(model).__name__} is already binarized; binarize a model once, right after from_pretrained")
+        raise ValueError(
+            f"{type(model).__name__} is already binarized; binarize a model once, right after from_pretrained"
+        )
     method = getattr(model, "quantization_method", None)
     # from_pretrained(float, quantization_config=StoMPPConfig(...)) has marked the model already.
     if method not in (None, QUANT_METHOD) or (getattr(model, "is_quantized", False) and method is None):

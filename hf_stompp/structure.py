@@ -46,7 +46,8 @@ def find_layer_stack(model: nn.Module, layer_stack: str | None = None) -> tuple[
         if not isinstance(stack, nn.ModuleList | nn.Sequential) or len(stack) == 0:
             lists = [name for name, m in modules.items() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m)]
             raise ValueError(
-                f"StoMPPConfig.layer_stack={layer_stack!r} names no list of layers in {type(model).__name__}; its lists: {lists}"
+                f"StoMPPConfig.layer_stack={layer_stack!r} names no list of layers in {type(model).__name__}; its "
+                f"lists: {lists}"
             )
         return layer_stack, list(stack)
     found: dict[str, nn.ModuleList] = {}
@@ -58,7 +59,8 @@ def find_layer_stack(model: nn.Module, layer_stack: str | None = None) -> tuple[
             found[name] = module
     if not found:
         raise ValueError(
-            f"{type(model).__name__} has no stack of layers: no nn.ModuleList of modules of one class that hold nn.Linear. If the "
+            f"{type(model).__name__} has no stack of layers: no nn.ModuleList of modules of one class that hold "
+            f"nn.Linear. If the "
             "layers are kept elsewhere, name their list in StoMPPConfig(layer_stack=...)"
         )
     by_size = sorted(found, key=lambda name: _linear_weights(found[name]), reverse=True)
@@ -77,7 +79,8 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: the model takes neither; pass `example_inputs` to [`binarize`].
     """
-    config, main_input = getattr(model, "config", None), getattr(model, "main_input_name", "input_ids")
+    config: Any = getattr(model, "config", None)
+    main_input = getattr(model, "main_input_name", "input_ids")
     parameter = next(model.parameters())
     if main_input == "input_ids" and hasattr(config, "vocab_size"):
         return {"input_ids": torch.arange(8, device=parameter.device).remainder(config.vocab_size).unsqueeze(0)}
@@ -96,7 +99,7 @@ class _Trace:
 
     def __init__(self) -> None:
         self.layer_calls: dict[str, int] = {}
-        self.reads: dict[str, Tensor] = {}
+        self.reads: dict[str, Tensor | None] = {}
         self.outputs: dict[str, list[Tensor]] = {}
         self.dropped: list[Tensor] = []
 
@@ -159,7 +162,8 @@ def _may_be_activation_function(module: nn.Module) -> bool:
     try:
         output = module(probe)
         alone = torch.stack([module(value.reshape(1)) for value in probe]).flatten()
-    except Exception:  # noqa: BLE001 - a module that cannot take a vector is no activation function, whatever it raises
+    # A module that cannot take a vector is no activation function, whatever it raises.
+    except Exception:
         return False
     return isinstance(output, Tensor) and output.shape == probe.shape and torch.allclose(output, alone, atol=1e-6)
 
@@ -178,17 +182,19 @@ def plan_modules(
     """
     Plans what [`binarize`] replaces, for `StoMPPConfig.modules`, in order of depth.
 
-    One forward pass in evaluation mode tells which linear layers read the same tensor (they share a binary activation: the first
-    one's entry names itself as `input`, the others' name the first), and which read the output of an activation function (their entries
-    name it, and it gets an entry of its own).
+    One forward pass in evaluation mode tells which linear layers read the same tensor (they share a binary activation:
+    the first one's entry names itself as `input`, the others' name the first), and which read the output of an
+    activation function (their entries name it, and it gets an entry of its own).
 
     Args:
         model (`nn.Module`): a float model.
         config (`StoMPPConfig`).
-        inputs (`Mapping[str, Any]`, *optional*): forward arguments to trace with; from [`example_inputs`] when not given.
+        inputs (`Mapping[str, Any]`, *optional*): forward arguments to trace with; from [`example_inputs`] when not
+        given.
 
     Returns:
-        `dict[str, dict]`: module name -> `{"kind", "unit"}`, and for a linear layer `"bias"` and `"input"` (None in mode `bwn`).
+        `dict[str, dict]`: module name -> `{"kind", "unit"}`, and for a linear layer `"bias"` and `"input"` (None in
+        mode `bwn`).
 
     Raises:
         ValueError: no stack, an ambiguous one, layers that are shared, a tied weight, or nothing left to binarize.
@@ -199,8 +205,10 @@ def plan_modules(
     shared = [name for name, calls in trace.layer_calls.items() if calls > 1]
     if shared or len({id(layer) for layer in layers}) < len(layers):
         raise ValueError(
-            f"{type(model).__name__} shares its layers: {shared or [stack_name]} run more than once in a forward pass, so there is no depth "
-            "for a progression to follow, and one weight would be frozen for several depths at once. Models with shared layers "
+            f"{type(model).__name__} shares its layers: {shared or [stack_name]} run more than once in a forward "
+            f"pass, so there is no depth "
+            "for a progression to follow, and one weight would be frozen for several depths at once. Models with "
+            "shared layers "
             "(ALBERT with num_hidden_layers > num_hidden_groups) are not supported"
         )
     plan: dict[str, dict[str, Any]] = {}
@@ -210,7 +218,8 @@ def plan_modules(
         plan.update(_plan_layer(layer_name, layer, config, trace))
     if not any(entry["kind"] == "linear" for entry in plan.values()):
         raise ValueError(
-            f"nothing to binarize in {type(model).__name__}: every linear layer of {stack_name} matches modules_to_not_convert="
+            f"nothing to binarize in {type(model).__name__}: every linear layer of {stack_name} matches "
+            f"modules_to_not_convert="
             f"{config.modules_to_not_convert}"
         )
     _check_not_tied(model, plan)
@@ -222,16 +231,15 @@ def _plan_embedding(model: nn.Module) -> dict[str, dict[str, Any]]:
     name = next((name for name, module in model.named_modules() if module is embedding), None)
     if name is None or type(embedding) is not nn.Embedding:
         raise ValueError(
-            f"binary_word_embeddings: the input embeddings of {type(model).__name__} are {type(embedding).__name__}, not nn.Embedding; "
+            f"binary_word_embeddings: the input embeddings of {type(model).__name__} are {type(embedding).__name__}, "
+            f"not nn.Embedding; "
             "set binary_word_embeddings=False"
         )
     return {name: {"kind": "embedding", "unit": name}}
 
 
-def _plan_layer(
-    layer_name: str, layer: nn.Module, config: StoMPPConfig, trace: _Trace
-) -> dict[str, dict[str, Any]]:
-    linears = {
+def _plan_layer(layer_name: str, layer: nn.Module, config: StoMPPConfig, trace: _Trace) -> dict[str, dict[str, Any]]:
+    linears: dict[str, nn.Module] = {
         name: module
         for name, module in layer.named_modules(prefix=layer_name)
         if type(module) is nn.Linear and not is_excluded(name, config.modules_to_not_convert)
@@ -248,14 +256,14 @@ def _plan_layer(
         units = {name: name for name in names}
     plan: dict[str, dict[str, Any]] = {}
     for name in names:
-        source = None if config.mode == "bwn" else _input_of(name, plan, linears, trace)
+        source = None if config.mode == "bwn" else _input_of(name, plan, trace)
         if source is not None and source not in plan and source != name:
             plan[source] = {"kind": "activation", "unit": units[name]}
         plan[name] = {"kind": "linear", "unit": units[name], "input": source, "bias": linears[name].bias is not None}
     return plan
 
 
-def _input_of(name: str, plan: dict[str, dict[str, Any]], linears: dict[str, nn.Module], trace: _Trace) -> str:
+def _input_of(name: str, plan: dict[str, dict[str, Any]], trace: _Trace) -> str:
     tensor = trace.reads.get(name)
     if tensor is None:
         return name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from .binarization import config_of
 from .integrity import checkpoint_files, tensor_digest, verify_files
-from .nn import MaskedBinaryActivation, MaskedBinaryModule
+from .nn import MaskedBinaryActivation
 from .nn.mask import mask_generator
 from .packing import pack
 from .patching import fully_binary, masked_modules, packed_modules, unit_modules
@@ -57,19 +58,51 @@ def advance(model: nn.Module, progression: Progression, step: int) -> list[str]:
     return boundaries
 
 
+def check_masks(model: nn.Module, progression: Progression, step: int) -> None:
+    """
+    Checks that the masks of a resumed run are what its progression left.
+
+    Args:
+        model (`PreTrainedModel`): after [`binarize`].
+        progression (`Progression`).
+        step (`int`): 0-based, the last step that was taken.
+
+    Raises:
+        ValueError: a committed mask is not full, a free one is not empty, or the frozen fraction of one in transition
+        is further than
+            eight standard deviations from the schedule; names it.
+    """
+    for index, modules in enumerate(unit_modules(model, config_of(model)).values()):
+        fraction = progression.fraction(index, step)
+        for name, module in modules.items():
+            mask = module.freeze_mask
+            found = mask.float().mean().item()
+            tolerance = 8 * math.sqrt(fraction * (1 - fraction) / mask.numel())
+            exact = bool(mask.all()) if fraction == 1.0 else not bool(mask.any())
+            if not exact if fraction in (0.0, 1.0) else abs(found - fraction) > tolerance:
+                raise ValueError(
+                    f"{name}.freeze_mask is corrupted: {found:.4f} of it is frozen after step {step + 1}, the "
+                    f"progression says "
+                    f"{fraction:.4f}; resume from another checkpoint"
+                )
+
+
 @torch.no_grad()
 def initialize_activations(
     model: nn.Module, inputs: dict[str, Any], reduce: Callable[[Tensor], Tensor] | None = None
 ) -> None:
     """
-    Initialises scale, shift and threshold of every binary activation that has none yet, from one batch of the float network.
+    Initialises scale, shift and threshold of every binary activation that has none yet, from one batch of the float
+    network.
 
     Args:
         model (`PreTrainedModel`): after [`binarize`].
         inputs (`dict[str, Any]`): arguments of its forward.
         reduce (`Callable`, *optional*): sums a statistic over the ranks of a distributed run.
     """
-    waiting = [m for m in masked_modules(model).values() if isinstance(m, MaskedBinaryActivation) and not m.initialized]
+    waiting = [
+        m for m in masked_modules(model).values() if isinstance(m, MaskedBinaryActivation) and not m.initialized
+    ]
     if not waiting:
         return
 
@@ -95,7 +128,7 @@ class ProgressionCallback(TrainerCallback, ExportableState):
     def __init__(self, trainer: StoMPPTrainer) -> None:
         self.trainer = trainer
         self.progression: Progression | None = None
-        self._held: list[tuple[MaskedBinaryModule, Tensor]] = []
+        self._held: list[tuple[Any, Tensor]] = []
 
     def state(self) -> dict[str, Any]:
         attributes = {} if self.progression is None else {"progression": self.progression.to_dict()}
@@ -105,7 +138,9 @@ class ProgressionCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.progression = self.trainer.plan(state.max_steps)
-        if state.global_step == 0:
+        if state.global_step > 0:
+            check_masks(self.trainer.model, self.progression, state.global_step - 1)
+        else:
             # auto_find_batch_size starts again with the masks of the attempt that failed.
             for module in masked_modules(self.trainer.model).values():
                 module.reset()
@@ -124,7 +159,7 @@ class ProgressionCallback(TrainerCallback, ExportableState):
         if config_of(self.trainer.model).surrogate != "none":
             return
         # Momentum and weight decay move an entry whose gradient is 0.
-        modules = masked_modules(self.trainer.model).values()
+        modules: list[Any] = list(masked_modules(self.trainer.model).values())
         self._held = [(m, m.weight.detach().clone()) for m in modules if hasattr(m, "weight") and m.freeze_mask.any()]
 
     @torch.no_grad()
@@ -160,19 +195,23 @@ class UnitProgressCallback(ProgressCallback):
 
 class StoMPPTrainer(Trainer):
     """
-    Trains a binarized model: once per optimizer step the masks advance, and everything that is reported is the fully binary
-    network.
+    Trains a binarized model: once per optimizer step the masks advance, and everything that is reported is the fully
+    binary network.
 
-    Takes the arguments of [`~transformers.Trainer`], with `args` a [`StoMPPTrainingArguments`] and a model from [`binarize`]. A packed
-    model is accepted for `evaluate` and `predict`.
+    Takes the arguments of [`~transformers.Trainer`], with `args` a [`StoMPPTrainingArguments`] and a model from
+    [`binarize`]. A packed model is accepted for `evaluate` and `predict`.
 
-    - `evaluate` reports `eval_*` of the fully binary network, and until it is committed `eval_mixed_*` of the network in training.
+    - `evaluate` reports `eval_*` of the fully binary network, and until it is committed `eval_mixed_*` of the network
+      in training.
     - no checkpoint from before the network is committed counts as the best, so early stopping waits for that too.
     - logs carry `frozen_fraction` (share of all binary entries) and `frozen_fraction/<unit>`.
 
     Raises:
         ValueError: the model is not binarized, or the run would use nn.DataParallel, FSDP or DeepSpeed.
     """
+
+    model: PreTrainedModel
+    args: StoMPPTrainingArguments
 
     # BERT's classification loss ignores num_items_in_batch, and Trainer would not divide by the accumulation steps.
     loss_is_scaled_for_ga = False
@@ -193,12 +232,14 @@ class StoMPPTrainer(Trainer):
             raise ValueError(f"StoMPPTrainer takes args=StoMPPTrainingArguments(...), got {type(self.args).__name__}")
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
-                "StoMPPTrainer does not run under FSDP or DeepSpeed: they flatten or shard the weights that the masks belong to. Use "
+                "StoMPPTrainer does not run under FSDP or DeepSpeed: they flatten or shard the weights that the "
+                "masks belong to. Use "
                 "DistributedDataParallel: accelerate launch --multi_gpu"
             )
         if self.args.n_gpu > 1:
             raise ValueError(
-                f"StoMPPTrainer does not run under nn.DataParallel ({self.args.n_gpu} GPUs are visible): its replicas lose what "
+                f"StoMPPTrainer does not run under nn.DataParallel ({self.args.n_gpu} GPUs are visible): its "
+                f"replicas lose what "
                 "the first batch initialises. Use accelerate launch, or CUDA_VISIBLE_DEVICES=0"
             )
 
@@ -216,7 +257,8 @@ class StoMPPTrainer(Trainer):
         config = config_of(self.model)
         if args.progression_schedule == "immediate" and config.surrogate == "none" and args.progression_warmup == 0:
             raise ValueError(
-                "progression_schedule='immediate' with surrogate='none' freezes every weight before the first step and passes no "
+                "progression_schedule='immediate' with surrogate='none' freezes every weight before the first step "
+                "and passes no "
                 "gradient: nothing in the encoder would be trained. For vanilla STE use StoMPPConfig(surrogate='ste')"
             )
         progression = plan_progression(
@@ -234,14 +276,17 @@ class StoMPPTrainer(Trainer):
             changes = progression.difference(self._saved_progression)
             if changes:
                 raise ValueError(
-                    "this run resumes a checkpoint with another progression; resume with the settings it was started with, or start "
+                    "this run resumes a checkpoint with another progression; resume with the settings it was started "
+                    "with, or start "
                     "anew in another output_dir. Saved -> now: " + "; ".join(changes)
                 )
         return progression
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if packed_modules(self.model):
-            raise ValueError("a packed model cannot be trained, only evaluated; train the latent model, or unpack(model)")
+            raise ValueError(
+                "a packed model cannot be trained, only evaluated; train the latent model, or unpack(model)"
+            )
         self._check_dataset()
         self._saved_progression = None
         return super().train(*args, **kwargs)
@@ -270,9 +315,17 @@ class StoMPPTrainer(Trainer):
         if labels.dim() == 1 and bool(bad.any()):
             row = int(bad.nonzero()[0])
             raise ValueError(
-                f"label out of range: row {row} of train_dataset has {column}={labels[row].item()}, the model has {classes} classes (0 to "
+                f"label out of range: row {row} of train_dataset has {column}={labels[row].item()}, the model has "
+                f"{classes} classes (0 to "
                 f"{classes - 1}); pass num_labels to from_pretrained or correct the data"
             )
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Trainer looks for the end of training only after a step: a finished run that is resumed would take one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     # --- masks -----------------------------------------------------------------------------------------------------
 
@@ -290,7 +343,9 @@ class StoMPPTrainer(Trainer):
         mine = torch.tensor(list(digests.encode()), dtype=torch.uint8, device=self.args.device)
         everyone = self.accelerator.gather(mine.unsqueeze(0))
         if not bool((everyone == mine).all()):
-            raise RuntimeError(f"the ranks hold different freeze masks of {units}: check that all were started with the same seed")
+            raise RuntimeError(
+                f"the ranks hold different freeze masks of {units}: check that all were started with the same seed"
+            )
 
     def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         # Each rank draws its own equal masks; broadcasting them would send a byte a weight before every forward pass.
@@ -352,8 +407,9 @@ class StoMPPTrainer(Trainer):
             ignore_keys=ignore_keys,
             metric_key_prefix=f"{metric_key_prefix}_mixed",
         )
-        self.log(dict(mixed.metrics))
-        return metrics | mixed.metrics
+        mixed_metrics = mixed.metrics or {}
+        self.log(dict(mixed_metrics))
+        return metrics | mixed_metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         return self.is_committed and super()._determine_best_metric(metrics, trial)
@@ -368,7 +424,9 @@ class StoMPPTrainer(Trainer):
         frozen, entries = 0, 0
         for unit, modules in unit_modules(self.model, config_of(self.model)).items():
             sizes = [m.freeze_mask.numel() for m in modules.values()]
-            counts = [n if m.committed else int(m.freeze_mask.sum()) for n, m in zip(sizes, modules.values(), strict=True)]
+            counts = [
+                n if m.committed else int(m.freeze_mask.sum()) for n, m in zip(sizes, modules.values(), strict=True)
+            ]
             fractions[f"frozen_fraction/{unit}"] = sum(counts) / sum(sizes)
             frozen, entries = frozen + sum(counts), entries + sum(sizes)
         return {"frozen_fraction": frozen / entries} | fractions
@@ -390,32 +448,48 @@ class StoMPPTrainer(Trainer):
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
         missing = [name for name in self.model.state_dict() if name not in names and name not in tied]
         if missing:
-            raise ValueError(f"{folder}: the checkpoint lacks {len(missing)} tensors, the first of them {missing[0]!r}; use another one")
-        saved = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
+            raise ValueError(
+                f"{folder}: the checkpoint lacks {len(missing)} tensors, the first of them {missing[0]!r}; use "
+                f"another one"
+            )
+        saved = _read_json(folder / "config.json").get("quantization_config", {})
         mine = json.loads(config_of(self.model).to_json_string())
         changed = sorted(name for name in mine if mine[name] != saved.get(name))
         if changed:
             raise ValueError(
-                f"{folder}: the checkpoint was trained with another StoMPPConfig; resume with the one it was started with. Fields that "
-                "differ, saved -> now: " + "; ".join(f"{name}: {saved.get(name)!r} -> {mine[name]!r}" for name in changed)
+                f"{folder}: the checkpoint was trained with another StoMPPConfig; resume with the one it was started "
+                "with. Fields that differ, saved -> now: "
+                + "; ".join(f"{name}: {saved.get(name)!r} -> {mine[name]!r}" for name in changed)
             )
-        state = json.loads((folder / "trainer_state.json").read_text())
-        callback = state.get("stateful_callbacks", {}).get(ProgressionCallback.__name__, {})
-        self._saved_progression = callback.get("attributes", {}).get("progression")
+        callback = _read_json(folder / "trainer_state.json").get("stateful_callbacks", {})
+        attributes = callback.get(ProgressionCallback.__name__, {}).get("attributes", {})
+        self._saved_progression = attributes.get("progression")
         if self._saved_progression is None:
-            raise ValueError(f"{folder}/trainer_state.json holds no progression: the checkpoint was not written by StoMPPTrainer")
+            raise ValueError(
+                f"{folder}/trainer_state.json holds no progression: the checkpoint was not written by StoMPPTrainer"
+            )
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """
-        Pushes the packed model. Arguments as in [`~transformers.Trainer.push_to_hub`].
+        Packs the model into `output_dir/packed` and pushes that folder. Arguments as in
+        [`~transformers.Trainer.push_to_hub`].
 
         Raises:
             ValueError: the model is not committed.
         """
-        latent = self.model
+        latent, output_dir, token = self.model, self.args.output_dir, self.args.hub_token
         if not packed_modules(latent):
             self.model = pack(latent)
+        # The folder of the run holds the latent weights, which must stay; training_args.bin would carry the token.
+        self.args.output_dir, self.args.hub_token = str(Path(output_dir or ".") / "packed"), None
         try:
-            return super().push_to_hub(*args, **kwargs)
+            return super().push_to_hub(*args, **{"token": token, **kwargs})
         finally:
-            self.model = latent
+            self.model, self.args.output_dir, self.args.hub_token = latent, output_dir, token
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): the checkpoint is incomplete; use another one") from error

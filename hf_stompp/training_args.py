@@ -18,11 +18,12 @@ class StoMPPTrainingArguments(TrainingArguments):
 
     Args:
         progression_order (`str`, *optional*, defaults to `"forward"`):
-            Order in which the units are frozen: `"forward"` (input to output, the paper's), `"reverse"`, `"global"` (all at once) or
-            `"random"`.
+            Order in which the units are frozen: `"forward"` (input to output, the paper's), `"reverse"`, `"global"`
+            (all at once) or `"random"`.
         progression_schedule (`str`, *optional*, defaults to `"cubic"`):
-            Frozen fraction of a unit over its window: `"cubic"` (the paper's), `"linear"`, `"quadratic"`, `"flipped_quadratic"`, `"cosine"`, or
-            `"immediate"`: everything is frozen from the first step on, which with the surrogate `"ste"` is vanilla STE.
+            Frozen fraction of a unit over its window: `"cubic"` (the paper's), `"linear"`, `"quadratic"`,
+            `"flipped_quadratic"`, `"cosine"`, or `"immediate"`: everything is frozen from the first step on, which
+            with the surrogate `"ste"` is vanilla STE.
         progression_warmup (`float`, *optional*, defaults to 0.0):
             Steps before the first window, with nothing frozen: a share of all steps below 1, steps from 1 on.
         progression_tail (`float`, *optional*, defaults to 0.3):
@@ -38,8 +39,8 @@ class StoMPPTrainingArguments(TrainingArguments):
 
     Args:
         eval_mixed (`bool`, *optional*, defaults to `True`):
-            `eval_*` is always the fully binary network. Until it is committed, evaluate the network as it is in training too, as
-            `eval_mixed_*`.
+            `eval_*` is always the fully binary network. Until it is committed, evaluate the network as it is in
+            training too, as `eval_mixed_*`.
     """
 
     progression_order: str = field(
@@ -48,7 +49,8 @@ class StoMPPTrainingArguments(TrainingArguments):
     progression_schedule: str = field(
         default="cubic",
         metadata={
-            "help": "Frozen fraction of a unit over its window; 'immediate' freezes everything from the first step on.",
+            "help": "Frozen fraction of a unit over its window; 'immediate' freezes everything from the first step "
+            "on.",
             "choices": list(SCHEDULES),
         },
     )

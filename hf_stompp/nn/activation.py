@@ -23,20 +23,22 @@ class MaskedBinaryActivation(MaskedBinaryModule):
     """
     Binarizes a tensor feature by feature, `M * hard + (1 - M) * soft`.
 
-    The smooth branch is the model's own activation function (the identity in front of a linear layer that has none), clipped
-    to `clip` times the scale; the hard branch is one of two levels, decided by the sign of the pre-activation minus a
-    threshold. Scale, shift and threshold are initialised from the first batch the module sees: the shift of a feature is its
-    mean, the scale is the mean distance from it (the two levels that fit the batch best, as in XNOR-Net), and the threshold is where the
-    activation function reaches the middle of the levels.
+    The smooth branch is the model's own activation function (the identity in front of a linear layer that has none),
+    clipped to `clip` times the scale; the hard branch is one of two levels, decided by the sign of the pre-activation
+    minus a threshold. Scale, shift and threshold are initialised from the first batch the module sees: the shift of a
+    feature is its mean, the scale is the mean distance from it (the two levels that fit the batch best, as in
+    XNOR-Net), and the threshold is where the activation function reaches the middle of the levels.
 
     Args:
         features (`int`): size of the last dimension.
-        activation (`nn.Module`, *optional*): the model's activation function, elementwise; the identity when not given.
+        activation (`nn.Module`, *optional*): the model's activation function, elementwise; the identity when not
+        given.
         levels (`str`, *optional*, defaults to `"signed"`): a key of [`~hf_stompp.nn.functional.LEVELS`].
         clip (`float`, *optional*, defaults to 3.0): clip range of the smooth branch as a multiple of the scale.
         surrogate (`str`, *optional*, defaults to `"ste"`): a key of [`~hf_stompp.nn.functional.SURROGATES`].
         scale (`str`, *optional*, defaults to `"learned"`): `"learned"` or `"fixed"` at its first value.
-        shift (`str`, *optional*, defaults to `"learned"`): `"learned"`, `"fixed"` at its first value, or `"none"`: no shift,
+        shift (`str`, *optional*, defaults to `"learned"`): `"learned"`, `"fixed"` at its first value, or `"none"`: no
+        shift,
             threshold 0. Holds for the threshold as well.
         device (`torch.device`, *optional*).
     """

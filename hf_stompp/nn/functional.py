@@ -1,8 +1,8 @@
 """
 Masked binarization and its gradient rules: pure functions on tensors.
 
-The forward rule is the paper's (arXiv 2606.27759), `u' = M * hard(u) + (1 - M) * soft(u)`: frozen entries (`M = 1`) take
-one of two levels, the others keep the clipped value. The backward rule of the frozen entries is the *surrogate*.
+The forward rule is the paper's (arXiv 2606.27759), `u' = M * hard(u) + (1 - M) * soft(u)`: frozen entries (`M = 1`)
+take one of two levels, the others keep the clipped value. The backward rule of the frozen entries is the *surrogate*.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ SURROGATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "clipped_ste": lambda mask, inside: inside,
 }
 """
-Gradient rule by name: `(mask, inside) -> passes`, all boolean and broadcast against each other. `inside` tells which entries
-lie within the clip range; `passes` tells which entries the gradient passes through (with slope 1; it is 0 elsewhere).
+Gradient rule by name: `(mask, inside) -> passes`, all boolean and broadcast against each other. `inside` tells which
+entries lie within the clip range; `passes` tells which entries the gradient passes through (with slope 1; it is 0
+elsewhere).
 
 - `none`: STE-free; a frozen entry passes exactly 0 (the paper).
 - `ste`: StoMPP+STE; a frozen entry passes the gradient unchanged (the paper's identity surrogate).
@@ -41,7 +42,11 @@ def _unit_scale(weight: Tensor) -> Tensor:
     return weight.new_ones((*weight.shape[:-1], 1), dtype=torch.float64)
 
 
-WEIGHT_SCALES: dict[str, Callable[[Tensor], Tensor]] = {"row": _row_scale, "tensor": _tensor_scale, "none": _unit_scale}
+WEIGHT_SCALES: dict[str, Callable[[Tensor], Tensor]] = {
+    "row": _row_scale,
+    "tensor": _tensor_scale,
+    "none": _unit_scale,
+}
 """
 Weight scale by name: `weight (rows, in_features) -> scale (rows, 1)` in float64.
 
@@ -55,10 +60,11 @@ LEVELS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]] = {
     "zero_one": lambda scale, shift: (0.5 * scale, 0.5 * scale, torch.zeros_like(scale)),
 }
 """
-Two levels of a binary activation by name: `(scale, shift) -> (offset, amplitude, centre)`, the levels being `offset - amplitude`
-and `offset + amplitude`, and `centre` the middle of the clip range.
+Two levels of a binary activation by name: `(scale, shift) -> (offset, amplitude, centre)`, the levels being `offset -
+amplitude` and `offset + amplitude`, and `centre` the middle of the clip range.
 
-- `signed`: `shift - scale` and `shift + scale`: {-a, +a} about a learned shift, added back so that the mean is kept (ours).
+- `signed`: `shift - scale` and `shift + scale`: {-a, +a} about a learned shift, added back so that the mean is kept
+  (ours).
 - `zero_one`: `0` and `scale`: {0, a} (BiT's set for non-negative tensors).
 """
 
@@ -88,8 +94,8 @@ def weight_scale(weight: Tensor, kind: str) -> Tensor:
     """
     Scale of the hard level of each row of a weight: a constant of the forward pass, no gradient flows into it.
 
-    The mean is taken in float64: the mean of `in_features` equal float32 numbers is then that number, so that packing a
-    model that was unpacked gives the same bits back.
+    The mean is taken in float64: the mean of `in_features` equal float32 numbers is then that number, so that packing
+    a model that was unpacked gives the same bits back.
 
     Args:
         weight (`Tensor` of shape `(rows, in_features)`): latent weight, any floating dtype.
@@ -110,7 +116,7 @@ class _MaskedBinaryWeight(torch.autograd.Function):
         return _mix(mask, sign(weight) * scale, soft)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (passes,) = ctx.saved_tensors
         return grad * passes, None, None, None, None
 
@@ -156,11 +162,12 @@ class _MaskedBinaryActivation(torch.autograd.Function):
         return _mix(mask, hard, soft).to(value.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mask, upper, passes = ctx.saved_tensors
         passed = grad * passes
-        # The mask is constant down a column, and a free entry passes its gradient where it is inside the clip range: so the sums
-        # over a column of the whole and of the passed gradient hold those of the frozen and of the clipped entries.
+        # The mask is constant down a column, and a free entry passes its gradient where it is inside the clip range:
+        # so the sums over a column of the whole and of the passed gradient hold those of the frozen and of the clipped
+        # entries.
         frozen = mask.to(grad.dtype)
         held = torch.addcmul(grad, passed, frozen - 1)
         whole, passed_sum, held_sum, upper_sum = (_column_sum(t) for t in (grad, passed, held, held * upper))
@@ -199,21 +206,23 @@ def masked_binary_activation(
     """
     Masked binarization of an activation: `M * hard + (1 - M) * soft`, with one freeze mask entry a feature.
 
-    `hard = offset + amplitude * sign(pre_activation - threshold)`; `soft` is `value` clipped to `clip * scale` on either side
-    of its centre. `value` is the output of the model's own activation function and `pre_activation` its input: the sign of a
-    GELU's *output* is not that of its input, because GELU rounds to -0.0 far below zero. Where there is no activation function
-    the two are the same tensor.
+    `hard = offset + amplitude * sign(pre_activation - threshold)`; `soft` is `value` clipped to `clip * scale` on
+    either side of its centre. `value` is the output of the model's own activation function and `pre_activation` its
+    input: the sign of a GELU's *output* is not that of its input, because GELU rounds to -0.0 far below zero. Where
+    there is no activation function the two are the same tensor.
 
-    The gradient of a frozen entry reaches `value` (hence `pre_activation` through the activation function's own derivative)
-    and `threshold` as the surrogate says; that of `scale` and `shift` is exact.
+    The gradient of a frozen entry reaches `value` (hence `pre_activation` through the activation function's own
+    derivative) and `threshold` as the surrogate says; that of `scale` and `shift` is exact.
 
     Args:
         value (`Tensor` of shape `(..., features)`): what the float model would pass on.
         pre_activation (`Tensor` of shape `(..., features)`): what decides the level.
         mask (`Tensor` of shape `(features,)`, bool): the freeze mask `M`.
         threshold (`Tensor` of shape `(features,)`): in units of `pre_activation`.
-        scale (`Tensor` of shape `()`): half the distance of the levels (`signed`) or all of it (`zero_one`), in units of `value`.
-        shift (`Tensor` of shape `(features,)`): centre of the levels and of the clip range, in units of `value` (`signed` only).
+        scale (`Tensor` of shape `()`): half the distance of the levels (`signed`) or all of it (`zero_one`), in units
+        of `value`.
+        shift (`Tensor` of shape `(features,)`): centre of the levels and of the clip range, in units of `value`
+        (`signed` only).
         clip (`float`): clip range as a multiple of the scale.
         surrogate (`str`): a key of [`SURROGATES`].
         levels (`str`, *optional*, defaults to `"signed"`): a key of [`LEVELS`].

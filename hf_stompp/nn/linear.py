@@ -16,8 +16,9 @@ class MaskedBinaryLinear(MaskedBinaryModule):
     """
     A linear layer whose weight is masked-binarized, and whose input may be.
 
-    In evaluation mode without gradients, a layer whose weight and input are committed computes what its packed counterpart
-    computes, in the same arithmetic: the packed model's logits are then those of the committed model, bit for bit.
+    In evaluation mode without gradients, a layer whose weight and input are committed computes what its packed
+    counterpart computes, in the same arithmetic: the packed model's logits are then those of the committed model, bit
+    for bit.
 
     Args:
         in_features (`int`).
@@ -61,8 +62,10 @@ class MaskedBinaryLinear(MaskedBinaryModule):
 
         Args:
             activation (`MaskedBinaryActivation`).
-            owned (`bool`): register it as a submodule. Layers that read the same tensor share one activation, and one owns it.
-            upstream (`bool`, *optional*, defaults to `False`): it has already been applied, by the feed-forward activation function.
+            owned (`bool`): register it as a submodule. Layers that read the same tensor share one activation, and one
+            owns it.
+            upstream (`bool`, *optional*, defaults to `False`): it has already been applied, by the feed-forward
+            activation function.
         """
         if owned:
             self.input_activation = activation

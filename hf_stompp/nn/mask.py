@@ -12,8 +12,8 @@ def mask_generator(seed: int, unit: str, tensor: str, step: int) -> torch.Genera
     """
     CPU generator of one freeze mask at one step.
 
-    Its seed is a hash of the arguments, so that the draw does not depend on the rank, on the device, on what other tensors
-    exist, or on what was drawn before: any rank and any resumed run draws the same.
+    Its seed is a hash of the arguments, so that the draw does not depend on the rank, on the device, on what other
+    tensors exist, or on what was drawn before: any rank and any resumed run draws the same.
 
     Args:
         seed (`int`): the run's mask seed.
@@ -32,7 +32,8 @@ def frozen_probability(previous: float, fraction: float, refresh_period: float) 
     Probability that an entry is frozen after a step: `(if it was not, if it was)`.
 
     With probability `1 / refresh_period` an entry is redrawn from Bernoulli(`fraction`) (the soft refresh of arXiv
-    2606.27759); otherwise a frozen entry stays frozen and a free one is frozen with the probability that lifts Bernoulli(`previous`) to
+    2606.27759); otherwise a frozen entry stays frozen and a free one is frozen with the probability that lifts
+    Bernoulli(`previous`) to
     Bernoulli(`fraction`). So a mask that was Bernoulli(`previous`) becomes Bernoulli(`fraction`) whatever the period.
 
     Args:

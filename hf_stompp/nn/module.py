@@ -14,8 +14,8 @@ class MaskedBinaryModule(nn.Module):
     """
     A module with a freeze mask.
 
-    The mask is a persistent buffer that is only ever written in place: `torch.compile` and DistributedDataParallel hold
-    references to it. `committed` repeats in a Python bool whether the mask is full, so that reading it neither
+    The mask is a persistent buffer that is only ever written in place: `torch.compile` and DistributedDataParallel
+    hold references to it. `committed` repeats in a Python bool whether the mask is full, so that reading it neither
     synchronises with a GPU nor breaks a compiled graph; every method that writes the mask keeps it true.
 
     Args:
@@ -51,7 +51,8 @@ class MaskedBinaryModule(nn.Module):
         self.refresh_flags()
 
     def refresh_flags(self) -> None:
-        """Derives the Python flags from the tensors; call it after they were loaded by other means than `load_state_dict`."""
+        """Derives the Python flags from the tensors; call it after they were loaded by other means than "
+        "`load_state_dict`."""
         self.committed = bool(self.freeze_mask.all())
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

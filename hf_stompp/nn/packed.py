@@ -16,16 +16,15 @@ class PackedBinaryActivation(nn.Module):
 
     Args:
         features (`int`): size of the last dimension.
-        activation (`nn.Module`, *optional*): the activation function that is replaced. It is not called; [`~hf_stompp.unpack`]
+        activation (`nn.Module`, *optional*): the activation function that is replaced. It is not called;
+        [`~hf_stompp.unpack`]
             gives it back.
         device (`torch.device`, *optional*).
     """
 
     threshold: Tensor
 
-    def __init__(
-        self, features: int, activation: nn.Module | None = None, device: torch.device | None = None
-    ) -> None:
+    def __init__(self, features: int, activation: nn.Module | None = None, device: torch.device | None = None) -> None:
         super().__init__()
         self.features = features
         self.activation = activation
@@ -40,8 +39,8 @@ class PackedBinaryActivation(nn.Module):
 
 class PackedBinaryLinear(nn.Module):
     """
-    A linear layer with 1-bit weights: `scale * integer_product + bias` on binary inputs, or a product with `+-scale` on
-    float inputs.
+    A linear layer with 1-bit weights: `scale * integer_product + bias` on binary inputs, or a product with `+-scale`
+    on float inputs.
 
     Args:
         in_features (`int`).
@@ -73,7 +72,9 @@ class PackedBinaryLinear(nn.Module):
         self.register_buffer("scale", torch.zeros(out_features, dtype=torch.float32, device=device))
         # Folding the offset of the input levels needs a bias even where the float layer had none.
         has_bias = bias or binary_input
-        self.register_buffer("bias", torch.zeros(out_features, dtype=torch.float32, device=device) if has_bias else None)
+        self.register_buffer(
+            "bias", torch.zeros(out_features, dtype=torch.float32, device=device) if has_bias else None
+        )
         self.register_module("input_activation", None)
 
     def set_input_activation(self, activation: PackedBinaryActivation, owned: bool, upstream: bool = False) -> None:

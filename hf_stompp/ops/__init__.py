@@ -1,4 +1,5 @@
-"""The operations of packed layers. The pure PyTorch reference is the definition that every kernel must equal bit for bit."""
+"""The operations of packed layers. The pure PyTorch reference is the definition that every kernel must equal bit "
+"for bit."""
 
 from __future__ import annotations
 

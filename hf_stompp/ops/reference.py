@@ -56,7 +56,8 @@ def fold(
     Scale and bias of the integer product that equals a linear layer on two-level inputs and two-level weights.
 
     With inputs `offset + amplitude * s` (`s` = +-1), `sum_k row_scale * v_k * (offset_k + amplitude * s_k) + bias` is
-    `(row_scale * amplitude) * sum_k v_k s_k + (bias + row_scale * sum_k v_k offset_k)`. Sums are in float64 and rounded once.
+    `(row_scale * amplitude) * sum_k v_k s_k + (bias + row_scale * sum_k v_k offset_k)`. Sums are in float64 and
+    rounded once.
 
     Args:
         weight_signs (`Tensor` of shape `(out_features, in_features)`): +-1.
@@ -75,7 +76,7 @@ def fold(
     return (row_scale * amplitude.double()).float(), constant.float()
 
 
-def binary_linear(signs: Tensor, weight_signs: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+def binary_linear(signs: Tensor, weight_signs: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """
     `scale * (signs @ weight_signs.T) + bias`, the product being an exact integer.
 
@@ -85,7 +86,7 @@ def binary_linear(signs: Tensor, weight_signs: Tensor, scale: Tensor, bias: Tens
         signs (`Tensor` of shape `(..., in_features)`): +-1, any floating dtype.
         weight_signs (`Tensor` of shape `(out_features, in_features)`): +-1.
         scale (`Tensor` of shape `(out_features,)`).
-        bias (`Tensor` of shape `(out_features,)`).
+        bias (`Tensor` of shape `(out_features,)`, *optional*).
 
     Returns:
         `Tensor` of shape `(..., out_features)`: dtype of `signs`.
@@ -93,4 +94,5 @@ def binary_linear(signs: Tensor, weight_signs: Tensor, scale: Tensor, bias: Tens
     # Autocast would round the integers to bfloat16, which holds none above 256 exactly.
     with torch.autocast(signs.device.type, enabled=False):
         product = F.linear(signs.float(), weight_signs.float())
-        return (product * scale.float() + bias.float()).to(signs.dtype)
+        product = product * scale.float()
+        return (product if bias is None else product + bias.float()).to(signs.dtype)

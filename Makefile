@@ -1,0 +1,31 @@
+# `make demo` and `make test` are the two commands of the README. Both install into .venv first.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+CHECKED = hf_stompp examples tests benchmarks
+
+.PHONY: demo test quality style clean
+
+$(VENV)/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/python examples/demo/run_demo.py
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+quality: $(VENV)/installed
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/mypy
+
+style: $(VENV)/installed
+	$(BIN)/ruff check --fix $(CHECKED)
+	$(BIN)/ruff format $(CHECKED)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo
