@@ -161,6 +161,11 @@ class Progression:
         partial = [i for i in range(len(self.units)) if 0.0 < self.fraction(i, step) < 1.0]
         return min(partial, key=lambda i: self.windows[i], default=None)
 
+    def is_boundary(self, step: int) -> bool:
+        """Whether a unit's window begins with this step, or the unit commits with it."""
+        changes = [(self.fraction(i, step - 1) if step else 0.0, self.fraction(i, step)) for i in range(len(self.units))]
+        return any((before == 0.0) != (now == 0.0) or (before == 1.0) != (now == 1.0) for before, now in changes)
+
     @property
     def committed_step(self) -> int:
         """The first step during which every unit is full."""

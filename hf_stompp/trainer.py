@@ -29,7 +29,7 @@ from .training_args import StoMPPTrainingArguments
 ACTIVATION_PARAMETERS = ("scale", "shift", "threshold")
 
 
-def advance(model: nn.Module, progression: Progression, step: int) -> list[str]:
+def advance(model: nn.Module, progression: Progression, step: int) -> None:
     """
     Brings every mask from the step before to `step`, in place.
 
@@ -39,23 +39,15 @@ def advance(model: nn.Module, progression: Progression, step: int) -> list[str]:
         model (`PreTrainedModel`): after [`binarize`].
         progression (`Progression`).
         step (`int`): 0-based optimizer step that is about to be taken.
-
-    Returns:
-        `list[str]`: the units whose window begins or ends with this step.
     """
-    boundaries = []
     for index, (unit, modules) in enumerate(unit_modules(model, config_of(model)).items()):
         previous = progression.fraction(index, step - 1) if step else 0.0
         fraction = progression.fraction(index, step)
         if fraction == 0.0 or all(module.committed for module in modules.values()):
             continue
         for name, module in modules.items():
-            tensor = f"{name}.freeze_mask"
-            generator = mask_generator(progression.seed, unit, tensor, step)
+            generator = mask_generator(progression.seed, unit, f"{name}.freeze_mask", step)
             module.advance(previous, fraction, progression.refresh_period, generator)
-        if previous == 0.0 or fraction == 1.0:
-            boundaries.append(unit)
-    return boundaries
 
 
 def check_masks(model: nn.Module, progression: Progression, step: int) -> None:
@@ -149,9 +141,10 @@ class ProgressionCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         assert self.progression is not None
-        boundaries = advance(self.trainer.model, self.progression, state.global_step)
-        if boundaries:
-            self.trainer.check_same_masks(boundaries)
+        # Before a unit commits: full masks are the same on every rank whatever they were.
+        if self.progression.is_boundary(state.global_step):
+            self.trainer.check_same_masks()
+        advance(self.trainer.model, self.progression, state.global_step)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -329,22 +322,25 @@ class StoMPPTrainer(Trainer):
 
     # --- masks -----------------------------------------------------------------------------------------------------
 
-    def check_same_masks(self, units: list[str]) -> None:
+    def check_same_masks(self) -> None:
         """
-        Checks that every rank holds the same masks of some units.
+        Checks that every rank holds the same masks.
 
         Raises:
-            RuntimeError: they differ.
+            RuntimeError: they differ; names the first mask that does.
         """
         if self.args.world_size == 1:
             return
-        modules = unit_modules(self.model, config_of(self.model))
-        digests = "".join(tensor_digest(m.freeze_mask) for unit in units for m in modules[unit].values())
+        masks = {name: module.freeze_mask for name, module in masked_modules(self.model).items()}
+        digests = "".join(tensor_digest(mask) for mask in masks.values())
         mine = torch.tensor(list(digests.encode()), dtype=torch.uint8, device=self.args.device)
         everyone = self.accelerator.gather(mine.unsqueeze(0))
-        if not bool((everyone == mine).all()):
+        same = (everyone == everyone[0]).all(dim=0).view(len(masks), -1).all(dim=1)
+        if not bool(same.all()):
+            name = list(masks)[int((~same).nonzero()[0])]
             raise RuntimeError(
-                f"the ranks hold different freeze masks of {units}: check that all were started with the same seed"
+                f"the ranks hold different freeze masks, {name}.freeze_mask among them: start all ranks with the same "
+                "seed and mask_seed, and from the same checkpoint"
             )
 
     def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:

@@ -1,0 +1,164 @@
+"""Fixtures shared by all tests: no network, one seed, tiny random models of eight encoder families."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from hf_stompp import StoMPPConfig, binarize, commit, pack
+
+
+transformers.logging.disable_progress_bar()
+
+FAMILIES = ("bert", "roberta", "distilbert", "electra", "deberta_v2", "mpnet", "modernbert", "vit")
+SPECIAL_TOKENS = 3
+SIZES = {
+    "vocab_size": 64,
+    # No multiple of 8, so that the last byte of a packed row is not full.
+    "hidden_size": 36,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 76,
+    "max_position_embeddings": 40,
+    "num_labels": 3,
+}
+DISTILBERT_NAMES = {
+    "hidden_size": "dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "intermediate_size": "hidden_dim",
+}
+CONFIGS: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]] = {
+    "bert": (transformers.BertConfig, {}),
+    "roberta": (transformers.RobertaConfig, {}),
+    "distilbert": (transformers.DistilBertConfig, {}),
+    "electra": (transformers.ElectraConfig, {"embedding_size": 20}),
+    "deberta_v2": (
+        transformers.DebertaV2Config,
+        {
+            "relative_attention": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "share_att_key": True,
+            "position_buckets": 8,
+            "norm_rel_ebd": "layer_norm",
+        },
+    ),
+    "mpnet": (transformers.MPNetConfig, {}),
+    # Rotary embeddings need an even head size.
+    "modernbert": (
+        transformers.ModernBertConfig,
+        {
+            "hidden_size": 32,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "cls_token_id": 1,
+            "sep_token_id": 2,
+        },
+    ),
+    "vit": (transformers.ViTConfig, {"image_size": 16, "patch_size": 8}),
+    "albert": (transformers.AlbertConfig, {"embedding_size": 20}),
+}
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Each encoder family in turn."""
+    return request.param
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., transformers.PreTrainedModel]:
+    """`tiny_model(family, auto_class=None, seed=0, **config)`: a random float model in evaluation mode."""
+
+    def make(family: str, auto_class: Any = None, seed: int = 0, **overrides: Any) -> transformers.PreTrainedModel:
+        config_class, extra = CONFIGS[family]
+        fields = {**SIZES, **extra, **overrides}
+        if family == "vit":
+            fields = {
+                name: value for name, value in fields.items() if name not in ("vocab_size", "max_position_embeddings")
+            }
+        if family == "distilbert":
+            fields = {DISTILBERT_NAMES.get(name, name): value for name, value in fields.items()}
+        if auto_class is None:
+            is_vision = family == "vit"
+            auto_class = (
+                transformers.AutoModelForImageClassification
+                if is_vision
+                else transformers.AutoModelForSequenceClassification
+            )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = auto_class.from_config(config_class(**fields))
+            # Biases of 0 and LayerNorm weights of 1 would hide that they are lost.
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn(parameter.shape).to(parameter.dtype), alpha=0.2)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def tiny_inputs() -> Callable[..., dict[str, Tensor]]:
+    """`tiny_inputs(family, batch=2, length=10, seed=1)`: forward arguments, without labels."""
+
+    def make(family: str, batch: int = 2, length: int = 10, seed: int = 1) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        if family == "vit":
+            return {"pixel_values": torch.randn(batch, 3, 16, 16, generator=generator)}
+        ids = torch.randint(SPECIAL_TOKENS, SIZES["vocab_size"], (batch, length), generator=generator)
+        mask = torch.ones_like(ids)
+        if batch > 1:
+            mask[-1, length // 2 :] = 0
+        return {"input_ids": ids, "attention_mask": mask}
+
+    return make
+
+
+@pytest.fixture
+def tiny_committed(tiny_model: Callable, tiny_inputs: Callable) -> Callable[..., transformers.PreTrainedModel]:
+    """`tiny_committed(family, config=None, **model)`: binarized, initialised from one batch and committed."""
+
+    def make(family: str, config: StoMPPConfig | None = None, **overrides: Any) -> transformers.PreTrainedModel:
+        model = binarize(tiny_model(family, **overrides), config)
+        with torch.no_grad():
+            model(**tiny_inputs(family, batch=4, seed=2))
+        return commit(model)
+
+    return make
+
+
+@pytest.fixture
+def tiny_packed(tiny_committed: Callable) -> Callable[..., transformers.PreTrainedModel]:
+    """`tiny_packed(family, config=None, **model)`: [`pack`] of `tiny_committed`."""
+
+    def make(family: str, config: StoMPPConfig | None = None, **overrides: Any) -> transformers.PreTrainedModel:
+        return pack(tiny_committed(family, config, **overrides))
+
+    return make
+
+
+@pytest.fixture
+def logits(tiny_inputs: Callable) -> Callable[..., Tensor]:
+    """`logits(model, family, **inputs)`: without gradients."""
+
+    @torch.no_grad()
+    def run(model: transformers.PreTrainedModel, family: str = "bert", **inputs: Any) -> Tensor:
+        return model(**tiny_inputs(family, **inputs)).logits
+
+    return run

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_stompp.ops import binary_linear, fold, pack_bits, packed_bytes, unpack_signs
+
+
+IN_FEATURES = [1, 7, 8, 63, 64, 65, 255, 256, 257, 768]
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def draw_signs(*shape: int, seed: int = 0) -> Tensor:
+    return torch.where(draw(*shape, seed=seed) >= 0, 1.0, -1.0)
+
+
+@pytest.mark.parametrize(
+    ("in_features", "expected"), [(1, 32), (255, 32), (256, 32), (257, 64), (768, 96), (3072, 384), (5000, 640)]
+)
+def test_rows_are_padded_to_256_bits(in_features: int, expected: int) -> None:
+    assert packed_bytes(in_features) == expected
+
+
+@pytest.mark.parametrize("in_features", IN_FEATURES)
+def test_bit_k_of_a_row_is_bit_k_modulo_8_of_byte_k_div_8(in_features: int) -> None:
+    w = draw(3, in_features)
+    packed = pack_bits(w)
+    assert packed.dtype == torch.uint8
+    for row, bytes_of_row in zip(w.tolist(), packed.tolist(), strict=True):
+        expected = [0] * (32 * math.ceil(in_features / 256))
+        for k, value in enumerate(row):
+            if value >= 0:
+                expected[k // 8] |= 1 << (k % 8)
+        assert bytes_of_row == expected
+
+
+def test_first_weight_is_the_least_significant_bit() -> None:
+    w = torch.tensor([[1.0, -1, -1, -1, -1, -1, -1, -1, -1, 1.0, -1]])
+    assert pack_bits(w)[0, :3].tolist() == [1, 2, 0]
+
+
+@pytest.mark.parametrize("in_features", IN_FEATURES)
+def test_tail_of_a_row_is_zero(in_features: int) -> None:
+    packed = pack_bits(torch.ones(2, in_features))
+    whole, rest = divmod(in_features, 8)
+    expected = [255] * whole + ([2**rest - 1] if rest else [])
+    assert packed.tolist() == [expected + [0] * (packed_bytes(in_features) - len(expected))] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_minus_zero_is_packed_as_plus_one(dtype: torch.dtype) -> None:
+    w = torch.tensor([[-0.0, 0.0, -1.0]], dtype=dtype)
+    assert pack_bits(w)[0, 0].item() == 0b011
+
+
+@pytest.mark.parametrize("in_features", IN_FEATURES)
+def test_unpacking_inverts_packing(in_features: int) -> None:
+    signs = draw_signs(5, in_features)
+    unpacked = unpack_signs(pack_bits(signs), in_features)
+    assert unpacked.dtype == torch.float32
+    assert torch.equal(unpacked, signs)
+    assert torch.equal(pack_bits(unpacked), pack_bits(signs))
+
+
+def test_unpacking_takes_leading_dimensions() -> None:
+    packed = pack_bits(draw_signs(6, 70))
+    assert torch.equal(unpack_signs(packed.view(2, 3, -1), 70).flatten(0, 1), unpack_signs(packed, 70))
+
+
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("one_offset", [True, False], ids=["offset-per-tensor", "offset-per-feature"])
+def test_folded_product_equals_the_linear_layer_on_the_levels(with_bias: bool, one_offset: bool) -> None:
+    signs, weight_signs, row_scale = draw_signs(4, 37), draw_signs(9, 37, seed=1), draw(9, 1, seed=2).abs()
+    offset = torch.tensor(0.3) if one_offset else draw(37, seed=3)
+    amplitude, bias = torch.tensor(0.7), draw(9, seed=4) if with_bias else None
+    scale, constant = fold(weight_signs, row_scale, offset, amplitude, bias)
+    assert scale.dtype == constant.dtype == torch.float32
+    offsets = [offset.item()] * 37 if one_offset else offset.tolist()
+    for o in range(9):
+        a, row = row_scale[o].item(), weight_signs[o].tolist()
+        b = bias[o].item() if with_bias else 0.0
+        assert scale[o].item() == pytest.approx(a * amplitude.item(), rel=1e-7)
+        assert constant[o].item() == pytest.approx(
+            b + a * math.fsum(v * c for v, c in zip(row, offsets, strict=True)), rel=1e-7
+        )
+        for n in range(4):
+            levels = [c + amplitude.item() * s for c, s in zip(offsets, signs[n].tolist(), strict=True)]
+            expected = b + math.fsum(a * v * u for v, u in zip(row, levels, strict=True))
+            integer = int((signs[n] * weight_signs[o]).sum())
+            assert scale[o].item() * integer + constant[o].item() == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def test_fold_adds_in_float64_and_rounds_once() -> None:
+    # In float32 the sum would lose every 1: 2^25 - 2^25 + 1 + 1 + 1.
+    weight_signs = torch.ones(1, 5)
+    offset = torch.tensor([2.0**25, 1.0, 1.0, 1.0, -(2.0**25)])
+    _, constant = fold(weight_signs, torch.ones(1, 1), offset, torch.tensor(1.0), torch.tensor([0.5]))
+    assert constant.item() == 3.5
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("in_features", [1, 65, 257, 768, 3072, 5000])
+def test_product_is_the_exact_integer(in_features: int, autocast: bool) -> None:
+    signs, weight_signs = draw_signs(6, in_features), draw_signs(11, in_features, seed=1)
+    # The largest sums of both signs, and one that bfloat16 cannot hold.
+    signs[0], weight_signs[0], weight_signs[1], weight_signs[2] = 1, 1, -1, 1
+    weight_signs[2, 0] = -1
+    with torch.autocast("cpu", dtype=torch.bfloat16) if autocast else nullcontext():
+        product = binary_linear(signs, weight_signs, torch.ones(11), torch.zeros(11))
+    assert product.dtype == torch.float32
+    assert torch.equal(product.long(), signs.long() @ weight_signs.long().T)
+    assert product[0, :3].tolist() == [in_features, -in_features, in_features - 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_product_of_half_precision_signs_is_rounded_once_at_the_end(dtype: torch.dtype) -> None:
+    signs, weight_signs, scale, bias = draw_signs(3, 3071), draw_signs(4, 3071, seed=1), draw(4).abs(), draw(4, seed=2)
+    # 3071 is no bfloat16 and no float16, 71 is both.
+    weight_signs[0], scale[0], bias[0] = signs[0], 1.0, -3000.0
+    out = binary_linear(signs.to(dtype), weight_signs, scale, bias)
+    exact = (signs.long() @ weight_signs.long().T).float() * scale + bias
+    assert out[0, 0].item() == 71
+    assert torch.equal(out, exact.to(dtype))
+
+
+def test_scale_and_bias_are_those_of_the_row() -> None:
+    out = binary_linear(
+        torch.ones(1, 2, 3), draw_signs(2, 3).abs(), torch.tensor([0.5, 2.0]), torch.tensor([1.0, -1.0])
+    )
+    assert out.tolist() == [[[2.5, 5.0], [2.5, 5.0]]]
+
+
+@pytest.mark.parametrize("shape", [(0, 65), (2, 0, 65)], ids=str)
+def test_no_rows_give_no_rows(shape: tuple[int, ...]) -> None:
+    out = binary_linear(torch.ones(shape), draw_signs(4, 65), torch.ones(4), torch.zeros(4))
+    assert out.shape == (*shape[:-1], 4)

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig, BertConfig
+
+from hf_stompp import StoMPPConfig
+from hf_stompp.config import CHOICES, FORMAT_VERSION
+
+
+LINEAR = {"name": "encoder.layer.0.dense", "kind": "linear", "unit": "encoder.layer.0", "input": None, "bias": True}
+
+OTHER_VALUES = {
+    "mode": "bwn",
+    "surrogate": "clipped_ste",
+    "weight_scale": "tensor",
+    "weight_clip": 2.0,
+    "activation_scale": "fixed",
+    "activation_shift": "none",
+    "activation_clip": 1.5,
+    "feed_forward_levels": "zero_one",
+    "unit": "sublayer",
+    "modules_to_not_convert": ["pooler"],
+    "binary_word_embeddings": True,
+    "layer_stack": "encoder.layer",
+    "state": "packed",
+    "modules": [LINEAR],
+}
+"""A value other than the default for every field that may have one."""
+
+
+def twelve_layers() -> list[dict[str, object]]:
+    entries: list[dict[str, object]] = []
+    for i in range(12):
+        unit = f"bert.encoder.layer.{i}"
+        # Neither by name nor by first appearance of a letter is this the sorted order.
+        for name in ("attention.self.query", "attention.self.key", "intermediate.dense", "output.dense"):
+            linear = f"{unit}.{name}"
+            entries.append({"name": linear, "kind": "linear", "unit": unit, "input": linear, "bias": True})
+    return entries
+
+
+# bad values
+
+
+@pytest.mark.parametrize("field", CHOICES)
+@pytest.mark.parametrize("value", ["", "BNN", None, True, 1, ["bnn"]], ids=repr)
+def test_a_choice_that_does_not_exist_is_refused_by_name_with_what_there_is(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"StoMPPConfig.{field} must be one of") as error:
+        StoMPPConfig(**{field: value})
+    assert all(repr(choice) in str(error.value) for choice in CHOICES[field])
+    assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize("field", ["weight_clip", "activation_clip"])
+@pytest.mark.parametrize("value", [0, 0.99, -3.0, math.nan, math.inf, "3", None, True, [3.0]], ids=repr)
+def test_a_clip_range_below_one_or_not_finite_is_refused(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"StoMPPConfig.{field} must be a finite number of at least 1"):
+        StoMPPConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("binary_word_embeddings", "yes", "must be True or False, got 'yes'"),
+        ("binary_word_embeddings", 1, "must be True or False, got 1"),
+        ("layer_stack", 3, "must be a module name or None, got 3"),
+        ("modules_to_not_convert", "pooler", "must be a list of strings, got 'pooler'"),
+        ("modules_to_not_convert", ["pooler", 3], "must be a list of strings"),
+        ("quant_method", "gptq", "must be 'stompp', got 'gptq'"),
+        ("format_version", 0, "must be a whole number from 1 on, got 0"),
+        ("format_version", "1", "must be a whole number from 1 on, got '1'"),
+        ("format_version", True, "must be a whole number from 1 on, got True"),
+        ("format_version", 1.0, "must be a whole number from 1 on, got 1.0"),
+    ],
+    ids=lambda value: repr(value) if not isinstance(value, str) else value[:20],
+)
+def test_a_bad_value_is_refused_by_name_with_what_it_may_be(field: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=f"StoMPPConfig.{field} {message}"):
+        StoMPPConfig(**{field: value})
+
+
+def test_a_pattern_that_is_no_regular_expression_is_refused() -> None:
+    with pytest.raises(ValueError, match="StoMPPConfig.modules_to_not_convert"):
+        StoMPPConfig(modules_to_not_convert=["pooler("])
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        ({"name": "a"}, "must be a list of entries"),
+        (["a"], "must be a list of entries"),
+        ([{**LINEAR, "name": None}], "must have a name, a kind of"),
+        ([{**LINEAR, "kind": "conv"}], r"a kind of \['linear', 'activation', 'embedding'\]"),
+        ([{**LINEAR, "unit": None}], "the name of a unit"),
+        ([{name: value for name, value in LINEAR.items() if name != "bias"}], "bias of 'encoder.layer.0.dense'"),
+        ([{**LINEAR, "bias": 1}], "must be true or false, got 1"),
+        ([{**LINEAR, "input": "elsewhere"}], "input of 'encoder.layer.0.dense' must name .* got 'elsewhere'"),
+        ([{"name": "e", "kind": "embedding", "unit": "e"}, {**LINEAR, "input": "e"}], "must name a linear layer"),
+        ([LINEAR, LINEAR], "encoder.layer.0.dense"),
+    ],
+    ids=["dict", "names", "no-name", "kind", "no-unit", "no-bias", "bias", "input", "input-kind", "duplicate"],
+)
+def test_a_bad_table_of_modules_is_refused(modules: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        StoMPPConfig(modules=modules)
+
+
+def test_an_unknown_field_is_refused_by_name_with_the_fields_there_are() -> None:
+    with pytest.raises(ValueError, match="StoMPPConfig has no field weight_clips: ") as error:
+        StoMPPConfig(weight_clips=3.0)
+    assert "weight_clip," in str(error.value)
+
+
+def test_a_newer_format_is_refused_with_what_to_do_even_with_fields_unknown_here() -> None:
+    with pytest.raises(ValueError, match=f"format version {FORMAT_VERSION + 1}; .* upgrade hf_stompp"):
+        StoMPPConfig(format_version=FORMAT_VERSION + 1, a_field_of_the_future=1)
+
+
+def test_a_change_to_the_excluded_modules_of_one_config_leaves_the_default() -> None:
+    StoMPPConfig().modules_to_not_convert.append("lm_head")
+    assert StoMPPConfig().modules_to_not_convert == ["embeddings", "pooler", "classifier"]
+
+
+# round trips
+
+
+def test_other_values_name_every_field_and_differ_from_the_defaults() -> None:
+    defaults = StoMPPConfig().to_dict()
+    assert set(OTHER_VALUES) == set(defaults) - {"quant_method", "format_version"}
+    assert all(defaults[field] != value for field, value in OTHER_VALUES.items())
+
+
+@pytest.mark.parametrize("values", [{}, OTHER_VALUES], ids=["defaults", "others"])
+def test_a_config_survives_json(values: dict[str, object]) -> None:
+    config = StoMPPConfig(**copy.deepcopy(values))
+    saved = json.loads(json.dumps(config.to_dict(), sort_keys=True))
+    assert saved["quant_method"] == "stompp" and saved["format_version"] == FORMAT_VERSION
+    loaded = StoMPPConfig.from_dict(saved)
+    assert type(loaded) is StoMPPConfig
+    assert loaded.to_dict() == config.to_dict()
+    assert {field: getattr(loaded, field) for field in values} == values
+
+
+@pytest.mark.parametrize("as_dict", [False, True], ids=["object", "dict"])
+def test_a_model_config_saves_and_loads_it(as_dict: bool, tmp_path: Path) -> None:
+    config = StoMPPConfig(**copy.deepcopy(OTHER_VALUES))
+    bert = BertConfig(num_hidden_layers=1)
+    bert.quantization_config = config.to_dict() if as_dict else config
+    bert.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path).quantization_config
+    assert StoMPPConfig.from_dict(loaded).to_dict() == config.to_dict()
+
+
+def test_units_stay_in_order_of_depth_in_a_saved_model_config(tmp_path: Path) -> None:
+    depth = [f"bert.encoder.layer.{i}" for i in range(12)]
+    config = StoMPPConfig(modules=twelve_layers())
+    assert config.units == depth != sorted(depth)
+    bert = BertConfig()
+    bert.quantization_config = config
+    # Transformers sorts the keys of config.json.
+    bert.save_pretrained(tmp_path)
+    loaded = StoMPPConfig.from_dict(AutoConfig.from_pretrained(tmp_path).quantization_config)
+    assert loaded.units == depth
+    assert list(loaded.table) == [entry["name"] for entry in twelve_layers()] != sorted(loaded.table)
+
+
+def test_a_fresh_config_has_no_units() -> None:
+    assert StoMPPConfig().units == [] and StoMPPConfig().table == {}
+
+
+def test_a_deep_copy_is_independent() -> None:
+    config = StoMPPConfig(modules=twelve_layers())
+    copy.deepcopy(config).modules.clear()
+    assert len(config.modules) == 48

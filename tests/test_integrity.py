@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hf_stompp.integrity import METADATA_PREFIX, checkpoint_files, digests, tensor_digest, verify_files
+
+
+TENSORS = {
+    "a.weight": torch.arange(12.0).reshape(3, 4),
+    "b.freeze_mask": torch.tensor([[True, False], [False, True]]),
+    "c.packed_weight": torch.arange(64, dtype=torch.uint8).reshape(2, 32),
+    "d.scale": torch.tensor(0.5),
+}
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file(TENSORS, path, metadata={"format": "pt", **digests(TENSORS)})
+    return path
+
+
+def split(file) -> tuple[dict, bytes]:
+    content = file.read_bytes()
+    (size,) = struct.unpack("<Q", content[:8])
+    return json.loads(content[8 : 8 + size]), content[8 + size :]
+
+
+def join(file, header: dict, data: bytes) -> None:
+    text = json.dumps(header, separators=(",", ":")).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def test_whole_file_gives_the_file_of_each_tensor(file):
+    assert verify_files([file]) == dict.fromkeys(TENSORS, file)
+    assert verify_files([str(file)]) == dict.fromkeys(TENSORS, file)
+
+
+def test_no_files_are_fine():
+    assert verify_files([]) == {}
+
+
+def test_file_without_digests_is_read(tmp_path):
+    save_file(TENSORS, tmp_path / "plain.safetensors")
+
+    assert set(verify_files([tmp_path / "plain.safetensors"])) == set(TENSORS)
+
+
+def test_digest_depends_on_the_values_not_on_the_layout():
+    tensor = torch.arange(6.0).reshape(2, 3)
+
+    assert tensor_digest(tensor.T) == tensor_digest(tensor.T.contiguous())
+    assert tensor_digest(tensor) != tensor_digest(tensor + 1)
+    assert tensor_digest(torch.tensor(1.0)) == tensor_digest(torch.tensor([1.0]).squeeze())
+    assert len(tensor_digest(torch.empty(0))) == 64
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
+)
+def test_digest_takes_every_dtype(dtype):
+    assert tensor_digest(torch.zeros(3, dtype=dtype)) != tensor_digest(torch.ones(3, dtype=dtype))
+
+
+def test_digest_of_a_tensor_in_a_larger_storage_is_that_of_its_values():
+    assert tensor_digest(torch.arange(10.0)[2:4]) == tensor_digest(torch.tensor([2.0, 3.0]))
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_altered_byte_names_the_tensor_and_the_file(file, name):
+    header, data = split(file)
+    start = header[name]["data_offsets"][0]
+    join(file, header, data[:start] + bytes([data[start] ^ 1]) + data[start + 1 :])
+
+    with pytest.raises(ValueError, match=rf"{file}: tensor '{name}' was altered"):
+        verify_files([file])
+
+
+def test_altered_digest_names_the_tensor(file):
+    header, data = split(file)
+    header["__metadata__"][f"{METADATA_PREFIX}d.scale"] = "0" * 64
+    join(file, header, data)
+
+    with pytest.raises(ValueError, match=r"tensor 'd.scale' was altered"):
+        verify_files([file])
+
+
+@pytest.mark.parametrize(("name", "field", "value"), [("a.weight", "dtype", "I32"), ("a.weight", "shape", [4, 3])])
+def test_altered_dtype_or_shape_names_the_tensor(file, name, field, value):
+    header, data = split(file)
+    header[name][field] = value
+    join(file, header, data)
+
+    with pytest.raises(ValueError, match=rf"tensor '{name}' was altered"):
+        verify_files([file])
+
+
+def test_two_tensors_swapped_in_the_header_are_noticed(tmp_path):
+    tensors = {"first": torch.zeros(4), "second": torch.ones(4)}
+    file = tmp_path / "model.safetensors"
+    save_file(tensors, file, metadata=digests(tensors))
+    header, data = split(file)
+    header["first"], header["second"] = header["second"], header["first"]
+    join(file, header, data)
+
+    with pytest.raises(ValueError, match="tensor 'first' was altered"):
+        verify_files([file])
+
+
+def test_cut_file_names_the_first_tensor_that_is_not_whole(file):
+    header, data = split(file)
+    ends = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
+    order = sorted(ends, key=ends.get)
+    head = file.stat().st_size - len(data)
+    content = file.read_bytes()
+
+    for kept, name in enumerate(order):
+        file.write_bytes(content[: head + ends[name] - 1])
+        with pytest.raises(
+            ValueError, match=rf"damaged: tensor '{name}' and {len(order) - kept - 1} more cannot be read"
+        ):
+            verify_files([file])
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 100])
+def test_file_cut_in_its_header_says_so(file, length):
+    file.write_bytes(file.read_bytes()[:length])
+
+    with pytest.raises(ValueError, match=rf"{file} is damaged: its header cannot be read"):
+        verify_files([file])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff" * 200,
+        b"\x00" * 200,
+        pickle.dumps({"a": 1}),
+        struct.pack("<Q", 2) + b"[]",
+        struct.pack("<Q", 4) + b"null",
+    ],
+    ids=["ones", "zeros", "pickle", "list", "null"],
+)
+def test_file_of_something_else_is_damaged(file, content):
+    file.write_bytes(content)
+
+    with pytest.raises(ValueError, match="is damaged"):
+        verify_files([file])
+
+
+@pytest.mark.parametrize("key", [b"data_offsets", b"dtype", b"shape"])
+def test_damaged_key_in_the_header_is_a_damaged_file(file, key):
+    file.write_bytes(file.read_bytes().replace(key, key[:-1] + b"_", 1))
+
+    with pytest.raises(ValueError, match="is damaged"):
+        verify_files([file])
+
+
+def test_no_flipped_bit_goes_unnoticed(file):
+    content = file.read_bytes()
+    header_end = 8 + struct.unpack("<Q", content[:8])[0]
+    # Digests themselves and the padding behind the JSON are not worth a thousand runs.
+    text = content[:header_end]
+    first_tensor = min(text.index(f'"{name}"'.encode()) for name in TENSORS)
+    positions = [*range(8), *range(first_tensor, len(text.rstrip())), *range(header_end, len(content))]
+    unnoticed = []
+    for position in positions:
+        altered = bytearray(content)
+        altered[position] ^= 1 << (position % 8)
+        file.write_bytes(bytes(altered))
+        try:
+            names = verify_files([file])
+        except ValueError:
+            continue
+        # A tensor under another name is missing under its own: the loader refuses that.
+        if set(names) == set(TENSORS):
+            unnoticed.append((position, bytes(altered[max(0, position - 20) : position + 5])))
+
+    assert unnoticed == []
+
+
+def test_mask_that_is_not_boolean_is_corrupted(tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_file({"x.freeze_mask": torch.zeros(4, dtype=torch.uint8)}, file)
+
+    with pytest.raises(ValueError, match=r"freeze mask 'x.freeze_mask' is corrupted"):
+        verify_files([file])
+
+
+def test_mask_with_bytes_beyond_one_is_corrupted(tmp_path):
+    file = tmp_path / "model.safetensors"
+    join(file, {"x.freeze_mask": {"dtype": "BOOL", "shape": [4], "data_offsets": [0, 4]}}, b"\x00\x01\x02\x01")
+
+    with pytest.raises(ValueError, match=r"freeze mask 'x.freeze_mask' is corrupted"):
+        verify_files([file])
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.ckpt"])
+def test_pickles_are_refused_unread(tmp_path, name):
+    class Bomb:
+        def __reduce__(self):
+            return (exec, (f"open({str(tmp_path / 'boom')!r}, 'w')",))
+
+    (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
+
+    with pytest.raises(ValueError, match=rf"{name}: only safetensors files are read"):
+        verify_files([tmp_path / name])
+    assert not (tmp_path / "boom").exists()
+
+
+def test_files_of_a_folder_with_one_file(file, tmp_path):
+    assert checkpoint_files(tmp_path) == [file]
+    assert checkpoint_files(str(tmp_path)) == [file]
+
+
+def test_files_of_a_sharded_folder_are_each_named_once(tmp_path):
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    index = {"weight_map": {"a": shards[0], "b": shards[1], "c": shards[0]}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    for shard in shards:
+        save_file({"x": torch.zeros(1)}, tmp_path / shard)
+
+    assert checkpoint_files(tmp_path) == [tmp_path / shard for shard in shards]
+
+    (tmp_path / shards[1]).unlink()
+    with pytest.raises(ValueError, match=rf"{tmp_path}: the index names .*{shards[1]}.*not there"):
+        checkpoint_files(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"weight_map": 3}'])
+def test_damaged_index_names_the_folder(tmp_path, content):
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        checkpoint_files(tmp_path)
+
+
+def test_folder_without_safetensors_is_refused(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+
+    with pytest.raises(ValueError, match=rf"{tmp_path} holds no model.safetensors"):
+        checkpoint_files(tmp_path)
