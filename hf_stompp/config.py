@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -156,6 +158,13 @@ class StoMPPConfig(QuantizationConfigMixin):
         patterns = self.modules_to_not_convert
         if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
             raise ValueError(f"StoMPPConfig.modules_to_not_convert must be a list of strings, got {patterns!r}")
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"StoMPPConfig.modules_to_not_convert: {pattern!r} is no regular expression ({error})"
+                ) from error
         if self.modules is not None:
             self._check_modules(self.modules)
 
@@ -163,6 +172,10 @@ class StoMPPConfig(QuantizationConfigMixin):
         if not isinstance(modules, list) or not all(isinstance(entry, dict) for entry in modules):
             raise ValueError(f"StoMPPConfig.modules must be a list of entries, got {modules!r}")
         kinds = {entry.get("name"): entry.get("kind") for entry in modules}
+        read = {entry.get("input") for entry in modules}
+        if len(kinds) < len(modules):
+            twice = [name for name, count in Counter(entry.get("name") for entry in modules).items() if count > 1]
+            raise ValueError(f"StoMPPConfig.modules must name every module once; {twice} are there more often")
         for entry in modules:
             name, unit, source = entry.get("name"), entry.get("unit"), entry.get("input")
             if not isinstance(name, str) or entry.get("kind") not in MODULE_KINDS or not isinstance(unit, str):
@@ -174,6 +187,10 @@ class StoMPPConfig(QuantizationConfigMixin):
                 raise ValueError(
                     f"StoMPPConfig.modules: bias of {name!r} must be true or false, got {entry.get('bias')!r}"
                 )
+            if entry["kind"] == "linear" and (source is None) != (self.mode == "bwn"):
+                raise ValueError(f"StoMPPConfig.modules: input {source!r} of {name!r} does not fit mode {self.mode!r}")
+            if entry["kind"] == "activation" and name not in read:
+                raise ValueError(f"StoMPPConfig.modules: {name!r} is an activation that no linear layer reads")
             if source is not None and kinds.get(source) not in ("linear", "activation"):
                 raise ValueError(
                     f"StoMPPConfig.modules: input of {name!r} must name a linear layer or an activation of the same "

@@ -22,9 +22,10 @@ METADATA_PREFIX = "sha256:"
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes, hexadecimal."""
-    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(flat.numpy().data).hexdigest()
+    """SHA-256 of a tensor's dtype, shape and bytes, hexadecimal."""
+    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def digests(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
@@ -40,9 +41,9 @@ def _first_cut_tensor(path: Path) -> str:
     (header_size,) = struct.unpack("<Q", content[:8])
     try:
         header = json.loads(content[8 : 8 + header_size])
-    except ValueError:
+        ends = {name: int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"}
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
         return "its header"
-    ends = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
     cut = [name for name in sorted(ends, key=ends.__getitem__) if 8 + header_size + ends[name] > len(content)]
     return f"tensor {cut[0]!r} and {len(cut) - 1} more" if cut else "its header"
 
@@ -106,7 +107,10 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{index} is damaged ({error!r}); download or copy the folder again") from error
         missing = [shard for shard in shards if not (folder / shard).is_file()]
         if missing:
             raise ValueError(

@@ -1,5 +1,4 @@
-"""`pack` and `unpack`: from a committed latent model to 1-bit weights and back. `docs/format.md` describes the "
-"tensors."""
+"""`pack` and `unpack`: from a committed latent model to 1-bit weights and back. The tensors: `docs/format.md`."""
 
 from __future__ import annotations
 
@@ -45,9 +44,9 @@ def _check_packable(model: nn.Module) -> None:
             raise ValueError(
                 f"{name} has no scale yet: it is initialised from the first batch; run the model on one before pack"
             )
-        for tensor_name, tensor in module.named_parameters(recurse=False):
-            if not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"{name}.{tensor_name} holds NaN or infinity; nothing was packed")
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} holds NaN or infinity; nothing was packed")
 
 
 @torch.no_grad()
@@ -121,6 +120,8 @@ def unpack(model: Model) -> Model:
     config = config_of(latent)
     config.state = "latent"
     config.feed_forward_levels = "signed"
+    # Rows have scales now, whatever the kind they came from: the input's amplitude was folded into them.
+    config.weight_scale = "row"
     _swap_in_float(latent, config)
     swap_in_masked(latent, config)
     values = dict(model.named_modules())
@@ -152,6 +153,7 @@ def _swap_in_float(model: nn.Module, config: StoMPPConfig) -> None:
         elif entry["kind"] == "embedding":
             signs = unpack_signs(module.packed_weight, module.embedding_dim).to(module.scale.dtype)
             new = nn.Embedding.from_pretrained(signs * module.scale.unsqueeze(-1), freeze=False)
+            new.padding_idx = module.padding_idx
         else:
             new = module.activation
         model.set_submodule(name, new)

@@ -46,9 +46,9 @@ def unit_modules(model: nn.Module, config: StoMPPConfig) -> dict[str, dict[str, 
     return units
 
 
-def check_fits(model: nn.Module, config: StoMPPConfig, kinds: dict[str, type[nn.Module]]) -> None:
+def check_fits(model: nn.Module, config: StoMPPConfig, kinds: dict[str, tuple[type[nn.Module], ...]]) -> None:
     """
-    Checks that a model has the modules that the config says were replaced.
+    Checks that a model has the modules that the config says are replaced.
 
     Raises:
         ValueError: no plan, or a module is missing or of another kind; names it.
@@ -59,14 +59,17 @@ def check_fits(model: nn.Module, config: StoMPPConfig, kinds: dict[str, type[nn.
         )
     found = dict(model.named_modules())
     for name, entry in config.table.items():
-        module = found.get(name)
-        expected = kinds[entry["kind"]]
-        if module is None or not isinstance(module, expected):
+        module, expected = found.get(name), kinds[entry["kind"]]
+        if not isinstance(module, expected):
             what = "no such module" if module is None else f"a {type(module).__name__}"
             raise ValueError(
-                f"{name}: quantization_config.modules says it is a {expected.__name__}, but {type(model).__name__} "
-                f"has {what} there; "
-                "load the checkpoint with the model class that wrote it"
+                f"{name}: quantization_config.modules says it is a {expected[0].__name__}, but {type(model).__name__} "
+                f"has {what} there; load the checkpoint with the model class that wrote it"
+            )
+        if entry["kind"] == "linear" and not entry["bias"] and getattr(module, "bias", None) is not None:
+            raise ValueError(
+                f"{name}: quantization_config.modules says it has no bias, but in {type(model).__name__} it has "
+                "one; load the checkpoint with the model class that wrote it"
             )
 
 
@@ -105,7 +108,7 @@ def swap_in_masked(model: nn.Module, config: StoMPPConfig) -> None:
     Raises:
         ValueError: see [`check_fits`].
     """
-    check_fits(model, config, {"linear": nn.Linear, "activation": nn.Module, "embedding": nn.Embedding})
+    check_fits(model, config, {"linear": (nn.Linear,), "activation": (nn.Module,), "embedding": (nn.Embedding,)})
     modules = dict(model.named_modules())
     settings: dict[str, Any] = {"clip": config.weight_clip, "surrogate": config.surrogate}
 
@@ -166,9 +169,9 @@ def swap_in_packed(model: nn.Module, config: StoMPPConfig, dtype: torch.dtype | 
         model,
         config,
         {
-            "linear": nn.Linear | MaskedBinaryLinear,  # type: ignore[dict-item]
-            "activation": nn.Module,
-            "embedding": nn.Embedding | MaskedBinaryEmbedding,  # type: ignore[dict-item]
+            "linear": (nn.Linear, MaskedBinaryLinear),
+            "activation": (nn.Module,),
+            "embedding": (nn.Embedding, MaskedBinaryEmbedding),
         },
     )
     modules = dict(model.named_modules())
@@ -182,7 +185,7 @@ def swap_in_packed(model: nn.Module, config: StoMPPConfig, dtype: torch.dtype | 
             )
         elif entry["kind"] == "embedding":
             place = {"device": old.weight.device, "dtype": dtype or old.weight.dtype}
-            new = PackedBinaryEmbedding(old.num_embeddings, old.embedding_dim, **place)
+            new = PackedBinaryEmbedding(old.num_embeddings, old.embedding_dim, old.padding_idx, **place)
         else:
             function = old.activation if isinstance(old, MaskedBinaryActivation) else old
             new = PackedBinaryActivation(_features(config, name, modules), function, device=device)
@@ -286,7 +289,8 @@ def report(model: nn.Module, config: StoMPPConfig) -> BinarizationReport:
         elif isinstance(
             module, MaskedBinaryLinear | PackedBinaryLinear | MaskedBinaryEmbedding | PackedBinaryEmbedding
         ):
-            rows, columns, bias = _shape(module)
+            rows, columns = _shape(module)
+            bias = rows if plan[name].get("bias") else 0
             before = (rows * columns + bias) * float_bytes
             is_linear = isinstance(module, MaskedBinaryLinear | PackedBinaryLinear)
             packed_bias = 4 * rows if is_linear and (bias or config.mode == "bnn") else 0
@@ -304,8 +308,9 @@ def report(model: nn.Module, config: StoMPPConfig) -> BinarizationReport:
             continue
         counted.update(f"{name}.{tensor}" for tensor, _ in module.named_parameters(recurse=False))
         counted.update(f"{name}.{tensor}" for tensor, _ in module.named_buffers(recurse=False))
+    saved = set(model.state_dict())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name in counted:
+        if name in counted or name not in saved:
             continue
         unit = next((unit for unit in config.units if name.startswith(f"{unit}.")), "(float)")
         size = tensor.numel() * tensor.element_size()
@@ -314,9 +319,9 @@ def report(model: nn.Module, config: StoMPPConfig) -> BinarizationReport:
     return BinarizationReport([UnitReport(unit, **values) for unit, values in counts.items()])
 
 
-def _shape(module: nn.Module) -> tuple[int, int, int]:
-    """Rows, columns and number of biases of the float layer that a module stands for."""
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """Rows and columns of the weight that a module stands for."""
     if isinstance(module, MaskedBinaryLinear | PackedBinaryLinear):
-        return module.out_features, module.in_features, 0 if module.bias is None else module.out_features
+        return module.out_features, module.in_features
     assert isinstance(module, MaskedBinaryEmbedding | PackedBinaryEmbedding)
-    return module.num_embeddings, module.embedding_dim, 0
+    return module.num_embeddings, module.embedding_dim

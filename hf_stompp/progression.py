@@ -52,7 +52,7 @@ def steps_of(value: float, total_steps: int, name: str) -> int:
     Raises:
         ValueError: negative, or neither a share nor a whole number.
     """
-    if value < 0 or (value >= 1 and value != int(value)):
+    if not 0 <= value < math.inf or (value >= 1 and value != int(value)):
         raise ValueError(
             f"{name} must be a share of all steps in [0, 1) or a whole number of steps from 1 on, got {value}"
         )
@@ -118,8 +118,9 @@ def plan_windows(
             "progression_warmup or progression_tail, or take a coarser unit"
         )
     length = available / (1 + (num_windows - 1) * (1 - overlap))
-    starts = [warmup_steps + round(position * length * (1 - overlap)) for position in positions]
-    ends = [warmup_steps + round(position * length * (1 - overlap) + length) for position in positions]
+    # The same expression for an end as for the next start: otherwise rounding would leave gaps.
+    starts = [warmup_steps + round(position * (1 - overlap) * length) for position in positions]
+    ends = [warmup_steps + round((position * (1 - overlap) + 1) * length) for position in positions]
     return [(start, max(end, start + 1)) for start, end in zip(starts, ends, strict=True)]
 
 
@@ -156,14 +157,15 @@ class Progression:
         return SCHEDULES[self.schedule]((step - start + 1) / (end - start))
 
     def unit_in_transition(self, step: int) -> int | None:
-        """Index of the first unit, in order of the windows, that is neither free nor committed during a step; None "
-        "without one."""
+        """Index of the first unit, in order of the windows, that is partly frozen during a step; None without one."""
         partial = [i for i in range(len(self.units)) if 0.0 < self.fraction(i, step) < 1.0]
         return min(partial, key=lambda i: self.windows[i], default=None)
 
     def is_boundary(self, step: int) -> bool:
         """Whether a unit's window begins with this step, or the unit commits with it."""
-        changes = [(self.fraction(i, step - 1) if step else 0.0, self.fraction(i, step)) for i in range(len(self.units))]
+        changes = [
+            (self.fraction(i, step - 1) if step else 0.0, self.fraction(i, step)) for i in range(len(self.units))
+        ]
         return any((before == 0.0) != (now == 0.0) or (before == 1.0) != (now == 1.0) for before, now in changes)
 
     @property
@@ -199,7 +201,7 @@ def plan_progression(
     Raises:
         ValueError: see [`plan_windows`], or a refresh period below 1.
     """
-    if refresh_period < 1:
+    if not 1 <= refresh_period < math.inf:
         raise ValueError(f"refresh_period must be at least 1 step, got {refresh_period}")
     windows = plan_windows(len(units), total_steps, order, schedule, warmup, tail, overlap, seed)
     return Progression(list(units), [list(w) for w in windows], schedule, order, total_steps, refresh_period, seed)

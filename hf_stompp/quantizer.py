@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
@@ -40,6 +41,7 @@ class StoMPPQuantizer(HfQuantizer):
                     "trained or committed before it is packed, see hf_stompp.pack"
                 )
             return
+        _follow_prefix(model, config)
         files = kwargs.get("checkpoint_files")
         if files:
             verify_files(files)
@@ -52,6 +54,7 @@ class StoMPPQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if not self.pre_quantized:
             binarize_modules(model, self.quantization_config)
+            attach_quantizer(model, self.quantization_config)
             return
         _check_loaded(model)
         for module in masked_modules(model).values():
@@ -84,13 +87,39 @@ if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
     register_quantizer(QUANT_METHOD)(StoMPPQuantizer)
 
 
+def _follow_prefix(model: nn.Module, config: StoMPPConfig) -> None:
+    """
+    Renames the table of modules where a base model is loaded from the checkpoint of a model with a head, or the other
+    way round: `bert.encoder...` is `encoder...` there.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    names = [entry["name"] for entry in config.modules or []]
+    if not prefix or not names:
+        return
+    is_base, has_prefix = not hasattr(model, prefix), all(name.startswith(f"{prefix}.") for name in names)
+    if is_base and has_prefix:
+        length = len(prefix) + 1
+
+        def rename(name: str | None) -> str | None:
+            return None if name is None else name[length:]
+    elif not is_base and not has_prefix and hasattr(getattr(model, prefix), names[0].split(".")[0]):
+
+        def rename(name: str | None) -> str | None:
+            return None if name is None else f"{prefix}.{name}"
+    else:
+        return
+    for entry in config.modules or []:
+        entry.update({key: rename(entry[key]) for key in ("name", "unit", "input") if key in entry})
+
+
 def _skip_initialization(model: nn.Module) -> None:
-    """Keeps `_init_weights` off the parents of packed modules: some models initialise their children's `weight` "
-    "there."""
+    """Keeps `_init_weights` off the parents of packed modules: some models initialise their children there."""
     modules = dict(model.named_modules())
     for name, module in packed_modules(model).items():
         parent: Any = modules[name.rpartition(".")[0]]
-        parent._is_hf_initialized = True
+        # Its own buffers that are not saved are computed there.
+        if not parent._non_persistent_buffers_set:
+            parent._is_hf_initialized = True
         holder: Any = module
         holder._is_hf_initialized = True
 
@@ -104,16 +133,14 @@ def _check_loaded(model: nn.Module) -> None:
     """
     base = getattr(model, "base_model_prefix", "")
     inside = f"{base}." if base and hasattr(model, base) else ""
-    tensors: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
-    persistent = set(model.state_dict())
     ours = tuple(f"{name}." for name in [*masked_modules(model), *packed_modules(model)])
-    missing = [
-        name
-        for name, tensor in tensors
-        if name in persistent
-        and (name.startswith(inside) or name.startswith(ours))
-        and not getattr(tensor, "_is_hf_initialized", False)
-    ]
+    persistent = model.state_dict(keep_vars=True)
+    names = [name for name in persistent if name.startswith(inside) or name.startswith(ours)]
+    missing = [name for name in names if not getattr(persistent[name], "_is_hf_initialized", False)]
+    pooler = {name for name in names if "pooler" in name.split(".")}
+    if pooler <= set(missing):
+        # A head may be new, and the pooler is a part of one; half a pooler is damage.
+        missing = [name for name in missing if name not in pooler]
     if missing:
         raise ValueError(
             f"the checkpoint lacks {len(missing)} tensors of {type(model).__name__}, the first of them "
@@ -141,12 +168,16 @@ def _check_packed(name: str, module: PackedBinaryActivation | PackedBinaryLinear
 
 
 def attach_quantizer(model: nn.Module, config: StoMPPConfig) -> None:
-    """Makes `save_pretrained` and the Trainer treat a model that was changed in process like one that was loaded "
-    "so."""
+    """Makes `save_pretrained` and the Trainer treat a model changed in process like one that was loaded so."""
     holder: Any = model
     if not hasattr(holder, "config"):
         return
-    holder.config.quantization_config = config
+    # Two models may have been made from one config object.
+    old, new = holder.config, copy.deepcopy(holder.config)
+    new.quantization_config = config
+    for module in model.modules():
+        if getattr(module, "config", None) is old:
+            module.config = new
     holder.hf_quantizer = StoMPPQuantizer(config, pre_quantized=True)
     holder.is_quantized = True
     holder.quantization_method = QUANT_METHOD

@@ -145,12 +145,13 @@ def _trace(model: nn.Module, stack: dict[str, nn.Module], inputs: Mapping[str, A
                     hooks.callback(module.register_forward_pre_hook(on_dropout).remove)
                 elif _may_be_activation_function(module):
                     hooks.callback(module.register_forward_hook(on_function(name)).remove)
-        was_training = model.training
+        modes = {module: module.training for module in model.modules()}
         model.eval()
         try:
             model(**inputs)
         finally:
-            model.train(was_training)
+            for module, training in modes.items():
+                module.training = training
     return trace
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from .progression import ORDERS, SCHEDULES
+from .progression import ORDERS, SCHEDULES, steps_of
 
 
 @dataclass
@@ -79,9 +80,8 @@ class StoMPPTrainingArguments(TrainingArguments):
             if getattr(self, name) not in table:
                 raise ValueError(f"{name} must be one of {sorted(table)}, got {getattr(self, name)!r}")
         for name in ("progression_warmup", "progression_tail"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+            steps_of(getattr(self, name), 1, name)
         if not 0 <= self.progression_overlap < 1:
             raise ValueError(f"progression_overlap must lie in [0, 1), got {self.progression_overlap}")
-        if self.refresh_period < 1:
+        if not 1 <= self.refresh_period < math.inf:
             raise ValueError(f"refresh_period must be at least 1 step, got {self.refresh_period}")

@@ -427,7 +427,7 @@ def test_checkpoint_for_another_head_loads_with_a_new_head(packed_folder, tiny_i
     assert all(bool(torch.isfinite(value).all()) for value in outputs.values())
 
 
-def test_missing_head_is_new_but_a_missing_pooler_is_refused(packed_folder):
+def test_missing_head_is_new_but_half_a_pooler_is_refused(packed_folder):
     edit_tensors(packed_folder, lambda tensors: tensors.pop("classifier.weight"))
 
     assert bool(torch.isfinite(load(packed_folder).classifier.weight).all())
@@ -450,9 +450,31 @@ def test_pretrained_encoder_is_quantized_at_loading_with_a_new_head(tiny_model, 
     assert bool(torch.isfinite(logits(commit(model), name)).all())
 
 
-def test_model_without_the_prefix_is_refused_by_module_name(packed_folder):
-    with pytest.raises(ValueError, match=r"bert.encoder.layer.0.attention.self.query: .*BertModel has no such module"):
-        AutoModel.from_pretrained(packed_folder)
+@pytest.mark.parametrize("state", ["packed", "latent"])
+def test_base_model_loads_from_the_checkpoint_of_a_model_with_a_head_and_back(
+    tiny_committed, tiny_inputs, tmp_path, state
+):
+    model = tiny_committed("bert")
+    model = pack(model) if state == "packed" else model
+    model.save_pretrained(tmp_path / "head")
+    base = AutoModel.from_pretrained(tmp_path / "head")
+    inputs = tiny_inputs("bert")
+    with torch.no_grad():
+        assert torch.equal(base(**inputs).last_hidden_state, model.bert(**inputs).last_hidden_state)
+
+    base.save_pretrained(tmp_path / "base")
+    again = load(tmp_path / "base")
+    with torch.no_grad():
+        assert torch.equal(again.bert(**inputs).last_hidden_state, base(**inputs).last_hidden_state)
+    assert again.config.quantization_config.units == model.config.quantization_config.units
+
+
+def test_a_whole_missing_pooler_is_new(packed_folder):
+    edit_tensors(
+        packed_folder, lambda tensors: [tensors.pop(f"bert.pooler.dense.{name}") for name in ("weight", "bias")]
+    )
+
+    assert bool(torch.isfinite(load(packed_folder).bert.pooler.dense.weight).all())
 
 
 @pytest.mark.parametrize("name", [*PACKED_TENSORS, "classifier.weight"])

@@ -109,7 +109,7 @@ def masks_of(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: module.freeze_mask.clone() for name, module in masked_modules(model).items()}
 
 
-# --- the progression in the training loop ------------------------------------------------------------------------------
+# --- the progression in the training loop ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -222,7 +222,7 @@ def test_progress_bar_names_the_unit_in_transition(tmp_path: Path, capfd: pytest
     assert "bert.encoder.layer.1 " in shown and "% frozen" in shown and "fully binary" in shown
 
 
-# --- evaluation --------------------------------------------------------------------------------------------------------
+# --- evaluation ------------------------------------------------------------------------------------------------------
 
 
 def test_eval_is_the_fully_binary_network_and_mixed_is_told_apart(tmp_path: Path) -> None:
@@ -318,7 +318,7 @@ def test_early_stopping_waits_until_the_network_is_committed(tmp_path: Path) -> 
     assert committed + 2 < trainer.state.global_step < 40
 
 
-# --- resuming ----------------------------------------------------------------------------------------------------------
+# --- resuming --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("surrogate", ["none", "ste"])
@@ -476,7 +476,7 @@ def test_a_checkpoint_reloads_with_its_masks(tmp_path: Path) -> None:
     assert 0 < sum(int(module.freeze_mask.sum()) for module in masked_modules(loaded).values())
 
 
-# --- the Trainer's other features ----------------------------------------------------------------------------------------
+# --- the Trainer's other features ------------------------------------------------------------------------------------
 
 
 def test_accumulated_micro_batches_give_the_loss_of_one_batch(tmp_path: Path) -> None:
@@ -514,7 +514,9 @@ def test_trains_to_a_packable_model_with(tmp_path: Path, arguments: dict[str, An
     assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
     packed = pack(trainer.model)
     metrics = make_trainer(tmp_path / "packed", model=packed).evaluate()
-    assert metrics["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=2e-2 if "bf16" in arguments else 1e-6)
+    assert metrics["eval_loss"] == pytest.approx(
+        trainer.evaluate()["eval_loss"], rel=2e-2 if "bf16" in arguments else 1e-6
+    )
 
 
 def test_activation_checkpointing_changes_no_weight(tmp_path: Path) -> None:
@@ -548,7 +550,11 @@ def test_a_compiled_model_is_not_recompiled_as_masks_grow(tmp_path: Path) -> Non
 
 class FailsOnLargeBatches(BertForSequenceClassification):
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:
-        if self.training and input_ids.shape[0] > 2 and any(m.freeze_mask.any() for m in masked_modules(self).values()):
+        if (
+            self.training
+            and input_ids.shape[0] > 2
+            and any(m.freeze_mask.any() for m in masked_modules(self).values())
+        ):
             self.failures = getattr(self, "failures", 0) + 1
             raise RuntimeError("CUDA out of memory.")
         return super().forward(input_ids=input_ids, labels=labels, **kwargs)
@@ -591,7 +597,7 @@ def test_evaluation_before_training_initialises_the_activations(tmp_path: Path) 
     assert evaluations[0]["step"] == 0 and math.isfinite(evaluations[0]["eval_loss"])
 
 
-# --- bad input ---------------------------------------------------------------------------------------------------------
+# --- bad input -------------------------------------------------------------------------------------------------------
 
 
 def test_a_float_model_is_refused(tmp_path: Path) -> None:

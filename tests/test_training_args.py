@@ -16,8 +16,8 @@ from hf_stompp.progression import ORDERS, SCHEDULES
     [
         ("progression_order", "backward", r"must be one of \['forward', .*'reverse'\], got 'backward'"),
         ("progression_schedule", "quartic", r"must be one of \['cosine', 'cubic', .*\], got 'quartic'"),
-        ("progression_warmup", -0.1, "must not be negative, got -0.1"),
-        ("progression_tail", -1, "must not be negative, got -1"),
+        ("progression_warmup", -0.1, "must be a share of all steps in .*, got -0.1"),
+        ("progression_tail", -1, "must be a share of all steps in .*, got -1"),
         ("progression_overlap", 1.0, r"must lie in \[0, 1\), got 1.0"),
         ("progression_overlap", -0.1, r"must lie in \[0, 1\), got -0.1"),
         ("progression_overlap", math.nan, r"must lie in \[0, 1\), got nan"),

@@ -1,8 +1,8 @@
 """
-The whole way of a binary BERT, without the Hub: fetch a model, write a corpus, fine-tune in float, binarize, fine-tune by StoMPP, pack,
-reload, and print one table.
+The whole way of a binary BERT, without the Hub: fetch a model, write a corpus, fine-tune in float, binarize, fine-tune
+by StoMPP, pack, reload, and print one table.
 
-    python examples/demo/run_demo.py [--output_dir demo] [--num_train 4000] [--epochs 4] [--method stompp_ste] [--seed 0]
+    python examples/demo/run_demo.py [--output_dir demo] [--num_train 4000] [--epochs 4] [--method stompp_ste]
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def main() -> None:
     print(
         f"\nThe packed model is in {arguments['output_dir'] / 'run' / 'packed'}; load it with\n\n"
         "    import hf_stompp\n"
-        f"    AutoModelForSequenceClassification.from_pretrained(\"{arguments['output_dir'] / 'run' / 'packed'}\")\n\n"
+        f'    AutoModelForSequenceClassification.from_pretrained("{arguments["output_dir"] / "run" / "packed"}")\n\n'
         f"{table(summary)}\n"
     )
 

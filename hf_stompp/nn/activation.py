@@ -19,6 +19,11 @@ def _identity(statistic: Tensor) -> Tensor:
     return statistic
 
 
+def _positive(scale: Tensor) -> Tensor:
+    """`scale`, or 1 where it is 0: a constant input has no distance from its mean, and any positive scale serves."""
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
 class MaskedBinaryActivation(MaskedBinaryModule):
     """
     Binarizes a tensor feature by feature, `M * hard + (1 - M) * soft`.
@@ -69,6 +74,8 @@ class MaskedBinaryActivation(MaskedBinaryModule):
         self._register("shift", (features,), shift == "learned" and levels == "signed", device)
         self._register("threshold", (features,), shift == "learned", device)
         self.initialized = False
+        # The linear layers behind a feed-forward activation function. A list, so that they are not registered here.
+        self.readers: list[MaskedBinaryModule] = []
 
     def _register(self, name: str, shape: tuple[int, ...], learned: bool, device: torch.device | None) -> None:
         # float32 whatever the model's dtype: a learned scale moves by less than bfloat16 resolves.
@@ -96,9 +103,19 @@ class MaskedBinaryActivation(MaskedBinaryModule):
         """+-1 for each pre-activation, in the dtype of `input`, of shape `(..., features)`."""
         return plus_minus_one(input >= self.threshold, input.dtype)
 
-    def signs_of_levels(self, output: Tensor) -> Tensor:
-        """+-1 for each level this module has put out, in the dtype of `output`, of shape `(..., features)`."""
-        return plus_minus_one(output >= self.two_levels()[0], output.dtype)
+    def emits_signs(self) -> bool:
+        """
+        Whether [`forward`] puts out +-1 instead of the levels: in evaluation mode without gradients, where this module
+        and all that read it are committed. Their integer products need no more, and levels close to each other would
+        be rounded together in bfloat16.
+        """
+        return (
+            not self.training
+            and not torch.is_grad_enabled()
+            and self.committed
+            and len(self.readers) > 0
+            and all(reader.committed for reader in self.readers)
+        )
 
     @torch.no_grad()
     def initialize(self, input: Tensor, reduce: Callable[[Tensor], Tensor] = _identity) -> None:
@@ -112,18 +129,20 @@ class MaskedBinaryActivation(MaskedBinaryModule):
         value = input if self.activation is None else self.activation(input)
         value = value.detach().reshape(-1, self.features).double()
         count = reduce(torch.tensor([value.shape[0]], dtype=torch.float64, device=value.device))
+        if count == 0:
+            # Nothing to learn from an empty batch; the next one initialises.
+            return
         mean = reduce(value.sum(dim=0)) / count
         if self.levels == "zero_one":
             positive = value.clamp_min(0)
             total = reduce(torch.stack([positive.sum(), (positive > 0).sum()]))
-            scale = total[0] / total[1].clamp_min(1)
+            scale = _positive(total[0] / total[1].clamp_min(1))
             middle = (0.5 * scale).expand(self.features)
         else:
             middle = mean if self.has_shift else torch.zeros_like(mean)
             self.shift.copy_(middle)
-            scale = reduce((value - middle).abs().sum()) / (count * self.features)
-        # A constant input has no distance from its mean; any positive scale serves.
-        self.scale.copy_(torch.where(scale > 0, scale, torch.ones_like(scale)).squeeze())
+            scale = _positive(reduce((value - middle).abs().sum()) / (count * self.features))
+        self.scale.copy_(scale.squeeze())
         if self.has_shift:
             self.threshold.copy_(self._pre_activation_of(middle))
         self.initialized = True
@@ -142,6 +161,8 @@ class MaskedBinaryActivation(MaskedBinaryModule):
     def forward(self, input: Tensor) -> Tensor:
         if not self.initialized:
             self.initialize(input)
+        if self.emits_signs():
+            return self.signs(input)
         value = input if self.activation is None else self.activation(input)
         return masked_binary_activation(
             value,

@@ -231,6 +231,8 @@ def masked_binary_activation(
         `Tensor` of shape `(..., features)`: dtype of `value`.
     """
     offset, amplitude, center = LEVELS[levels](scale, shift)
+    # torch.compile takes no tensor twice: where levels or value and pre-activation coincide, these are other objects.
+    amplitude, center, pre_activation = amplitude.view_as(amplitude), center.view_as(center), pre_activation.detach()
     return _MaskedBinaryActivation.apply(
         value, pre_activation, mask, threshold, offset, amplitude, center, clip * scale, surrogate
     )

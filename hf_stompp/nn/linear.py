@@ -73,6 +73,8 @@ class MaskedBinaryLinear(MaskedBinaryModule):
             # Past nn.Module's registration, so that it is neither saved nor counted twice.
             object.__setattr__(self, "input_activation", activation)
         self.binarizes_input = not upstream
+        if upstream:
+            activation.readers.append(self)
 
     def row_scale(self) -> Tensor:
         """Scale of the hard level of each row, float32 of shape `(out_features, 1)`."""
@@ -83,25 +85,25 @@ class MaskedBinaryLinear(MaskedBinaryModule):
         return fold(sign(self.weight), self.row_scale(), *self.input_activation.two_levels(), self.bias)
 
     def _is_committed_inference(self) -> bool:
-        return (
-            not self.training
-            and not torch.is_grad_enabled()
-            and self.committed
-            and self.input_activation is not None
-            and self.input_activation.committed
-        )
+        activation = self.input_activation
+        if activation is None:
+            return False
+        if not self.binarizes_input:
+            return bool(activation.emits_signs())
+        return not self.training and not torch.is_grad_enabled() and self.committed and bool(activation.committed)
 
     def forward(self, input: Tensor) -> Tensor:
         activation = self.input_activation
         if self._is_committed_inference():
-            if self.binarizes_input and not activation.initialized:
-                activation.initialize(input)
-            signs = activation.signs(input) if self.binarizes_input else activation.signs_of_levels(input)
-            return binary_linear(signs, sign(self.weight), *self.folded())
+            if self.binarizes_input:
+                if not activation.initialized:
+                    activation.initialize(input)
+                input = activation.signs(input)
+            return binary_linear(input, sign(self.weight), *self.folded())
         if self.binarizes_input:
             input = activation(input)
         weight = masked_binary_weight(self.weight, self.freeze_mask, self.row_scale(), self.clip, self.surrogate)
-        return F.linear(input, weight, self.bias)
+        return F.linear(input, weight.to(input.dtype), None if self.bias is None else self.bias.to(input.dtype))
 
     def extra_repr(self) -> str:
         return (

@@ -46,7 +46,7 @@ def frozen_probability(previous: float, fraction: float, refresh_period: float) 
     """
     if not 0.0 <= previous <= fraction <= 1.0:
         raise ValueError(f"a frozen fraction may only grow within [0, 1], got {previous} -> {fraction}")
-    if refresh_period < 1:
+    if not refresh_period >= 1:
         raise ValueError(f"refresh_period must be at least 1 step, got {refresh_period}")
     redraw = 1.0 / refresh_period
     growth = (fraction - previous) / (1.0 - previous) if previous < 1.0 else 1.0

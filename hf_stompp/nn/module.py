@@ -51,8 +51,7 @@ class MaskedBinaryModule(nn.Module):
         self.refresh_flags()
 
     def refresh_flags(self) -> None:
-        """Derives the Python flags from the tensors; call it after they were loaded by other means than "
-        "`load_state_dict`."""
+        """Derives the Python flags from the tensors, where those were not loaded by `load_state_dict`."""
         self.committed = bool(self.freeze_mask.all())
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

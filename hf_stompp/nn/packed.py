@@ -108,6 +108,7 @@ class PackedBinaryEmbedding(nn.Module):
     Args:
         num_embeddings (`int`).
         embedding_dim (`int`).
+        padding_idx (`int`, *optional*): not used; [`~hf_stompp.unpack`] gives it back.
         device (`torch.device`, *optional*).
         dtype (`torch.dtype`, *optional*): of the scale, hence of the output.
     """
@@ -119,12 +120,14 @@ class PackedBinaryEmbedding(nn.Module):
         self,
         num_embeddings: int,
         embedding_dim: int,
+        padding_idx: int | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
+        self.padding_idx = padding_idx
         shape = (num_embeddings, packed_bytes(embedding_dim))
         self.register_buffer("packed_weight", torch.zeros(shape, dtype=torch.uint8, device=device))
         self.register_buffer("scale", torch.zeros(num_embeddings, device=device, dtype=dtype))

@@ -1,5 +1,4 @@
-"""The operations of packed layers. The pure PyTorch reference is the definition that every kernel must equal bit "
-"for bit."""
+"""The operations of packed layers. The reference is what every kernel must equal, bit for bit."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_stompp.nn import MaskedBinaryActivation
+from hf_stompp.nn import MaskedBinaryActivation, MaskedBinaryLinear
 from hf_stompp.nn.activation import PRE_ACTIVATION_RANGE
 from hf_stompp.nn.mask import mask_generator
 
@@ -180,10 +180,8 @@ def test_the_mask_has_one_entry_a_feature_whatever_the_batch() -> None:
 
 @pytest.mark.parametrize("levels", ["signed", "zero_one"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("with_gelu", [False, True], ids=["identity", "gelu"])
-def test_signs_of_levels_are_the_signs_that_gave_them(levels: str, dtype: torch.dtype, with_gelu: bool) -> None:
-    module = initialized(6, nn.GELU() if with_gelu else None, levels=levels)
-    module.commit()
+def test_signs_are_decided_by_the_threshold(levels: str, dtype: torch.dtype) -> None:
+    module = initialized(6, nn.GELU(), levels=levels)
     with torch.no_grad():
         module.threshold.copy_(4 * draw(6, seed=1))  # as training may, beyond the levels
     pre = (3 * draw(50, 6)).to(dtype)
@@ -191,16 +189,45 @@ def test_signs_of_levels_are_the_signs_that_gave_them(levels: str, dtype: torch.
     signs = module.signs(pre)
     assert signs.dtype == dtype and set(signs.flatten().tolist()) == {-1.0, 1.0}
     assert torch.equal(signs, torch.where(pre.float() >= module.threshold, 1.0, -1.0).to(dtype))
-    assert torch.equal(module.signs_of_levels(module(pre)), signs)
+
+
+@pytest.mark.parametrize("missing", ["nothing", "reader", "activation", "eval", "no_grad"])
+def test_signs_replace_levels_only_where_everything_behind_them_is_committed(missing: str) -> None:
+    module = initialized(6, nn.GELU())
+    readers = [MaskedBinaryLinear(6, 4), MaskedBinaryLinear(6, 4)]
+    for reader in readers:
+        nn.init.normal_(reader.weight), nn.init.zeros_(reader.bias)
+        reader.set_input_activation(module, owned=False, upstream=True)
+        reader.commit()
+    module.commit()
+    if missing == "reader":
+        readers[1].reset()
+    elif missing == "activation":
+        module.reset()
+    module.train(missing == "eval")
+    pre = draw(20, 6)
+    with torch.set_grad_enabled(missing == "no_grad"):
+        out = module(pre)
+    assert (set(out.flatten().tolist()) == {-1.0, 1.0}) == (missing == "nothing")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_signs_of_levels_survive_the_rounding_of_a_shift_far_above_the_scale(dtype: torch.dtype) -> None:
-    module = MaskedBinaryActivation(3)
+def test_levels_that_a_dtype_cannot_tell_apart_still_give_the_packed_product(dtype: torch.dtype) -> None:
+    # A shift far above the scale: 30 - 0.05 and 30 + 0.05 are one number in bfloat16.
+    module = MaskedBinaryActivation(3, nn.GELU())
     module(torch.tensor([[29.95, -0.05, 7.95], [30.05, 0.05, 8.05]]))
-    module.commit()
+    linear = MaskedBinaryLinear(3, 2, dtype=dtype)
+    nn.init.normal_(linear.weight), nn.init.zeros_(linear.bias)
+    linear.set_input_activation(module, owned=False, upstream=True)
+    for masked in (module, linear):
+        masked.commit()
+        masked.eval()
     pre = torch.tensor([[20.0, -1.0, 7.0], [40.0, 1.0, 9.0]], dtype=dtype)
-    assert torch.equal(module.signs_of_levels(module(pre)), module.signs(pre))
+    scale, bias = linear.folded()
+    weight_signs = torch.where(linear.weight >= 0, 1.0, -1.0)
+    expected = (module.signs(pre).float() @ weight_signs.T) * scale + bias
+    with torch.no_grad():
+        assert torch.equal(linear(module(pre)), expected.to(dtype))
 
 
 def test_a_negative_learned_scale_keeps_the_upper_level_above() -> None:

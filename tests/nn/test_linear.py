@@ -219,13 +219,14 @@ def test_a_layer_without_bias_gets_the_folded_offset_when_packed() -> None:
 
 @pytest.mark.parametrize("levels", ["signed", "zero_one"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_levels_made_upstream_are_read_back_as_signs(levels: str, dtype: torch.dtype) -> None:
+def test_what_is_binarized_upstream_gives_the_packed_product(levels: str, dtype: torch.dtype) -> None:
     layer, x = make_linear(65, 9, binary_input=False), draw(6, 65, seed=5, dtype=dtype)
     x[0] = -7.0
     activation = MaskedBinaryActivation(65, nn.GELU(), levels=levels)
     activation.initialize(draw(64, 65, seed=2))
     layer.set_input_activation(activation, owned=False, upstream=True)
     commit(layer).eval()
+    activation.eval()
     packed = pack_by_hand(layer, upstream=True)
     trained = layer(activation(x.float()))
     with torch.no_grad():
