@@ -21,7 +21,7 @@ for task in sst2 mrpc; do
         binary="--max_train_samples 12000 --max_seq_length 64 --num_train_epochs 4"
     else
         float="--max_seq_length 128 --num_train_epochs 3"
-        binary="--max_seq_length 128 --num_train_epochs 6"
+        binary="--max_seq_length 128 --num_train_epochs 4"
     fi
     run="$python $root/examples/glue/run_glue.py --task_name $task $common"
     [ -f $task-float/summary.json ] || $run --model_name_or_path minilm --method float $float --learning_rate 5e-5 \

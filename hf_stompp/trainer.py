@@ -17,6 +17,7 @@ from transformers.trainer_callback import ExportableState, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from .binarization import config_of
+from .hub import TAGS, add_section, usage_section
 from .integrity import checkpoint_files, tensor_digest, verify_files
 from .nn import MaskedBinaryActivation
 from .nn.mask import mask_generator
@@ -464,6 +465,22 @@ class StoMPPTrainer(Trainer):
             raise ValueError(
                 f"{folder}/trainer_state.json holds no progression: the checkpoint was not written by StoMPPTrainer"
             )
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """As [`~transformers.Trainer.create_model_card`], with our tags and the lines that load the model."""
+        tags = [tags] if isinstance(tags, str) else list(tags or [])
+        super().create_model_card(language, license, [*tags, *TAGS], *args, **kwargs)
+        card = Path(self.args.output_dir or ".") / "README.md"
+        if self.is_world_process_zero() and card.is_file():
+            name = self.hub_model_id or str(self.args.output_dir)
+            add_section(card, usage_section(type(self.model).__name__, name))
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """

@@ -27,6 +27,12 @@ from hf_stompp.patching import masked_modules
 from hf_stompp.trainer import ProgressionCallback
 
 
+# Older versions of Transformers call it gradient_checkpointing.
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    else "gradient_checkpointing"
+)
 VOCABULARY = 64
 LAYERS = 3
 
@@ -499,8 +505,8 @@ def test_accumulated_micro_batches_give_the_loss_of_one_batch(tmp_path: Path) ->
     "arguments",
     [
         {"bf16": True},
-        {"activation_checkpointing": True},
-        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+        {CHECKPOINTING: True},
+        {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}},
         {"torch_compile": True, "torch_compile_backend": "eager"},
         {"optim": "sgd"},
         {"max_grad_norm": 0.0},
@@ -521,7 +527,7 @@ def test_trains_to_a_packable_model_with(tmp_path: Path, arguments: dict[str, An
 
 def test_activation_checkpointing_changes_no_weight(tmp_path: Path) -> None:
     states = []
-    for name, arguments in {"plain": {}, "checkpointed": {"activation_checkpointing": True}}.items():
+    for name, arguments in {"plain": {}, "checkpointed": {CHECKPOINTING: True}}.items():
         trainer = make_trainer(tmp_path / name, **arguments)
         trainer.train()
         states.append(state_of(trainer.model))
@@ -595,6 +601,16 @@ def test_evaluation_before_training_initialises_the_activations(tmp_path: Path) 
     trainer.train()
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     assert evaluations[0]["step"] == 0 and math.isfinite(evaluations[0]["eval_loss"])
+
+
+def test_the_model_card_tells_how_to_load_the_model(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    trainer.create_model_card(model_name="tiny", tags="mine")
+    card = (tmp_path / "README.md").read_text()
+    assert "import hf_stompp\n" in card and "BertForSequenceClassification.from_pretrained(" in card
+    assert all(f"- {tag}\n" in card for tag in ("mine", "stompp", "1-bit"))
+    assert card.index("## How to load it") < card.index("## Training procedure")
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

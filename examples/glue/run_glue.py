@@ -996,12 +996,12 @@ def share(run: Run, trainer: Trainer, folder: Path) -> None:
     task = run.data_args.task_name
     if task is not None:
         details.update(language="en", dataset_tags="glue", dataset_args=task, dataset=f"GLUE {task.upper()}")
-    # The output folder of a binary run holds the float model and its checkpoints as well.
-    trainer.args.output_dir = str(folder)
     name = (run.training_args.hub_model_id or run.output_dir.name).split("/")[-1]
     if run.training_args.push_to_hub:
+        # A StoMPPTrainer pushes its packed model, from the folder `packed` of the run's.
         trainer.push_to_hub(model_name=name, token=run.hub_token, **details)
     else:
+        trainer.args.output_dir = str(folder)
         trainer.create_model_card(model_name=name, **details)
 
 

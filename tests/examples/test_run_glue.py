@@ -175,10 +175,11 @@ def test_binary_methods(run_glue, arguments, own_files, tmp_path, method, surrog
 
 def test_float_stage_and_restart(run_glue, arguments, own_files, tmp_path):
     argv = arguments(
-        "do_train", "do_eval", float_num_train_epochs=1, float_learning_rate=1e-3, max_steps=8, **own_files
+        "do_train", "do_eval", float_num_train_epochs=1, float_learning_rate=1e-3, max_steps=6, **own_files
     )
     first = run_glue.main(argv)
-    assert first["steps"] == {"float": 4, "binary": 8}
+    # Six steps end in the middle of an epoch of four.
+    assert first["steps"] == {"float": 4, "binary": 6}
     assert first["metrics"]["float"]["eval_accuracy"] >= 0.0
     assert first["bytes"]["float"] == (tmp_path / "output" / "float" / "model.safetensors").stat().st_size
     # Started again, the run finds the finished float model and the last checkpoint, and has nothing left to train.
