@@ -40,16 +40,14 @@ def binarize(model: Model, config: StoMPPConfig | None = None, example_inputs: d
         model (`PreTrainedModel`): a float model with a stack of encoder layers.
         config (`StoMPPConfig`, *optional*): what to binarize and how; copied. The defaults when not given.
         example_inputs (`dict[str, Any]`, *optional*): forward arguments for the one pass that finds out which layers
-        read the same
-            tensor, for models that take neither token ids nor an image.
+            read the same tensor, for models that take neither token ids nor an image.
 
     Returns:
         `PreTrainedModel`: the same object.
 
     Raises:
         ValueError: the model is binarized, packed or quantized already, holds NaN or infinity, shares its layers, has
-        no stack of
-            layers or several, or a weight to binarize is tied.
+            no stack of layers or several, or a weight to binarize is tied.
 
     Example:
 
@@ -73,7 +71,7 @@ def commit(model: Model) -> Model:
 
     Returns:
         `PreTrainedModel`: the same object. Activation scales that no batch has initialised are initialised by the next
-        one.
+            one.
 
     Raises:
         ValueError: the model is not binarized, or packed already.

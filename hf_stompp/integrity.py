@@ -60,8 +60,7 @@ def verify_files(files: Iterable[str | Path]) -> dict[str, Path]:
 
     Raises:
         ValueError: a file is not safetensors, is cut, or holds a tensor that was altered or a mask that is not
-        boolean; names the
-            tensor.
+            boolean; names the tensor.
     """
     names: dict[str, Path] = {}
     for file in map(Path, files):

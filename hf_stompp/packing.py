@@ -59,12 +59,11 @@ def pack(model: Model) -> Model:
 
     Returns:
         `PreTrainedModel`: a new model of the same class, in evaluation mode, whose logits are those of `model` in
-        evaluation mode.
+            evaluation mode.
 
     Raises:
         ValueError: the model is not binarized or packed already, units are not committed (named), an activation was
-        never
-            initialised, or a tensor holds NaN or infinity.
+            never initialised, or a tensor holds NaN or infinity.
     """
     _check_packable(model)
     packed = copy.deepcopy(model)

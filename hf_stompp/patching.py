@@ -160,7 +160,7 @@ def swap_in_packed(model: nn.Module, config: StoMPPConfig, dtype: torch.dtype | 
         model (`nn.Module`): a float or a latent model, on any device (`meta` included).
         config (`StoMPPConfig`): with its table of modules.
         dtype (`torch.dtype`, *optional*): of the word embeddings' output, where they are binary; their own when not
-        given.
+            given.
 
     Raises:
         ValueError: see [`check_fits`].

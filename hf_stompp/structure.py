@@ -191,11 +191,11 @@ def plan_modules(
         model (`nn.Module`): a float model.
         config (`StoMPPConfig`).
         inputs (`Mapping[str, Any]`, *optional*): forward arguments to trace with; from [`example_inputs`] when not
-        given.
+            given.
 
     Returns:
         `dict[str, dict]`: module name -> `{"kind", "unit"}`, and for a linear layer `"bias"` and `"input"` (None in
-        mode `bwn`).
+            mode `bwn`).
 
     Raises:
         ValueError: no stack, an ambiguous one, layers that are shared, a tied weight, or nothing left to binarize.

@@ -62,8 +62,7 @@ def check_masks(model: nn.Module, progression: Progression, step: int) -> None:
 
     Raises:
         ValueError: a committed mask is not full, a free one is not empty, or the frozen fraction of one in transition
-        is further than
-            eight standard deviations from the schedule; names it.
+            is further than eight standard deviations from the schedule; names it.
     """
     for index, modules in enumerate(unit_modules(model, config_of(model)).values()):
         fraction = progression.fraction(index, step)

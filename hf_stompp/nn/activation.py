@@ -37,14 +37,13 @@ class MaskedBinaryActivation(MaskedBinaryModule):
     Args:
         features (`int`): size of the last dimension.
         activation (`nn.Module`, *optional*): the model's activation function, elementwise; the identity when not
-        given.
+            given.
         levels (`str`, *optional*, defaults to `"signed"`): a key of [`~hf_stompp.nn.functional.LEVELS`].
         clip (`float`, *optional*, defaults to 3.0): clip range of the smooth branch as a multiple of the scale.
         surrogate (`str`, *optional*, defaults to `"ste"`): a key of [`~hf_stompp.nn.functional.SURROGATES`].
         scale (`str`, *optional*, defaults to `"learned"`): `"learned"` or `"fixed"` at its first value.
         shift (`str`, *optional*, defaults to `"learned"`): `"learned"`, `"fixed"` at its first value, or `"none"`: no
-        shift,
-            threshold 0. Holds for the threshold as well.
+            shift, threshold 0. Holds for the threshold as well.
         device (`torch.device`, *optional*).
     """
 

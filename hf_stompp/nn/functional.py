@@ -220,9 +220,9 @@ def masked_binary_activation(
         mask (`Tensor` of shape `(features,)`, bool): the freeze mask `M`.
         threshold (`Tensor` of shape `(features,)`): in units of `pre_activation`.
         scale (`Tensor` of shape `()`): half the distance of the levels (`signed`) or all of it (`zero_one`), in units
-        of `value`.
+            of `value`.
         shift (`Tensor` of shape `(features,)`): centre of the levels and of the clip range, in units of `value`
-        (`signed` only).
+            (`signed` only).
         clip (`float`): clip range as a multiple of the scale.
         surrogate (`str`): a key of [`SURROGATES`].
         levels (`str`, *optional*, defaults to `"signed"`): a key of [`LEVELS`].

@@ -63,9 +63,9 @@ class MaskedBinaryLinear(MaskedBinaryModule):
         Args:
             activation (`MaskedBinaryActivation`).
             owned (`bool`): register it as a submodule. Layers that read the same tensor share one activation, and one
-            owns it.
+                owns it.
             upstream (`bool`, *optional*, defaults to `False`): it has already been applied, by the feed-forward
-            activation function.
+                activation function.
         """
         if owned:
             self.input_activation = activation
@@ -120,7 +120,7 @@ class MaskedBinaryEmbedding(MaskedBinaryModule):
         num_embeddings (`int`).
         embedding_dim (`int`).
         padding_idx (`int`, *optional*): this row gets no gradient.
-        scale, clip, surrogate: as in [`MaskedBinaryLinear`]; the scale is always that of a row.
+        clip (`float`), surrogate (`str`): as in [`MaskedBinaryLinear`]; the scale is always that of a row.
         device (`torch.device`, *optional*).
         dtype (`torch.dtype`, *optional*).
     """

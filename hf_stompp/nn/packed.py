@@ -17,8 +17,7 @@ class PackedBinaryActivation(nn.Module):
     Args:
         features (`int`): size of the last dimension.
         activation (`nn.Module`, *optional*): the activation function that is replaced. It is not called;
-        [`~hf_stompp.unpack`]
-            gives it back.
+            [`~hf_stompp.unpack`] gives it back.
         device (`torch.device`, *optional*).
     """
 
