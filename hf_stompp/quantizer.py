@@ -50,12 +50,14 @@ class StoMPPQuantizer(HfQuantizer):
         else:
             swap_in_packed(model, config, dtype=kwargs.get("dtype"))
             _skip_initialization(model)
+        self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if not self.pre_quantized:
             binarize_modules(model, self.quantization_config)
             attach_quantizer(model, self.quantization_config)
             return
+        _check_shapes(model, self._shapes)
         _check_loaded(model)
         for module in masked_modules(model).values():
             module.refresh_flags()
@@ -149,6 +151,22 @@ def _check_loaded(model: nn.Module) -> None:
         )
     for name, module in packed_modules(model).items():
         _check_packed(name, module)
+
+
+def _check_shapes(model: nn.Module, shapes: dict[str, torch.Size]) -> None:
+    """
+    Checks the shapes of what was binarized: not every version of Transformers does so for buffers.
+
+    Raises:
+        ValueError: names the first tensor of another shape.
+    """
+    ours = tuple(f"{name}." for name in [*masked_modules(model), *packed_modules(model)])
+    for name, tensor in model.state_dict().items():
+        if name.startswith(ours) and tensor.shape != shapes.get(name):
+            raise ValueError(
+                f"tensor {name!r} has shape {tuple(tensor.shape)}, expected {tuple(shapes.get(name, ()))}: the checkpoint "
+                "is damaged or was written for another model"
+            )
 
 
 def _check_packed(name: str, module: PackedBinaryActivation | PackedBinaryLinear | PackedBinaryEmbedding) -> None:
