@@ -164,8 +164,8 @@ def _check_shapes(model: nn.Module, shapes: dict[str, torch.Size]) -> None:
     for name, tensor in model.state_dict().items():
         if name.startswith(ours) and tensor.shape != shapes.get(name):
             raise ValueError(
-                f"tensor {name!r} has shape {tuple(tensor.shape)}, expected {tuple(shapes.get(name, ()))}: the checkpoint "
-                "is damaged or was written for another model"
+                f"tensor {name!r} has shape {tuple(tensor.shape)}, expected {tuple(shapes.get(name, ()))}: the "
+                "checkpoint is damaged or was written for another model"
             )
 
 

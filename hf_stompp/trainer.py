@@ -62,20 +62,19 @@ def check_masks(model: nn.Module, progression: Progression, step: int) -> None:
 
     Raises:
         ValueError: a committed mask is not full, a free one is not empty, or the frozen fraction of one in transition
-            is further than eight standard deviations from the schedule; names it.
+            is further from the schedule than chance allows (eight standard deviations and four entries); names it.
     """
     for index, modules in enumerate(unit_modules(model, config_of(model)).values()):
         fraction = progression.fraction(index, step)
         for name, module in modules.items():
             mask = module.freeze_mask
             found = mask.float().mean().item()
-            tolerance = 8 * math.sqrt(fraction * (1 - fraction) / mask.numel())
+            tolerance = 8 * math.sqrt(fraction * (1 - fraction) / mask.numel()) + 4 / mask.numel()
             exact = bool(mask.all()) if fraction == 1.0 else not bool(mask.any())
             if not exact if fraction in (0.0, 1.0) else abs(found - fraction) > tolerance:
                 raise ValueError(
                     f"{name}.freeze_mask is corrupted: {found:.4f} of it is frozen after step {step + 1}, the "
-                    f"progression says "
-                    f"{fraction:.4f}; resume from another checkpoint"
+                    f"progression says {fraction:.4f}; resume from another checkpoint"
                 )
 
 
@@ -84,8 +83,11 @@ def initialize_activations(
     model: nn.Module, inputs: dict[str, Any], reduce: Callable[[Tensor], Tensor] | None = None
 ) -> None:
     """
-    Initialises scale, shift and threshold of every binary activation that has none yet, from one batch of the float
-    network.
+    Initialises scale, shift and threshold of every binary activation that has none yet, from what it reads in one
+    batch.
+
+    That is the float network where nothing is frozen yet, and the binary one, layer after layer, where everything is
+    from the first step on (vanilla STE).
 
     Args:
         model (`PreTrainedModel`): after [`binarize`].

@@ -97,7 +97,8 @@ class MaskedBinaryLinear(MaskedBinaryModule):
         if self._is_committed_inference():
             if self.binarizes_input:
                 if not activation.initialized:
-                    activation.initialize(input)
+                    # By calling it, since a hook on it may sum the statistics of all ranks.
+                    activation(input)
                 input = activation.signs(input)
             return binary_linear(input, sign(self.weight), *self.folded())
         if self.binarizes_input:

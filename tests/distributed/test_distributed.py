@@ -39,16 +39,11 @@ def logs_of(folder: Path) -> list[dict[str, float]]:
     return [entry for entry in json.loads((folder / "logs.json").read_text())["history"] if "loss" in entry]
 
 
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("one")
-    run([], str(folder), "--batch", "8")
-    return folder
-
-
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_processes_equal_one_on_the_same_global_batch(one_process: Path, tmp_path: Path, launcher: str) -> None:
-    run(LAUNCHERS[launcher], str(tmp_path), "--batch", "4")
+@pytest.mark.parametrize(("launcher", "schedule"), [("torchrun", "cubic"), ("accelerate", "immediate")])
+def test_two_processes_equal_one_on_the_same_global_batch(tmp_path: Path, launcher: str, schedule: str) -> None:
+    one_process, tmp_path = tmp_path / "one", tmp_path / "two"
+    run([], str(one_process), "--batch", "8", "--schedule", schedule)
+    run(LAUNCHERS[launcher], str(tmp_path), "--batch", "4", "--schedule", schedule)
 
     one, two = (load_file(folder / "final.safetensors") for folder in (one_process, tmp_path))
     assert one.keys() == two.keys()

@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--surrogate", default="ste")
+    parser.add_argument("--schedule", default="cubic")
     parser.add_argument("--kill_after", type=int, default=0)
     parser.add_argument("--break_mask", action="store_true")
     parser.add_argument("--resume", default=None)
@@ -77,6 +78,7 @@ def main() -> None:
             per_device_train_batch_size=options.batch,
             learning_rate=1e-3,
             optim="sgd",
+            progression_schedule=options.schedule,
             refresh_period=5,
             logging_steps=1,
             save_steps=4,

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_glue_table_is_what_the_result_files_say() -> None:
+    spec = importlib.util.spec_from_file_location("glue_table", ROOT / "benchmarks" / "glue_table.py")
+    glue_table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(glue_table)
+    assert glue_table.table(glue_table.read_results()) in README
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda path: path.name)
+def test_every_result_file_says_how_and_where_it_was_made(path: Path) -> None:
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    for field in ("command", "seed", "machine", "versions", "metrics", "bytes", "seconds"):
+        assert summary[field] is not None, field
+    assert not re.search(r"/(root|home|tmp|work)/", path.read_text(encoding="utf-8"))
+    if summary["method"] != "float":
+        assert summary["metrics"]["packed"] is not None and summary["metrics"]["binary_final"] is not None
+
+
+def test_every_file_that_the_readme_links_to_is_there() -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+    assert links and not [link for link in links if not (ROOT / link).exists()]
