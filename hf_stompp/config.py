@@ -90,7 +90,7 @@ class StoMPPConfig(QuantizationConfigMixin):
         weight_clip: float = 3.0,
         activation_scale: str = "learned",
         activation_shift: str = "learned",
-        activation_clip: float = 3.0,
+        activation_clip: float = 10.0,
         feed_forward_levels: str = "signed",
         unit: str = "layer",
         modules_to_not_convert: list[str] | None = None,

@@ -633,6 +633,15 @@ def test_data_parallel_is_refused_and_says_what_to_use(tmp_path: Path) -> None:
         StoMPPTrainer(model=binarize(make_model()), args=arguments)
 
 
+@pytest.mark.parametrize("flag", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_sharded_training_is_refused_and_says_what_to_use(tmp_path: Path, flag: str) -> None:
+    trainer = make_trainer(tmp_path)
+    # Neither starts on a CPU in one process; the flags are what Trainer sets when it does.
+    setattr(trainer, flag, True)
+    with pytest.raises(ValueError, match=r"FSDP or DeepSpeed.*accelerate launch --multi_gpu"):
+        trainer._refuse_unsupported()
+
+
 def test_an_empty_dataset_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="train_dataset is empty"):
         make_trainer(tmp_path, train_dataset=make_dataset().select([])).train()
