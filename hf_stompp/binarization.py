@@ -33,7 +33,7 @@ def binarize(model: Model, config: StoMPPConfig | None = None, example_inputs: d
     Makes a float encoder trainable into a binary one: replaces its linear layers and activations by masked ones, in
     place.
 
-    With no mask entry frozen, the model computes what it computed before, up to clipping at `weight_clip` and
+    With no mask entry frozen, the model computes what it computed before, but for clipping at `weight_clip` and
     `activation_clip` times the scales.
 
     Args:

@@ -55,8 +55,11 @@ class StoMPPConfig(QuantizationConfigMixin):
         activation_shift (`str`, *optional*, defaults to `"learned"`):
             Shift and threshold of a binary activation, one number a feature, initialised from the first batch, then
             `"learned"` (BiT) or `"fixed"`, or `"none"`: both 0.
-        activation_clip (`float`, *optional*, defaults to 3.0):
-            Clip range of the free activations, as a multiple of the activation scale (ours, as for the weights).
+        activation_clip (`float`, *optional*, defaults to 10.0):
+            Clip range of the free activations, as a multiple of the activation scale (ours). It is far wider than that
+            of the weights because activations have outliers: at 3 little is left of a pretrained network before
+            anything
+            is frozen (`benchmarks/results/clip_range.json`).
         feed_forward_levels (`str`, *optional*, defaults to `"signed"`):
             Levels behind the feed-forward activation function: `"signed"` = {-a, +a} about the shift, `"zero_one"` =
             {0, a} (BiT's set for non-negative tensors).

@@ -39,7 +39,7 @@ class MaskedBinaryActivation(MaskedBinaryModule):
         activation (`nn.Module`, *optional*): the model's activation function, elementwise; the identity when not
             given.
         levels (`str`, *optional*, defaults to `"signed"`): a key of [`~hf_stompp.nn.functional.LEVELS`].
-        clip (`float`, *optional*, defaults to 3.0): clip range of the smooth branch as a multiple of the scale.
+        clip (`float`, *optional*, defaults to 10.0): clip range of the smooth branch as a multiple of the scale.
         surrogate (`str`, *optional*, defaults to `"ste"`): a key of [`~hf_stompp.nn.functional.SURROGATES`].
         scale (`str`, *optional*, defaults to `"learned"`): `"learned"` or `"fixed"` at its first value.
         shift (`str`, *optional*, defaults to `"learned"`): `"learned"`, `"fixed"` at its first value, or `"none"`: no
@@ -56,7 +56,7 @@ class MaskedBinaryActivation(MaskedBinaryModule):
         features: int,
         activation: nn.Module | None = None,
         levels: str = "signed",
-        clip: float = 3.0,
+        clip: float = 10.0,
         surrogate: str = "ste",
         scale: str = "learned",
         shift: str = "learned",
