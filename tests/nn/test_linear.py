@@ -73,9 +73,9 @@ def test_an_empty_mask_gives_the_linear_layer_with_clipped_weights(bias: bool) -
 
 
 def test_an_empty_mask_clips_the_input_about_its_shift() -> None:
-    layer, x = make_linear(clip=100.0), 5 * draw(4, 13)
+    layer, x = make_linear(clip=100.0), 20 * draw(4, 13)
     activation = layer.input_activation
-    bound = 3.0 * activation.scale
+    bound = activation.clip * activation.scale
     clipped = activation.shift + (x - activation.shift).clamp(-bound, bound)
     assert not torch.equal(clipped, x)
     torch.testing.assert_close(layer(x), F.linear(clipped, layer.weight, layer.bias))
