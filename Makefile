@@ -9,7 +9,8 @@ CHECKED = hf_stompp examples tests benchmarks
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/pip install --quiet --no-deps --requirement constraints.txt
+	$(BIN)/pip install --quiet --no-deps --editable .
 	touch $@
 
 demo: $(VENV)/installed
