@@ -2,7 +2,7 @@
 The whole way of a binary BERT, without the Hub: fetch a model, write a corpus, fine-tune in float, binarize, fine-tune
 by StoMPP, pack, reload, and print one table.
 
-    python examples/demo/run_demo.py [--output_dir demo] [--num_train 4000] [--epochs 4] [--method stompp_ste]
+    python examples/demo/run_demo.py [--output_dir demo] [--num_train 4000] [--epochs 4] [--mode bwn]
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from make_corpus import write_corpus
 from run_glue import main as run_glue
 
 
-def run_demo(output_dir: Path, num_train: int, num_validation: int, epochs: int, method: str, seed: int) -> dict:
+def run_demo(
+    output_dir: Path, num_train: int, num_validation: int, epochs: int, method: str, mode: str, seed: int
+) -> dict:
     """
     Runs the demo and returns the summary that `run_glue.py` writes to `output_dir/run/summary.json`.
 
@@ -34,6 +36,7 @@ def run_demo(output_dir: Path, num_train: int, num_validation: int, epochs: int,
         num_validation (`int`): validation sentences, of words that the training sentences never show.
         epochs (`int`): epochs of binary fine-tuning; the float fine-tuning before it takes 2.
         method (`str`): `stompp_ste`, `stompp` or `ste`.
+        mode (`str`): `bwn`, binary weights, or `bnn`, binary activations as well.
         seed (`int`): of corpus, training and masks.
     """
     model = fetch_model(output_dir / "model")
@@ -45,6 +48,7 @@ def run_demo(output_dir: Path, num_train: int, num_validation: int, epochs: int,
         "validation_file": corpus / "validation.csv",
         "max_seq_length": 32,
         "method": method,
+        "mode": mode,
         "float_num_train_epochs": 2,
         "num_train_epochs": epochs,
         "per_device_train_batch_size": 32,
@@ -80,6 +84,8 @@ def main() -> None:
     parser.add_argument("--num_validation", type=int, default=600)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--method", choices=["stompp_ste", "stompp", "ste"], default="stompp_ste")
+    # Binary activations do not learn this corpus in so few steps.
+    parser.add_argument("--mode", choices=["bwn", "bnn"], default="bwn")
     parser.add_argument("--seed", type=int, default=0)
     arguments = vars(parser.parse_args())
     summary = run_demo(**arguments)
