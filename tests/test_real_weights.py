@@ -42,7 +42,9 @@ def load(folder: Path) -> PreTrainedModel:
     return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
 
 
-def test_nothing_frozen_and_nothing_clipped_leaves_the_function_as_it_was(folder: Path, inputs: dict[str, torch.Tensor]) -> None:
+def test_nothing_frozen_and_nothing_clipped_leaves_the_function_as_it_was(
+    folder: Path, inputs: dict[str, torch.Tensor]
+) -> None:
     model = load(folder).eval()
     with torch.no_grad():
         expected = model.base_model(**inputs).last_hidden_state[:, 0]
