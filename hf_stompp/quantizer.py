@@ -146,8 +146,7 @@ def _check_loaded(model: nn.Module) -> None:
     if missing:
         raise ValueError(
             f"the checkpoint lacks {len(missing)} tensors of {type(model).__name__}, the first of them "
-            f"{missing[0]!r}: it is incomplete or was "
-            "written for another model class; download or copy it again"
+            f"{missing[0]!r}: it is incomplete or was written for another model class; download or copy it again"
         )
     for name, module in packed_modules(model).items():
         _check_packed(name, module)

@@ -228,14 +228,12 @@ class StoMPPTrainer(Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
                 "StoMPPTrainer does not run under FSDP or DeepSpeed: they flatten or shard the weights that the "
-                "masks belong to. Use "
-                "DistributedDataParallel: accelerate launch --multi_gpu"
+                "masks belong to. Use DistributedDataParallel: accelerate launch --multi_gpu"
             )
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"StoMPPTrainer does not run under nn.DataParallel ({self.args.n_gpu} GPUs are visible): its "
-                f"replicas lose what "
-                "the first batch initialises. Use accelerate launch, or CUDA_VISIBLE_DEVICES=0"
+                "replicas lose what the first batch initialises. Use accelerate launch, or CUDA_VISIBLE_DEVICES=0"
             )
 
     def plan(self, total_steps: int) -> Progression:
@@ -253,8 +251,8 @@ class StoMPPTrainer(Trainer):
         if args.progression_schedule == "immediate" and config.surrogate == "none" and args.progression_warmup == 0:
             raise ValueError(
                 "progression_schedule='immediate' with surrogate='none' freezes every weight before the first step "
-                "and passes no "
-                "gradient: nothing in the encoder would be trained. For vanilla STE use StoMPPConfig(surrogate='ste')"
+                "and passes no gradient: nothing in the encoder would be trained. For vanilla STE use "
+                "StoMPPConfig(surrogate='ste')"
             )
         progression = plan_progression(
             config.units,
@@ -272,8 +270,7 @@ class StoMPPTrainer(Trainer):
             if changes:
                 raise ValueError(
                     "this run resumes a checkpoint with another progression; resume with the settings it was started "
-                    "with, or start "
-                    "anew in another output_dir. Saved -> now: " + "; ".join(changes)
+                    "with, or start anew in another output_dir. Saved -> now: " + "; ".join(changes)
                 )
         return progression
 

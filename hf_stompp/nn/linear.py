@@ -7,12 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import binary_linear, fold
-from .activation import MaskedBinaryActivation
 from .functional import masked_binary_weight, sign, weight_scale
-from .module import MaskedBinaryModule
+from .module import BinaryInputModule, MaskedBinaryModule
 
 
-class MaskedBinaryLinear(MaskedBinaryModule):
+class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
     """
     A linear layer whose weight is masked-binarized, and whose input may be.
 
@@ -56,25 +55,10 @@ class MaskedBinaryLinear(MaskedBinaryModule):
         self.register_module("input_activation", None)
         self.binarizes_input = False
 
-    def set_input_activation(self, activation: MaskedBinaryActivation, owned: bool, upstream: bool = False) -> None:
-        """
-        Says what binarizes the input of this layer.
-
-        Args:
-            activation (`MaskedBinaryActivation`).
-            owned (`bool`): register it as a submodule. Layers that read the same tensor share one activation, and one
-                owns it.
-            upstream (`bool`, *optional*, defaults to `False`): it has already been applied, by the feed-forward
-                activation function.
-        """
-        if owned:
-            self.input_activation = activation
-        else:
-            # Past nn.Module's registration, so that it is neither saved nor counted twice.
-            object.__setattr__(self, "input_activation", activation)
-        self.binarizes_input = not upstream
+    def set_input_activation(self, activation: nn.Module, owned: bool, upstream: bool = False) -> None:
+        super().set_input_activation(activation, owned, upstream)
         if upstream:
-            activation.readers.append(self)
+            self.input_activation.readers.append(self)
 
     def row_scale(self) -> Tensor:
         """Scale of the hard level of each row, float32 of shape `(out_features, 1)`."""
@@ -82,7 +66,8 @@ class MaskedBinaryLinear(MaskedBinaryModule):
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """Scale and bias of the integer product, see [`~hf_stompp.ops.fold`]."""
-        return fold(sign(self.weight), self.row_scale(), *self.input_activation.two_levels(), self.bias)
+        offset, amplitude = self.input_activation.two_levels()
+        return fold(sign(self.weight), self.row_scale(), offset, amplitude, self.bias)
 
     def _is_committed_inference(self) -> bool:
         activation = self.input_activation

@@ -10,6 +10,31 @@ from torch import Tensor, nn
 from .mask import advance_mask_
 
 
+class BinaryInputModule(nn.Module):
+    """A linear layer, latent or packed, whose input may be binarized, by a module of its own or one that it shares."""
+
+    input_activation: Any
+    binarizes_input: bool
+
+    def set_input_activation(self, activation: nn.Module, owned: bool, upstream: bool = False) -> None:
+        """
+        Says what binarizes the input of this layer.
+
+        Args:
+            activation (`MaskedBinaryActivation` or `PackedBinaryActivation`).
+            owned (`bool`): register it as a submodule. Layers that read the same tensor share one activation, and one
+                owns it.
+            upstream (`bool`, *optional*, defaults to `False`): it has already been applied, by the feed-forward
+                activation function.
+        """
+        if owned:
+            self.input_activation = activation
+        else:
+            # Past nn.Module's registration, so that it is neither saved nor counted twice.
+            object.__setattr__(self, "input_activation", activation)
+        self.binarizes_input = not upstream
+
+
 class MaskedBinaryModule(nn.Module):
     """
     A module with a freeze mask.

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from ..ops import binary_linear, packed_bytes, unpack_signs
 from .functional import plus_minus_one
+from .module import BinaryInputModule
 
 
 class PackedBinaryActivation(nn.Module):
@@ -36,7 +37,7 @@ class PackedBinaryActivation(nn.Module):
         return f"{self.features}"
 
 
-class PackedBinaryLinear(nn.Module):
+class PackedBinaryLinear(BinaryInputModule):
     """
     A linear layer with 1-bit weights: `scale * integer_product + bias` on binary inputs, or a product with `+-scale`
     on float inputs.
@@ -75,15 +76,6 @@ class PackedBinaryLinear(nn.Module):
             "bias", torch.zeros(out_features, dtype=torch.float32, device=device) if has_bias else None
         )
         self.register_module("input_activation", None)
-
-    def set_input_activation(self, activation: PackedBinaryActivation, owned: bool, upstream: bool = False) -> None:
-        """As in [`~hf_stompp.nn.MaskedBinaryLinear.set_input_activation`]."""
-        if owned:
-            self.input_activation = activation
-        else:
-            # Past nn.Module's registration, so that it is neither saved nor counted twice.
-            object.__setattr__(self, "input_activation", activation)
-        self.binarizes_input = not upstream
 
     def forward(self, input: Tensor) -> Tensor:
         signs = unpack_signs(self.packed_weight, self.in_features)
