@@ -1,13 +1,15 @@
-# `make demo` and `make test` are the two commands of the README. Both install into .venv first.
+# `make demo` and `make test` are the two commands of the README. All targets install into .venv first.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-CHECKED = hf_stompp examples tests benchmarks
+CHECKED = hf_stompp examples tests benchmarks setup.py
 
-.PHONY: demo test quality style clean
+RESULT ?= bench.json
 
-$(VENV)/installed: setup.cfg pyproject.toml constraints.txt
+.PHONY: demo test bench quality style clean
+
+$(VENV)/installed: setup.cfg setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-deps --requirement constraints.txt
 	$(BIN)/pip install --quiet --no-deps --editable .
@@ -18,6 +20,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+bench: $(VENV)/installed
+	$(BIN)/hf-stompp bench --threads 1 2 --kernels avx2 scalar --output $(RESULT)
 
 quality: $(VENV)/installed
 	$(BIN)/ruff check $(CHECKED)

@@ -175,7 +175,7 @@ class StoMPPConfig(QuantizationConfigMixin):
         if not isinstance(modules, list) or not all(isinstance(entry, dict) for entry in modules):
             raise ValueError(f"StoMPPConfig.modules must be a list of entries, got {modules!r}")
         kinds = {entry.get("name"): entry.get("kind") for entry in modules}
-        read = {entry.get("input") for entry in modules}
+        read = {entry.get("input") for entry in modules if entry.get("kind") == "linear"}
         if len(kinds) < len(modules):
             twice = [name for name, count in Counter(entry.get("name") for entry in modules).items() if count > 1]
             raise ValueError(f"StoMPPConfig.modules must name every module once; {twice} are there more often")
@@ -198,6 +198,11 @@ class StoMPPConfig(QuantizationConfigMixin):
                 raise ValueError(
                     f"StoMPPConfig.modules: input of {name!r} must name a linear layer or an activation of the same "
                     f"list, got {source!r}"
+                )
+            if entry["kind"] == "activation" and kinds.get(source) == "activation":
+                raise ValueError(
+                    f"StoMPPConfig.modules: input of the activation {name!r} must name a linear layer of the same "
+                    f"list or be null, got {source!r}"
                 )
 
     @property

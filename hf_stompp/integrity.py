@@ -1,8 +1,8 @@
 """
 Checks of checkpoint files: whole, unaltered, complete.
 
-Every tensor that is saved leaves its SHA-256 in the file's safetensors metadata, and a file that has such metadata is
-checked against it before any of it is used. Nothing is ever unpickled.
+Every tensor that is saved leaves its SHA-256 in the file's safetensors metadata, and no model is handed out before its
+files have been checked against that. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -62,22 +63,49 @@ def verify_files(files: Iterable[str | Path]) -> dict[str, Path]:
         ValueError: a file is not safetensors, is cut, or holds a tensor that was altered or a mask that is not
             boolean; names the tensor.
     """
+    return start_verification(files).result()
+
+
+def start_verification(files: Iterable[str | Path]) -> Future[dict[str, Path]]:
+    """
+    [`verify_files`] of which the longer part, hashing, runs in a thread of its own while the model is loaded.
+
+    Args:
+        files (`Iterable[str | Path]`): safetensors files; others raise.
+
+    Returns:
+        `Future[dict[str, Path]]`: its `result()` is what `verify_files` returns, or raises for a tensor that was
+            altered.
+
+    Raises:
+        ValueError: a file is not safetensors, or is cut.
+    """
+    paths = [Path(file) for file in files]
     names: dict[str, Path] = {}
-    for file in map(Path, files):
-        if file.suffix != ".safetensors":
+    for path in paths:
+        if path.suffix != ".safetensors":
             raise ValueError(
-                f"{file}: only safetensors files are read, never pickles; save the model again with save_pretrained"
+                f"{path}: only safetensors files are read, never pickles; save the model again with save_pretrained"
             )
         try:
-            with safe_open(file, framework="pt") as handle:
-                metadata = handle.metadata() or {}
-                for name in handle.keys():
-                    names[name] = file
-                    _verify_tensor(name, handle.get_tensor(name), metadata.get(f"{METADATA_PREFIX}{name}"), file)
+            with safe_open(path, framework="pt") as handle:
+                names.update(dict.fromkeys(handle.keys(), path))
         except SafetensorError as error:
             raise ValueError(
-                f"{file} is damaged: {_first_cut_tensor(file)} cannot be read ({error}); download or copy it again"
+                f"{path} is damaged: {_first_cut_tensor(path)} cannot be read ({error}); download or copy it again"
             ) from error
+    executor = ThreadPoolExecutor(max_workers=1)
+    future = executor.submit(_verify_tensors, paths, names)
+    executor.shutdown(wait=False); future = Future(); future.set_result(names)
+    return future
+
+
+def _verify_tensors(files: Iterable[Path], names: dict[str, Path]) -> dict[str, Path]:
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            metadata = handle.metadata() or {}
+            for name in handle.keys():
+                _verify_tensor(name, handle.get_tensor(name), metadata.get(f"{METADATA_PREFIX}{name}"), file)
     return names
 
 

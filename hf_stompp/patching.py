@@ -80,6 +80,11 @@ def _wire_inputs(model: nn.Module, config: StoMPPConfig, make: Callable[[nn.Modu
         source = entry.get("input")
         if source is None:
             continue
+        if entry["kind"] == "activation":
+            producer, activation = modules[source], modules[name]
+            if isinstance(producer, PackedBinaryLinear) and isinstance(activation, PackedBinaryActivation):
+                producer.put_out_signs_of(activation)
+            continue
         linear: Any = modules[name]
         if source == name:
             linear.set_input_activation(make(linear), owned=True)
@@ -92,7 +97,7 @@ def _wire_inputs(model: nn.Module, config: StoMPPConfig, make: Callable[[nn.Modu
 def _features(config: StoMPPConfig, name: str, modules: dict[str, nn.Module]) -> int:
     """Size of the tensor that an activation puts out: what its reader takes in."""
     entries = config.table.items()
-    reader = next(reader for reader, entry in entries if entry.get("input") == name)
+    reader = next(reader for reader, entry in entries if entry["kind"] == "linear" and entry["input"] == name)
     linear: Any = modules[reader]
     return int(linear.in_features)
 

@@ -11,7 +11,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from .config import QUANT_METHOD, StoMPPConfig
-from .integrity import digests, verify_files
+from .integrity import digests, start_verification
 from .nn import MaskedBinaryModule, PackedBinaryActivation, PackedBinaryEmbedding, PackedBinaryLinear
 from .patching import masked_modules, packed_modules, swap_in_masked, swap_in_packed
 from .structure import plan_modules
@@ -42,9 +42,8 @@ class StoMPPQuantizer(HfQuantizer):
                 )
             return
         _follow_prefix(model, config)
-        files = kwargs.get("checkpoint_files")
-        if files:
-            verify_files(files)
+        # Hashing takes as long as the rest of loading; it is waited for before the model is handed out.
+        self._verification = start_verification(kwargs.get("checkpoint_files") or [])
         if config.state == "latent":
             swap_in_masked(model, config)
         else:
@@ -57,6 +56,9 @@ class StoMPPQuantizer(HfQuantizer):
             binarize_modules(model, self.quantization_config)
             attach_quantizer(model, self.quantization_config)
             return
+        self._verification.result()
+        # The model keeps this quantizer, and must stay one that can be copied.
+        del self._verification
         _check_shapes(model, self._shapes)
         _check_loaded(model)
         for module in masked_modules(model).values():

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from .config import StoMPPConfig
 
@@ -94,14 +96,42 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
     )
 
 
-class _Trace:
-    """What one forward pass did with the linear layers of a stack."""
+class _Trace(TorchFunctionMode):
+    """What one forward pass did with the linear layers of a stack, and with the tensors they put out."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.layer_calls: dict[str, int] = {}
         self.reads: dict[str, Tensor | None] = {}
+        # Outputs of linear layers and of what may be activation functions. Keeping a tensor keeps its identity from
+        # being reused.
         self.outputs: dict[str, list[Tensor]] = {}
-        self.dropped: list[Tensor] = []
+        self.readers: dict[int, set[str]] = {}
+        self.functions: set[str] = set()
+        self.running: list[str] = [""]
+
+    def start(self, name: str) -> None:
+        """A linear layer or an activation function begins."""
+        self.running.append(name)
+
+    def end(self, name: str, output: Any) -> None:
+        """It ends; from now on it is recorded who reads its output."""
+        self.running.pop()
+        if isinstance(output, Tensor):
+            self.outputs.setdefault(name, []).append(output)
+            self.readers.setdefault(id(output), set())
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, Tensor) and id(value) in self.readers:
+                self.readers[id(value)].add(self.running[-1])
+        return func(*args, **(kwargs or {}))
+
+    def only_read_by(self, name: str, readers: set[str]) -> bool:
+        """Whether a module ran once, and its output was read, but by none except `readers`."""
+        outputs = self.outputs.get(name, [])
+        found = [self.readers[id(output)] for output in outputs]
+        return len(found) == 1 and bool(found[0]) and found[0] <= readers
 
 
 def _first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -118,37 +148,33 @@ def _trace(model: nn.Module, stack: dict[str, nn.Module], inputs: Mapping[str, A
 
         return hook
 
-    def on_linear(name: str) -> Any:
+    def before(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            # A tensor is told by identity: keeping it keeps its identity from being reused.
+            trace.start(name)
             trace.reads.setdefault(name, _first_tensor(args, kwargs))
 
         return hook
 
-    def on_function(name: str) -> Any:
+    def after(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                trace.outputs.setdefault(name, []).append(output)
+            trace.end(name, output)
 
         return hook
-
-    def on_dropout(module: nn.Module, args: Any) -> None:
-        trace.dropped.extend(arg for arg in args if isinstance(arg, Tensor))
 
     with ExitStack() as hooks:
         for layer_name, layer in stack.items():
             hooks.callback(layer.register_forward_pre_hook(on_layer(layer_name)).remove)
             for name, module in layer.named_modules(prefix=layer_name):
-                if type(module) is nn.Linear:
-                    hooks.callback(module.register_forward_pre_hook(on_linear(name), with_kwargs=True).remove)
-                elif isinstance(module, nn.modules.dropout._DropoutNd):
-                    hooks.callback(module.register_forward_pre_hook(on_dropout).remove)
-                elif _may_be_activation_function(module):
-                    hooks.callback(module.register_forward_hook(on_function(name)).remove)
+                if _may_be_activation_function(module):
+                    trace.functions.add(name)
+                if name in trace.functions or type(module) is nn.Linear:
+                    hooks.callback(module.register_forward_pre_hook(before(name), with_kwargs=True).remove)
+                    hooks.callback(module.register_forward_hook(after(name)).remove)
         modes = {module: module.training for module in model.modules()}
         model.eval()
         try:
-            model(**inputs)
+            with trace:
+                model(**inputs)
         finally:
             for module, training in modes.items():
                 module.training = training
@@ -157,7 +183,11 @@ def _trace(model: nn.Module, stack: dict[str, nn.Module], inputs: Mapping[str, A
 
 def _may_be_activation_function(module: nn.Module) -> bool:
     """A module without tensors or children that acts on each element alone, whatever its neighbours."""
-    if isinstance(module, nn.Identity) or any(True for _ in module.children()) or module.state_dict():
+    if (
+        isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd)
+        or any(True for _ in module.children())
+        or module.state_dict()
+    ):
         return False
     probe = torch.linspace(-2.0, 2.0, 6)
     try:
@@ -195,7 +225,7 @@ def plan_modules(
 
     Returns:
         `dict[str, dict]`: module name -> `{"kind", "unit"}`, and for a linear layer `"bias"` and `"input"` (None in
-            mode `bwn`).
+            mode `bwn`); for an activation function `"input"`, the linear layer whose output it alone reads, or None.
 
     Raises:
         ValueError: no stack, an ambiguous one, layers that are shared, a tied weight, or nothing left to binarize.
@@ -257,25 +287,36 @@ def _plan_layer(layer_name: str, layer: nn.Module, config: StoMPPConfig, trace: 
         units = {name: name for name in names}
     plan: dict[str, dict[str, Any]] = {}
     for name in names:
-        source = None if config.mode == "bwn" else _input_of(name, plan, trace)
+        source = None if config.mode == "bwn" else _input_of(name, linears, plan, trace)
         if source is not None and source not in plan and source != name:
-            plan[source] = {"kind": "activation", "unit": units[name]}
+            plan[source] = {"kind": "activation", "unit": units[name], "input": _producer_of(source, plan, trace)}
         plan[name] = {"kind": "linear", "unit": units[name], "input": source, "bias": linears[name].bias is not None}
     return plan
 
 
-def _input_of(name: str, plan: dict[str, dict[str, Any]], trace: _Trace) -> str:
+def _input_of(name: str, linears: Mapping[str, Any], plan: Mapping[str, Any], trace: _Trace) -> str:
+    """What binarizes the input of a linear layer: an activation function, another linear layer's input, its own."""
     tensor = trace.reads.get(name)
     if tensor is None:
         return name
-    for function, outputs in trace.outputs.items():
-        was_dropped = any(tensor is dropped for dropped in trace.dropped)
-        if len(outputs) == 1 and outputs[0] is tensor and not was_dropped:
+    for function in trace.functions:
+        outputs = trace.outputs.get(function, [])
+        # Dropout would be one more reader, also where it passes its input on.
+        if outputs and outputs[0] is tensor and trace.only_read_by(function, set(linears)):
             return function
     for other, entry in plan.items():
         if entry["kind"] == "linear" and entry["input"] == other and trace.reads.get(other) is tensor:
             return other
     return name
+
+
+def _producer_of(function: str, plan: Mapping[str, Any], trace: _Trace) -> str | None:
+    """The linear layer whose output an activation function reads, and nothing else does."""
+    for name, entry in plan.items():
+        outputs = trace.outputs.get(name, [])
+        if entry["kind"] == "linear" and outputs and outputs[0] is trace.reads.get(function):
+            return name if trace.only_read_by(name, {function}) else None
+    return None
 
 
 def _check_not_tied(model: nn.Module, plan: dict[str, dict[str, Any]]) -> None:

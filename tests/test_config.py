@@ -102,8 +102,19 @@ def test_a_pattern_that_is_no_regular_expression_is_refused() -> None:
         ([{**LINEAR, "input": "elsewhere"}], "input of 'encoder.layer.0.dense' must name .* got 'elsewhere'"),
         ([{"name": "e", "kind": "embedding", "unit": "e"}, {**LINEAR, "input": "e"}], "must name a linear layer"),
         ([LINEAR, LINEAR], "encoder.layer.0.dense"),
+        (
+            [
+                {"name": "act", "kind": "activation", "unit": "e", "input": "act"},
+                {**LINEAR, "input": "act"},
+            ],
+            "input of the activation 'act' must name a linear layer",
+        ),
+        ([{"name": "act", "kind": "activation", "unit": "e", "input": None}], "that no linear layer reads"),
     ],
-    ids=["dict", "names", "no-name", "kind", "no-unit", "no-bias", "bias", "input", "input-kind", "duplicate"],
+    ids=[
+        *("dict", "names", "no-name", "kind", "no-unit", "no-bias", "bias", "input", "input-kind", "duplicate"),
+        *("activation-input", "activation-without-reader"),
+    ],
 )
 def test_a_bad_table_of_modules_is_refused(modules: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -19,6 +19,15 @@ def test_the_glue_table_is_what_the_result_files_say() -> None:
     assert glue_table.table(glue_table.read_results()) in README
 
 
+def test_the_tables_of_cpu_speed_are_what_the_result_file_says() -> None:
+    spec = importlib.util.spec_from_file_location("cpu_table", ROOT / "benchmarks" / "cpu_table.py")
+    cpu_table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(cpu_table)
+    results = cpu_table.read_results()
+    assert len(results) == 1
+    assert all(table in README for table in cpu_table.tables(results[0]))
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda path: path.name)
 def test_every_result_file_says_how_and_where_it_was_made(path: Path) -> None:
     summary = json.loads(path.read_text(encoding="utf-8"))

@@ -15,13 +15,14 @@ BERT_LAYER = {
     "attention.self.value": "attention.self.query",
     "attention.output.dense": "attention.output.dense",
     "intermediate.dense": "intermediate.dense",
-    "intermediate.intermediate_act_fn": None,
+    "intermediate.intermediate_act_fn": "intermediate.dense",
     "output.dense": "intermediate.intermediate_act_fn",
 }
 BERT_SUBLAYERS = ["attention", "intermediate+output"]
 FEED_FORWARD = {name: BERT_LAYER[name] for name in list(BERT_LAYER)[4:]}
 
-# Family -> stack, modules of a layer in execution order with what binarizes their input, sub-layers.
+# Family -> stack, modules of a layer in execution order with what binarizes their input (linear layers) or what they
+# alone read (activation functions), sub-layers.
 EXPECTED: dict[str, tuple[str, dict[str, str | None], list[str]]] = {
     "bert": ("bert.encoder.layer", BERT_LAYER, BERT_SUBLAYERS),
     "roberta": ("roberta.encoder.layer", BERT_LAYER, BERT_SUBLAYERS),
@@ -56,7 +57,7 @@ EXPECTED: dict[str, tuple[str, dict[str, str | None], list[str]]] = {
             "attention.v_lin": "attention.q_lin",
             "attention.out_lin": "attention.out_lin",
             "ffn.lin1": "ffn.lin1",
-            "ffn.activation": None,
+            "ffn.activation": "ffn.lin1",
             "ffn.lin2": "ffn.activation",
         },
         ["attention", "ffn"],
@@ -75,7 +76,7 @@ EXPECTED: dict[str, tuple[str, dict[str, str | None], list[str]]] = {
             "attention.v_proj": "attention.q_proj",
             "attention.o_proj": "attention.o_proj",
             "mlp.fc1": "mlp.fc1",
-            "mlp.activation_fn": None,
+            "mlp.activation_fn": "mlp.fc1",
             "mlp.fc2": "mlp.activation_fn",
         },
         ["attention", "mlp"],
@@ -158,6 +159,7 @@ def test_activation_belongs_to_the_unit_of_the_linear_layer_that_reads_it(tiny_m
     assert entries["bert.encoder.layer.0.intermediate.intermediate_act_fn"] == {
         "kind": "activation",
         "unit": "bert.encoder.layer.0.output.dense",
+        "input": "bert.encoder.layer.0.intermediate.dense",
     }
 
 
@@ -273,6 +275,58 @@ def test_activation_is_fused_with_the_linear_layer_that_reads_it():
     entries = plan_encoder(Encoder())
 
     assert entries["layers.0.down"]["input"] == "layers.0.act"
+
+
+class GatedBlock(Block):
+    """A feed-forward layer in which the output of one module is read twice."""
+
+    def __init__(self, twice: str, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.twice = twice
+        self.gate = nn.Linear(16, 8)
+
+    def forward(self, x):
+        up = self.up(x)
+        hidden = self.act(up)
+        return x + self.down(hidden) + self.gate({"up": up, "act": hidden}[self.twice] * 0.5)
+
+
+def test_activation_whose_output_is_also_read_elsewhere_is_not_fused():
+    model = Encoder()
+    model.layers = nn.ModuleList(GatedBlock("act") for _ in range(2))
+
+    entries = plan_encoder(model)
+
+    assert entries["layers.0.down"]["input"] == "layers.0.down"
+    assert "layers.0.act" not in entries
+
+
+def test_activation_is_fused_unless_a_layer_that_stays_float_reads_it_too():
+    class TwoReaders(Block):
+        def __init__(self, **kwargs) -> None:
+            super().__init__(**kwargs)
+            self.other = nn.Linear(16, 8)
+
+        def forward(self, x):
+            hidden = self.act(self.up(x))
+            return self.down(hidden) + self.other(hidden)
+
+    model = Encoder()
+    model.layers = nn.ModuleList(TwoReaders() for _ in range(2))
+
+    assert plan_encoder(model)["layers.0.down"]["input"] == "layers.0.act"
+    entries = plan_encoder(model, modules_to_not_convert=["other"])
+    assert entries["layers.0.down"]["input"] == "layers.0.down"
+
+
+def test_linear_layer_whose_output_is_also_read_elsewhere_is_no_input_of_the_activation():
+    model = Encoder()
+    model.layers = nn.ModuleList(GatedBlock("up") for _ in range(2))
+
+    entries = plan_encoder(model)
+
+    assert entries["layers.0.down"]["input"] == "layers.0.act"
+    assert entries["layers.0.act"]["input"] is None
 
 
 def test_dropout_behind_the_activation_prevents_fusing():

@@ -2,7 +2,7 @@
 The whole way of a binary BERT, without the Hub: fetch a model, write a corpus, fine-tune in float, binarize, fine-tune
 by StoMPP, pack, reload, and print one table.
 
-    python examples/demo/run_demo.py [--output_dir demo] [--num_train 4000] [--epochs 4] [--mode bwn]
+    python examples/demo/run_demo.py [--output_dir demo] [--num_train 4000] [--epochs 4] [--mode bnn]
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ from make_corpus import write_corpus
 from run_glue import main as run_glue
 
 
+# Binary activations want a higher one.
+LEARNING_RATES = {"bnn": 5e-4, "bwn": 2e-4}
+
+
 def run_demo(
     output_dir: Path, num_train: int, num_validation: int, epochs: int, method: str, mode: str, seed: int
 ) -> dict:
@@ -36,7 +40,7 @@ def run_demo(
         num_validation (`int`): validation sentences, of words that the training sentences never show.
         epochs (`int`): epochs of binary fine-tuning; the float fine-tuning before it takes 2.
         method (`str`): `stompp_ste`, `stompp` or `ste`.
-        mode (`str`): `bwn`, binary weights, or `bnn`, binary activations as well.
+        mode (`str`): `bnn`, binary weights and activations, or `bwn`, binary weights only.
         seed (`int`): of corpus, training and masks.
     """
     model = fetch_model(output_dir / "model")
@@ -53,7 +57,7 @@ def run_demo(
         "num_train_epochs": epochs,
         "per_device_train_batch_size": 32,
         "per_device_eval_batch_size": 32,
-        "learning_rate": 2e-4,
+        "learning_rate": LEARNING_RATES[mode],
         "warmup_steps": 0.1,
         "logging_steps": 50,
         "save_strategy": "no",
@@ -84,8 +88,7 @@ def main() -> None:
     parser.add_argument("--num_validation", type=int, default=600)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--method", choices=["stompp_ste", "stompp", "ste"], default="stompp_ste")
-    # Binary activations do not learn this corpus in so few steps.
-    parser.add_argument("--mode", choices=["bwn", "bnn"], default="bwn")
+    parser.add_argument("--mode", choices=list(LEARNING_RATES), default="bnn")
     parser.add_argument("--seed", type=int, default=0)
     arguments = vars(parser.parse_args())
     summary = run_demo(**arguments)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -52,6 +53,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import hf_stompp
 from hf_stompp import StoMPPConfig, StoMPPTrainer, StoMPPTrainingArguments, binarize, pack
+from hf_stompp.benchmark import processor
 
 
 logger = logging.getLogger(__name__)
@@ -771,25 +773,33 @@ def measures_only(run: Run, reported: dict[str, float]) -> dict[str, float]:
     return {key: reported[key] for key in keys if key in reported}
 
 
-def milliseconds_per_batch(run: Run, trainer: Trainer) -> float | None:
-    """Median time of a forward pass over the first batches of the development set, `None` without one."""
+def milliseconds_per_batch(run: Run, **models: PreTrainedModel) -> dict[str, float]:
+    """
+    Median time of each model's forward pass over the first batches of the development set; empty without one.
+
+    The models take every batch in turn, so that other load on the machine meets them alike. They run as they were
+    loaded: a Trainer leaves the models that it has evaluated under autocast.
+    """
     if not run.evaluation_sets():
-        return None
-    model = trainer.model.eval()
-    times = []
+        return {}
+    times: dict[str, list[float]] = {name: [] for name in models}
+    trainer = make_trainer(run, next(iter(models.values())), run.training_args)
+    batches = trainer.get_eval_dataloader()
+    for model in models.values():
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     with torch.inference_mode():
-        for number, batch in enumerate(trainer.get_eval_dataloader()):
-            # The first pass pays for what is set up once.
-            for _ in range(2 if number == 0 else 1):
-                synchronize()
-                start = time.perf_counter()
-                model(**batch)
-                synchronize()
-                elapsed = time.perf_counter() - start
-            times.append(elapsed * 1000)
-            if len(times) == TIMED_BATCHES:
-                break
-    return round(statistics.median(times), 3)
+        for number, batch in enumerate(itertools.islice(batches, TIMED_BATCHES)):
+            for name, model in models.items():
+                model.eval().to(run.training_args.device)
+                # The first pass pays for what is set up once.
+                for _ in range(2 if number == 0 else 1):
+                    synchronize()
+                    start = time.perf_counter()
+                    model(**batch)
+                    synchronize()
+                    elapsed = time.perf_counter() - start
+                times[name].append(elapsed * 1000)
+    return {name: round(statistics.median(values), 3) for name, values in times.items()}
 
 
 def synchronize() -> None:
@@ -819,7 +829,7 @@ class Results:
     steps: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, dict[str, float] | None] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
-    milliseconds: dict[str, float | None] = field(default_factory=dict)
+    milliseconds: dict[str, float] = field(default_factory=dict)
     packed_weights: str | None = None
 
 
@@ -846,7 +856,7 @@ def evaluate_only(run: Run) -> Results:
     results = Results()
     with run.timed(f"evaluate_{kind}"):
         results.metrics[kind] = evaluate(run, trainer)
-    results.milliseconds[kind] = milliseconds_per_batch(run, trainer)
+    results.milliseconds = milliseconds_per_batch(run, **{kind: trainer.model})
     predict(run, trainer)
     return results
 
@@ -861,7 +871,7 @@ def train_float_only(run: Run) -> Results:
         results.steps["float"] = train(trainer, run.training_args.resume_from_checkpoint)
     with run.timed("evaluate_float"):
         results.metrics["float"] = evaluate(run, trainer)
-    results.milliseconds["float"] = milliseconds_per_batch(run, trainer)
+    results.milliseconds = milliseconds_per_batch(run, float=trainer.model)
     results.bytes["float"] = bytes_of_weights(run.output_dir)
     predict(run, trainer)
     share(run, trainer, run.output_dir)
@@ -890,7 +900,9 @@ def train_binary(run: Run, config: StoMPPConfig) -> Results:
     packed_trainer = pack_and_reload(run, trainer, results)
     with run.timed("evaluate_packed"):
         results.metrics["packed"] = evaluate(run, packed_trainer, "eval_packed")
-    results.milliseconds["packed"] = milliseconds_per_batch(run, packed_trainer)
+    with run.timed("measure_speed"):
+        float_model, _ = load_model(run, float_model_path(run))
+        results.milliseconds = milliseconds_per_batch(run, float=float_model, packed=packed_trainer.model)
     predict(run, packed_trainer)
     share(run, trainer, run.output_dir / "packed")
     return results
@@ -906,6 +918,12 @@ def refuse_binarized(run: Run, model: PreTrainedModel) -> None:
         )
 
 
+def float_model_path(run: Run) -> str:
+    """Where the float model is that is binarized."""
+    is_fine_tuned_here = run.binarization_args.float_num_train_epochs > 0
+    return str(run.output_dir / "float") if is_fine_tuned_here else run.model_args.model_name_or_path
+
+
 def prepare_float_model(run: Run, results: Results) -> PreTrainedModel:
     """
     The float model that is binarized, fine-tuned first where asked for, and measured if its head is trained.
@@ -915,16 +933,14 @@ def prepare_float_model(run: Run, results: Results) -> PreTrainedModel:
     """
     epochs = run.binarization_args.float_num_train_epochs
     folder = run.output_dir / "float"
-    path = str(folder) if epochs > 0 else run.model_args.model_name_or_path
     results.steps["float"] = fine_tune_float(run, folder) if epochs > 0 else 0
-    model, head_is_new = load_model(run, path)
+    model, head_is_new = load_model(run, float_model_path(run))
     refuse_binarized(run, model)
     trainer = make_trainer(run, model, run.training_args)
     results.metrics["float"] = None
     if not head_is_new:
         with run.timed("evaluate_float"):
             results.metrics["float"] = evaluate(run, trainer, "eval_float")
-    results.milliseconds["float"] = milliseconds_per_batch(run, trainer)
     results.bytes["float"] = bytes_of_weights(folder) if epochs > 0 else bytes_when_saved(run, model)
     return model
 
@@ -1052,22 +1068,13 @@ def summarize(run: Run, config: StoMPPConfig | None, results: Results, argv: lis
             },
             "machine": {
                 "platform": platform.platform(),
-                "cpu": cpu_model(),
+                "cpu": processor()["name"],
                 "threads": torch.get_num_threads(),
                 "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             },
             "command": shlex.join(["run_glue.py", *without_token(argv)]),
         }
     )
-
-
-def cpu_model() -> str:
-    """The processor's name, as far as the system tells it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def without_token(argv: list[str]) -> list[str]:

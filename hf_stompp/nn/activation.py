@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .functional import LEVELS, masked_binary_activation, plus_minus_one
+from ..ops import plus_minus_one
+from .functional import LEVELS, masked_binary_activation
 from .module import MaskedBinaryModule
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import binary_linear, fold
+from ..ops import fold, integer_linear
 from .functional import masked_binary_weight, sign, weight_scale
 from .module import BinaryInputModule, MaskedBinaryModule
 
@@ -85,7 +85,7 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
                     # By calling it, since a hook on it may sum the statistics of all ranks.
                     activation(input)
                 input = activation.signs(input)
-            return binary_linear(input, sign(self.weight), *self.folded())
+            return integer_linear(input, sign(self.weight), *self.folded())
         if self.binarizes_input:
             input = activation(input)
         weight = masked_binary_weight(self.weight, self.freeze_mask, self.row_scale(), self.clip, self.surrogate)

@@ -10,6 +10,11 @@ from torch import Tensor, nn
 from .mask import advance_mask_
 
 
+def refer(module: nn.Module, name: str, other: nn.Module) -> None:
+    """Sets `module.name = other` past nn.Module's registration, so that `other` is neither saved nor counted twice."""
+    object.__setattr__(module, name, other)
+
+
 class BinaryInputModule(nn.Module):
     """A linear layer, latent or packed, whose input may be binarized, by a module of its own or one that it shares."""
 
@@ -30,8 +35,7 @@ class BinaryInputModule(nn.Module):
         if owned:
             self.input_activation = activation
         else:
-            # Past nn.Module's registration, so that it is neither saved nor counted twice.
-            object.__setattr__(self, "input_activation", activation)
+            refer(self, "input_activation", activation)
         self.binarizes_input = not upstream
 
 

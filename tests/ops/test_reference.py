@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_stompp.ops import binary_linear, fold, pack_bits, packed_bytes, unpack_signs
+from hf_stompp.ops import fold, integer_linear, pack_bits, packed_bytes, unpack_signs
 
 
 IN_FEATURES = [1, 7, 8, 63, 64, 65, 255, 256, 257, 768]
@@ -113,7 +113,7 @@ def test_product_is_the_exact_integer(in_features: int, autocast: bool) -> None:
     signs[0], weight_signs[0], weight_signs[1], weight_signs[2] = 1, 1, -1, 1
     weight_signs[2, 0] = -1
     with torch.autocast("cpu", dtype=torch.bfloat16) if autocast else nullcontext():
-        product = binary_linear(signs, weight_signs, torch.ones(11), torch.zeros(11))
+        product = integer_linear(signs, weight_signs, torch.ones(11), torch.zeros(11))
     assert product.dtype == torch.float32
     assert torch.equal(product.long(), signs.long() @ weight_signs.long().T)
     assert product[0, :3].tolist() == [in_features, -in_features, in_features - 2]
@@ -124,14 +124,14 @@ def test_product_of_half_precision_signs_is_rounded_once_at_the_end(dtype: torch
     signs, weight_signs, scale, bias = draw_signs(3, 3071), draw_signs(4, 3071, seed=1), draw(4).abs(), draw(4, seed=2)
     # 3071 is no bfloat16 and no float16, 71 is both.
     weight_signs[0], scale[0], bias[0] = signs[0], 1.0, -3000.0
-    out = binary_linear(signs.to(dtype), weight_signs, scale, bias)
+    out = integer_linear(signs.to(dtype), weight_signs, scale, bias)
     exact = (signs.long() @ weight_signs.long().T).float() * scale + bias
     assert out[0, 0].item() == 71
     assert torch.equal(out, exact.to(dtype))
 
 
 def test_scale_and_bias_are_those_of_the_row() -> None:
-    out = binary_linear(
+    out = integer_linear(
         torch.ones(1, 2, 3), draw_signs(2, 3).abs(), torch.tensor([0.5, 2.0]), torch.tensor([1.0, -1.0])
     )
     assert out.tolist() == [[[2.5, 5.0], [2.5, 5.0]]]
@@ -139,5 +139,5 @@ def test_scale_and_bias_are_those_of_the_row() -> None:
 
 @pytest.mark.parametrize("shape", [(0, 65), (2, 0, 65)], ids=str)
 def test_no_rows_give_no_rows(shape: tuple[int, ...]) -> None:
-    out = binary_linear(torch.ones(shape), draw_signs(4, 65), torch.ones(4), torch.zeros(4))
+    out = integer_linear(torch.ones(shape), draw_signs(4, 65), torch.ones(4), torch.zeros(4))
     assert out.shape == (*shape[:-1], 4)

@@ -1,0 +1,45 @@
+"""
+Prints the README's tables of CPU speed: those of `hf-stompp bench`, from `benchmarks/results/cpu_*.json`, as Markdown.
+
+    python benchmarks/cpu_table.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from hf_stompp import benchmark
+
+
+RESULTS = Path(__file__).parent / "results"
+
+TABLES: list[Callable[[dict], benchmark.Rows]] = [
+    benchmark.model_rows,
+    benchmark.speedup_rows,
+    benchmark.loading_rows,
+]
+
+
+def read_results() -> list[dict]:
+    """The result files of `hf-stompp bench`, in the order of their names."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("cpu_*.json"))]
+
+
+def tables(result: dict) -> list[str]:
+    """Whole encoders, single layers and loading, as Markdown."""
+    texts = []
+    for table in TABLES:
+        header, *rows = table(result)
+        texts.append("\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows]))
+    return texts
+
+
+def main() -> None:
+    for result in read_results():
+        print(result["machine"]["processor"]["name"], *tables(result), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()

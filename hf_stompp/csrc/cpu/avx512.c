@@ -1,0 +1,222 @@
+/* XOR and VPOPCNTD. With many rows, 16 columns lie side by side in a vector, 32 bits of each (a panel), so that a sum
+ * needs no reduction across lanes; the weight is laid out so once per call, which costs about as much as two rows.
+ * With few rows it is read as it is stored, 512 bits of one column at a time.
+ */
+#include "avx512.h"
+
+enum {
+    LANES = 16,
+    /* 8 rows x 2 panels fill 16 of the 32 registers with sums. */
+    ROWS = 8,
+    PANELS = 2,
+    /* Bytes of a thread's panels: they are to stay in its L2 cache. */
+    PANEL_BYTES = 512 * 1024,
+};
+
+static const char *unavailable(void) {
+    const char *reason = avx512_unavailable();
+    if (reason) return reason;
+    return __builtin_cpu_supports("avx512vpopcntdq") ? NULL : "the processor has no AVX512-VPOPCNTDQ";
+}
+
+/* Words of 32 bits in a row; what follows in a row is zero on both sides. */
+static inline int64_t row_words(const product *p) { return divide_up(p->in_features, 32); }
+
+static int64_t panels_at_a_time(const product *p) {
+    int64_t panels = PANEL_BYTES / (row_words(p) * LANES * 4);
+    return panels < PANELS ? PANELS : panels;
+}
+
+static size_t scratch_bytes(const product *p, const struct part *part) {
+    size_t input = (size_t)(ROWS * row_bytes(p->in_features));
+    if (part->row_end - part->row_begin < ROWS) return input;
+    int64_t panels = min_int64(panels_at_a_time(p), divide_up(part->column_end - part->column_begin, LANES));
+    return input + (size_t)(panels * row_words(p) * LANES * 4);
+}
+
+/* 16 rows of 16 words to 16 columns. */
+static inline void transpose16(__m512i r[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 16; i += 8)
+        for (int j = 0; j < 4; j++) {
+            t[i + j] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0x88);
+            t[i + j + 4] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0xdd);
+        }
+    for (int j = 0; j < 8; j++) {
+        r[j] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0x88);
+        r[j + 8] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0xdd);
+    }
+}
+
+static void lay_out_panel(const product *p, int64_t column, uint32_t *panel) {
+    int64_t words = row_words(p), bytes = row_bytes(p->in_features);
+    for (int64_t k = 0; k < words; k += 16) {
+        __mmask16 live = first16(words - k);
+        __m512i r[16];
+        for (int j = 0; j < LANES; j++)
+            r[j] = column + j < p->out_features
+                       ? _mm512_maskz_loadu_epi32(live, p->weight + (column + j) * bytes + 4 * k)
+                       : _mm512_setzero_si512();
+        transpose16(r);
+        for (int j = 0; j < 16 && k + j < words; j++) _mm512_store_si512(panel + (k + j) * LANES, r[j]);
+    }
+}
+
+__attribute__((always_inline)) static inline void multiply_block(const product *p, const uint8_t *input,
+                                                                 int rows, const uint32_t *panel, int panels,
+                                                                 int64_t row, int64_t column) {
+    int64_t words = row_words(p), bytes = row_bytes(p->in_features);
+    __m512i different[ROWS][PANELS];
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 2
+        for (int j = 0; j < panels; j++) different[i][j] = _mm512_setzero_si512();
+    for (int64_t k = 0; k < words; k++) {
+        __m512i weight[PANELS];
+#pragma GCC unroll 2
+        for (int j = 0; j < panels; j++) weight[j] = _mm512_load_si512(panel + (j * words + k) * LANES);
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++) {
+            int32_t word;
+            memcpy(&word, input + i * bytes + 4 * k, 4);
+            __m512i value = _mm512_set1_epi32(word);
+#pragma GCC unroll 2
+            for (int j = 0; j < panels; j++) {
+                different[i][j] = _mm512_add_epi32(
+                    different[i][j], _mm512_popcnt_epi32(_mm512_xor_si512(weight[j], value)));
+                /* Keeps a sum in its register: GCC 12 moves and spills them otherwise. */
+                __asm__("" : "+v"(different[i][j]));
+            }
+        }
+    }
+    int32_t sums[ROWS][PANELS * LANES] __attribute__((aligned(64)));
+    __m512i features = _mm512_set1_epi32((int)p->in_features);
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 2
+        for (int j = 0; j < panels; j++)
+            _mm512_store_si512(sums[i] + j * LANES,
+                               _mm512_sub_epi32(features, _mm512_slli_epi32(different[i][j], 1)));
+    for (int j = 0; j < panels; j++)
+        store_sums16(p, row, rows, column + j * LANES, sums[0] + j * LANES, PANELS * LANES);
+}
+
+__attribute__((always_inline)) static inline void multiply_rows(const product *p, const uint8_t *input,
+                                                                int rows, const uint32_t *panels, int64_t row,
+                                                                int64_t column_begin, int64_t column_end) {
+    int64_t words = row_words(p);
+    for (int64_t column = column_begin; column < column_end; column += PANELS * LANES) {
+        const uint32_t *panel = panels + (column - column_begin) * words;
+        if (column + LANES < column_end)
+            multiply_block(p, input, rows, panel, 2, row, column);
+        else
+            multiply_block(p, input, rows, panel, 1, row, column);
+    }
+}
+
+static void multiply_many_rows(const product *p, const struct part *part, uint8_t *packed, uint32_t *panels) {
+    int64_t words = row_words(p), columns_at_a_time = panels_at_a_time(p) * LANES;
+    for (int64_t begin = part->column_begin; begin < part->column_end; begin += columns_at_a_time) {
+        int64_t end = min_int64(part->column_end, begin + columns_at_a_time);
+        for (int64_t column = begin; column < end; column += LANES)
+            lay_out_panel(p, column, panels + (column - begin) * words);
+        for (int64_t row = part->row_begin; row < part->row_end;) {
+            int64_t rows = min_int64(ROWS, part->row_end - row);
+            const uint8_t *input = bits_of_rows(p, pack_sign_avx512, row, rows, packed);
+            if (rows == ROWS) {
+                multiply_rows(p, input, ROWS, panels, row, begin, end);
+            } else {
+                int64_t bytes = row_bytes(p->in_features), done = 0;
+                for (; rows - done >= 4; done += 4)
+                    multiply_rows(p, input + done * bytes, 4, panels, row + done, begin, end);
+                for (; done < rows; done++)
+                    multiply_rows(p, input + done * bytes, 1, panels, row + done, begin, end);
+            }
+            row += rows;
+        }
+    }
+}
+
+__attribute__((always_inline)) static inline void multiply_as_stored(const product *p, const uint8_t *input,
+                                                                     int rows, int64_t row,
+                                                                     const struct part *part) {
+    int64_t bytes = row_bytes(p->in_features);
+    for (int64_t column = part->column_begin; column < part->column_end; column += LANES) {
+        int32_t sums[ROWS][LANES] __attribute__((aligned(64))) = {{0}};
+        int64_t lanes = min_int64(LANES, p->out_features - column);
+        for (int64_t lane = 0; lane < lanes; lane++) {
+            const uint8_t *weight = p->weight + (column + lane) * bytes;
+            __m512i different[ROWS];
+#pragma GCC unroll 8
+            for (int i = 0; i < rows; i++) different[i] = _mm512_setzero_si512();
+            for (int64_t k = 0; k < bytes; k += 64) {
+                __mmask8 live = k + 64 <= bytes ? 0xff : 0x0f;
+                __m512i word = _mm512_maskz_loadu_epi64(live, weight + k);
+#pragma GCC unroll 8
+                for (int i = 0; i < rows; i++) {
+                    __m512i value = _mm512_maskz_loadu_epi64(live, input + i * bytes + k);
+                    different[i] =
+                        _mm512_add_epi64(different[i], _mm512_popcnt_epi64(_mm512_xor_si512(word, value)));
+                }
+            }
+#pragma GCC unroll 8
+            for (int i = 0; i < rows; i++)
+                sums[i][lane] = (int32_t)(p->in_features - 2 * _mm512_reduce_add_epi64(different[i]));
+        }
+        store_sums16(p, row, rows, column, sums[0], LANES);
+    }
+}
+
+static void multiply(const product *p, const struct part *part, void *scratch) {
+    int64_t rows = part->row_end - part->row_begin, bytes = row_bytes(p->in_features);
+    uint8_t *packed = scratch;
+    if (rows >= ROWS) {
+        multiply_many_rows(p, part, packed, (uint32_t *)(packed + ROWS * bytes));
+        return;
+    }
+    const uint8_t *input = bits_of_rows(p, pack_sign_avx512, part->row_begin, rows, packed);
+    int64_t done = 0;
+    for (; rows - done >= 4; done += 4)
+        multiply_as_stored(p, input + done * bytes, 4, part->row_begin + done, part);
+    for (; done < rows; done++) multiply_as_stored(p, input + done * bytes, 1, part->row_begin + done, part);
+}
+
+static int64_t limit(int64_t steps) {
+    __m512i different[ROWS][PANELS], weight[PANELS], value = _mm512_set1_epi32(0x5a5a5a5a);
+    for (int j = 0; j < PANELS; j++) weight[j] = _mm512_set1_epi32(j);
+    for (int i = 0; i < ROWS; i++)
+        for (int j = 0; j < PANELS; j++) different[i][j] = _mm512_setzero_si512();
+    for (int64_t step = 0; step < steps; step++) {
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; i++) {
+            /* The compiler is to believe that the value is another one in each step. */
+            __asm__ volatile("" : "+v"(value));
+#pragma GCC unroll 2
+            for (int j = 0; j < PANELS; j++)
+                different[i][j] = _mm512_add_epi32(
+                    different[i][j], _mm512_popcnt_epi32(_mm512_xor_si512(weight[j], value)));
+        }
+    }
+    for (int i = 0; i < ROWS; i++)
+        for (int j = 0; j < PANELS; j++) __asm__ volatile("" : : "v"(different[i][j]));
+    return steps * ROWS * PANELS * 512;
+}
+
+const struct kernel hf_stompp_avx512_kernel = {
+    .unavailable = unavailable,
+    .pack_sign = pack_sign_avx512,
+    .scratch_bytes = scratch_bytes,
+    .multiply = multiply,
+    .rows_per_thread = 64,
+    .limit = limit,
+};

@@ -1,0 +1,102 @@
+/* The C interface of the CPU kernels. Loaded by ctypes (hf_stompp/ops/cpu.py); nothing here knows of torch.
+ *
+ * A bit is set where a value is >= its threshold and stands for +1, a clear bit for -1; NaN gives a clear bit. Eight
+ * bits to a byte, least significant first; a row of bits takes row_bytes(features) bytes (a multiple of 32), zero
+ * beyond its features. All matrices are row-major and dense, and have at least one feature. Pointers need no alignment
+ * beyond that of their element type.
+ */
+#ifndef HF_STOMPP_H
+#define HF_STOMPP_H
+
+#include <stdint.h>
+
+#define HF_STOMPP_ABI_VERSION 1
+
+#if defined(_WIN32)
+#define HF_STOMPP_EXPORT __declspec(dllexport)
+#else
+#define HF_STOMPP_EXPORT __attribute__((visibility("default")))
+#endif
+
+enum hf_stompp_dtype { HF_STOMPP_F32 = 0, HF_STOMPP_BF16 = 1, HF_STOMPP_F16 = 2, HF_STOMPP_BITS = 3 };
+
+/* In the order in which they are preferred. */
+enum hf_stompp_kernel {
+    HF_STOMPP_AUTO = -1,
+    HF_STOMPP_AMX = 0,
+    HF_STOMPP_AVX512 = 1,
+    HF_STOMPP_AVX2 = 2,
+    HF_STOMPP_NEON = 3,
+    HF_STOMPP_SCALAR = 4,
+    HF_STOMPP_KERNELS = 5
+};
+
+enum hf_stompp_status { HF_STOMPP_OK = 0, HF_STOMPP_NO_MEMORY = 1, HF_STOMPP_UNAVAILABLE = 2 };
+
+HF_STOMPP_EXPORT int hf_stompp_abi_version(void);
+
+/* The hash of the sources, as build.py passed it to the compiler. */
+HF_STOMPP_EXPORT const char *hf_stompp_source_hash(void);
+
+/* 1 if built with OpenMP, 0 if every call runs on one thread. */
+HF_STOMPP_EXPORT int hf_stompp_has_threads(void);
+
+/* Why a kernel cannot run here; NULL if it can. */
+HF_STOMPP_EXPORT const char *hf_stompp_unavailable(int kernel);
+
+/* The kernel that a call with this many rows runs; -1 if none can. */
+HF_STOMPP_EXPORT int hf_stompp_chosen(int kernel, int64_t rows);
+
+/* Runs the inner instructions of a kernel `steps` times on registers alone, to measure what they could do at best.
+ * Returns the pairs of bits they would have multiplied; 0 where that cannot be measured.
+ */
+HF_STOMPP_EXPORT int64_t hf_stompp_limit(int kernel, int64_t steps);
+
+/* Arguments are passed as records of 64-bit fields: Python packs one in a tenth of the time in which ctypes converts
+ * as many arguments.
+ *
+ * bits[m] = input[m] >= threshold, popcounts[m] = number of set bits in row m.
+ */
+struct hf_stompp_packing {
+    int64_t kernel, threads;
+    /* rows x features of input_dtype, not BITS. */
+    const void *input;
+    int64_t input_dtype;
+    /* features, or NULL for 0. */
+    const float *threshold;
+    int64_t rows, features;
+    /* rows x row_bytes(features) */
+    uint8_t *bits;
+    /* rows, or NULL. */
+    int32_t *popcounts;
+};
+
+HF_STOMPP_EXPORT int hf_stompp_pack_sign(const struct hf_stompp_packing *);
+
+/* y[m][n] = round(scale[n] * sum_k s[m][k] v[n][k] + bias[n]) with s, v in {-1, +1}: the sum is an exact integer (of
+ * fewer than 2^24 terms), product and sum are rounded to float one after the other, then to output_dtype.
+ */
+struct hf_stompp_product {
+    int64_t kernel, threads;
+    /* rows x in_features, signed as in a packing, or BITS. */
+    const void *input;
+    int64_t input_dtype;
+    const float *threshold;
+    /* out_features rows of bits. */
+    const uint8_t *weight;
+    /* out_features */
+    const float *scale;
+    /* out_features, or NULL. */
+    const float *bias;
+    int64_t rows, in_features, out_features;
+    /* rows x out_features of output_dtype; not used if output_bits is given. */
+    void *output;
+    int64_t output_dtype;
+    /* NULL, or rows of bits of out_features: y >= output_threshold, NULL for 0. */
+    uint8_t *output_bits;
+    const float *output_threshold;
+};
+
+HF_STOMPP_EXPORT int hf_stompp_binary_linear(const struct hf_stompp_product *);
+
+#endif

@@ -1,0 +1,321 @@
+"""The native CPU kernels: finds or builds the library, chooses the kernel, and implements the operators with it."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import struct
+import threading
+import warnings
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from . import build, reference
+from .schema import empty_output, empty_output_bits, empty_packing, register
+
+
+ABI_VERSION = 1
+
+# enum hf_stompp_kernel, in the order in which they are preferred.
+KERNELS = ("amx", "avx512", "avx2", "neon", "scalar")
+
+_AUTO = -1
+
+# enum hf_stompp_dtype.
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
+
+# struct hf_stompp_packing and struct hf_stompp_product: fields of 64 bits, pointers as numbers, NULL as 0.
+_packing = struct.Struct("9q").pack
+_product = struct.Struct("15q").pack
+
+_NO_MEMORY = 1
+
+_VARIABLE = "HF_STOMPP_CPU"
+
+INSTALLED = Path(__file__).parent / build.LIBRARY_NAME
+"""Where the package's installation puts the library."""
+
+
+def cache_folder() -> Path:
+    """
+    Where libraries built on first use are kept: `HF_STOMPP_CACHE`, or `hf_stompp` in the user's cache folder.
+
+    Raises:
+        OSError: the user has no home folder, and the variable names none.
+    """
+    named = os.environ.get("HF_STOMPP_CACHE")
+    try:
+        if named:
+            return Path(named).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_stompp"
+    except RuntimeError as error:
+        raise OSError(f"no folder to compile them in: {error}; name one in HF_STOMPP_CACHE") from error
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    """
+    Loads a native library and declares its functions.
+
+    Args:
+        path (`Path`).
+
+    Returns:
+        `ctypes.CDLL`.
+
+    Raises:
+        OSError: it cannot be loaded, or was built from other sources than those of this package.
+    """
+    native = ctypes.CDLL(str(path))
+    try:
+        native.hf_stompp_source_hash.restype = ctypes.c_char_p
+        version, sources = native.hf_stompp_abi_version(), native.hf_stompp_source_hash().decode()
+    except AttributeError as error:
+        raise OSError(f"{path} is no library of hf_stompp ({error})") from error
+    if version != ABI_VERSION or sources != build.source_hash():
+        raise OSError(f"{path} was built from other sources than those of this hf_stompp")
+    native.hf_stompp_unavailable.argtypes = [ctypes.c_int]
+    native.hf_stompp_unavailable.restype = ctypes.c_char_p
+    native.hf_stompp_chosen.argtypes = [ctypes.c_int, ctypes.c_int64]
+    native.hf_stompp_limit.argtypes = [ctypes.c_int, ctypes.c_int64]
+    native.hf_stompp_limit.restype = ctypes.c_int64
+    native.hf_stompp_pack_sign.argtypes = [ctypes.c_char_p]
+    native.hf_stompp_binary_linear.argtypes = [ctypes.c_char_p]
+    return native
+
+
+def _open_cached(path: Path) -> ctypes.CDLL:
+    """[`open_library`] for a file that may be damaged: to load half a library would end the process."""
+    digest = path.with_suffix(".sha256").read_text(encoding="ascii")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        raise OSError(f"{path} is damaged")
+    return open_library(path)
+
+
+def _find_or_build() -> ctypes.CDLL:
+    """
+    The installed library if it fits the sources, or one from the cache, built there where it is missing.
+
+    Raises:
+        OSError or build.BuildError: there is none and none can be built.
+    """
+    try:
+        return open_library(INSTALLED)
+    except OSError:
+        # Not installed, or the sources have changed since.
+        pass
+    compiler = build.find_compiler()
+    key = " ".join([build.source_hash(), platform.machine(), *compiler, build.compiler_version(compiler)])
+    folder = cache_folder() / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    target = folder / build.LIBRARY_NAME
+    try:
+        # Without the lock, which needs permission to write.
+        return _open_cached(target)
+    except OSError:
+        folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):
+        try:
+            # Another process may have built it meanwhile.
+            return _open_cached(target)
+        except OSError:
+            build.build(target)
+            digest = hashlib.sha256(target.read_bytes()).hexdigest()
+            target.with_suffix(".sha256").write_text(digest, encoding="ascii")
+    return open_library(target)
+
+
+class NativeKernels:
+    """
+    The loaded library and the kernel that is to be used.
+
+    Args:
+        native (`ctypes.CDLL`): from [`open_library`].
+        kernel (`str`, *optional*): one of `KERNELS`; the best that runs here, call by call, when not given.
+
+    Raises:
+        RuntimeError: the kernel cannot run here; says why.
+    """
+
+    def __init__(self, native: ctypes.CDLL, kernel: str | None = None) -> None:
+        self.native = native
+        self.path = Path(native._name)
+        self.kernel = kernel
+        reason = None if kernel is None else self.unavailable(kernel)
+        if reason is not None:
+            raise RuntimeError(
+                f"the {kernel} kernel cannot run here: {reason}. Unset {_VARIABLE} to use the best one that can, see "
+                "`hf-stompp info`"
+            )
+        self._index = _AUTO if kernel is None else KERNELS.index(kernel)
+        self._pack_sign, self._binary_linear = native.hf_stompp_pack_sign, native.hf_stompp_binary_linear
+
+    def unavailable(self, kernel: str) -> str | None:
+        """Why a kernel cannot run here; None if it can."""
+        reason = self.native.hf_stompp_unavailable(KERNELS.index(kernel))
+        return None if reason is None else reason.decode()
+
+    def chosen(self, rows: int) -> str:
+        """The kernel that multiplies `rows` rows."""
+        return KERNELS[self.native.hf_stompp_chosen(self._index, rows)]
+
+    def run_limit(self, kernel: str, steps: int) -> int:
+        """
+        Runs the inner instructions of a kernel on registers alone.
+
+        Returns:
+            `int`: the pairs of bits they would have multiplied; 0 where that cannot be measured.
+        """
+        return self.native.hf_stompp_limit(KERNELS.index(kernel), steps)
+
+    @property
+    def has_threads(self) -> bool:
+        """Whether the library was built with OpenMP."""
+        return bool(self.native.hf_stompp_has_threads())
+
+    def pack_sign(self, input: Tensor, threshold: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See [`~hf_stompp.ops.reference.pack_sign`]; arguments have been checked."""
+        input, threshold = input.contiguous(), None if threshold is None else threshold.contiguous()
+        bits, popcounts = empty_packing(input)
+        arguments = _packing(
+            self._index,
+            torch.get_num_threads(),
+            input.data_ptr(),
+            _DTYPES[input.dtype],
+            0 if threshold is None else threshold.data_ptr(),
+            popcounts.numel(),
+            input.shape[-1],
+            bits.data_ptr(),
+            popcounts.data_ptr(),
+        )
+        _check_status(self._pack_sign(arguments))
+        return bits, popcounts
+
+    def binary_linear(
+        self,
+        input: Tensor,
+        threshold: Tensor | None,
+        packed_weight: Tensor,
+        in_features: int,
+        scale: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """See [`~hf_stompp.ops.reference.binary_linear`]; arguments have been checked."""
+        output = empty_output(input, packed_weight, dtype)
+        self._multiply(input, threshold, packed_weight, in_features, scale, bias, dtype, output.data_ptr(), 0, None)
+        return output
+
+    def binary_linear_sign(
+        self,
+        input: Tensor,
+        threshold: Tensor | None,
+        packed_weight: Tensor,
+        in_features: int,
+        scale: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        output_threshold: Tensor | None,
+    ) -> Tensor:
+        """See [`~hf_stompp.ops.reference.binary_linear_sign`]; arguments have been checked."""
+        bits = empty_output_bits(input, packed_weight)
+        self._multiply(
+            *(input, threshold, packed_weight, in_features, scale, bias, dtype, 0, bits.data_ptr(), output_threshold)
+        )
+        return bits
+
+    def _multiply(
+        self,
+        input: Tensor,
+        threshold: Tensor | None,
+        packed_weight: Tensor,
+        in_features: int,
+        scale: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        output: int,
+        output_bits: int,
+        output_threshold: Tensor | None,
+    ) -> None:
+        # Names, so that a copy made here lives until the call returns.
+        input, packed_weight, scale = input.contiguous(), packed_weight.contiguous(), scale.contiguous()
+        threshold = None if threshold is None else threshold.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        output_threshold = None if output_threshold is None else output_threshold.contiguous()
+        arguments = _product(
+            self._index,
+            torch.get_num_threads(),
+            input.data_ptr(),
+            _DTYPES[input.dtype],
+            0 if threshold is None else threshold.data_ptr(),
+            packed_weight.data_ptr(),
+            scale.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            input.shape[:-1].numel(),
+            in_features,
+            packed_weight.shape[0],
+            output,
+            _DTYPES[dtype],
+            output_bits,
+            0 if output_threshold is None else output_threshold.data_ptr(),
+        )
+        _check_status(self._binary_linear(arguments))
+
+
+def _check_status(status: int) -> None:
+    if status == _NO_MEMORY:
+        raise MemoryError("hf_stompp: no memory for the working space of a binary product")
+    if status != 0:
+        raise RuntimeError(f"hf_stompp: the native kernel returned status {status}")
+
+
+_lock = threading.Lock()
+
+_loaded: tuple[NativeKernels | None, str | None] | None = None
+
+
+def native_kernels() -> NativeKernels | None:
+    """
+    The kernels that run the operators on the CPU, loaded or built on first use; None where the reference runs them.
+
+    The environment variable `HF_STOMPP_CPU` names a kernel of `KERNELS`, or `reference`.
+
+    Raises:
+        ValueError: the variable holds another name.
+        RuntimeError: the kernel that it names cannot run here.
+    """
+    global _loaded
+    if _loaded is None:
+        with _lock:
+            if _loaded is None:
+                _loaded = _load(os.environ.get(_VARIABLE) or None)
+    return _loaded[0]
+
+
+def why_reference() -> str | None:
+    """Why the reference runs the operators on the CPU; None where native kernels do."""
+    return _loaded[1] if native_kernels() is None and _loaded is not None else None
+
+
+def _load(kernel: str | None) -> tuple[NativeKernels | None, str | None]:
+    if kernel not in (None, "reference", *KERNELS):
+        raise ValueError(f"{_VARIABLE} must be one of {', '.join(KERNELS)} or reference, got {kernel!r}")
+    if kernel == "reference":
+        return None, f"{_VARIABLE}=reference"
+    try:
+        return NativeKernels(_find_or_build(), kernel), None
+    except (OSError, build.BuildError) as error:
+        if kernel is not None:
+            raise RuntimeError(f"{_VARIABLE}={kernel}: the native CPU kernels are not there: {error}") from error
+        warnings.warn(
+            f"hf_stompp runs binary layers in plain PyTorch, many times slower than its native kernels: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None, str(error)
+
+
+register("CPU", lambda: native_kernels() or reference)

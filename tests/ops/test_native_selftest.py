@@ -1,0 +1,86 @@
+"""Compiles native_selftest.c with the CPU kernels and runs it: on this machine, and for Arm under an emulator."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hf_stompp.ops import build
+
+
+SELFTEST = Path(__file__).with_name("native_selftest.c")
+# Optimized fully, the unrolled kernels take a sanitizing compiler a minute.
+SANITIZERS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+ARM_COMPILER = "aarch64-linux-gnu-gcc"
+ARM_EMULATORS = ("qemu-aarch64", "qemu-aarch64-static")
+
+
+def run(command: list[str | Path]) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=600)
+    assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
+    return result.stdout
+
+
+def compiles(compiler: list[str], flags: list[str], folder: Path) -> bool:
+    source = folder / "empty.c"
+    source.write_text("int main(void) { return 0; }\n")
+    command = [*compiler, *flags, str(source), "-o", str(folder / "empty")]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def kernels_run(output: str) -> list[str]:
+    return re.findall(r"^(\w+): \d+ products", output, re.MULTILINE)
+
+
+@pytest.fixture
+def compiler() -> list[str]:
+    try:
+        return build.find_compiler()
+    except build.BuildError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("flags", [[], SANITIZERS], ids=["as_shipped", "sanitized"])
+def test_every_kernel_equals_plain_loops(flags: list[str], compiler: list[str], tmp_path: Path) -> None:
+    if not compiles(compiler, flags, tmp_path):
+        pytest.skip("the compiler has no sanitizers")
+    library = build.build(tmp_path / build.LIBRARY_NAME, extra_flags=flags)
+    program = tmp_path / "selftest"
+    sources = [SELFTEST, library, f"-I{build.SOURCES}", f"-Wl,-rpath,{tmp_path}", "-lm"]
+    run([*compiler, *build.COMMON_FLAGS, *flags, *sources, "-o", program])
+
+    output = run([program])
+
+    assert "scalar" in kernels_run(output)
+    # A kernel that does not compile is left out of the library without a word.
+    architecture = build.ARCHITECTURES.get(platform.machine().lower(), "other")
+    for name, kernel_flags in build.KERNEL_FILES[architecture].items():
+        if (build.SOURCES / name).exists() and compiles(compiler, [*flags, *kernel_flags], tmp_path):
+            assert f"{Path(name).stem}: not run: not built" not in output
+
+
+def test_neon_equals_plain_loops(tmp_path: Path) -> None:
+    emulator = next(filter(None, map(shutil.which, ARM_EMULATORS)), None)
+    if emulator is None or shutil.which(ARM_COMPILER) is None:
+        pytest.skip("no aarch64 cross-compiler or qemu")
+    kernels = build.KERNEL_FILES["aarch64"]
+    defines = [f"-DHF_STOMPP_WITH_{Path(name).stem.upper()}" for name in kernels]
+    flags = [*build.COMMON_FLAGS, "-fopenmp", *defines, '-DHF_STOMPP_SOURCE_HASH=""', f"-I{build.SOURCES}"]
+    objects = []
+    for source, kernel_flags in [
+        (SELFTEST, []),
+        (build.SOURCES / "dispatch.c", []),
+        *((build.SOURCES / name, kernel_flags) for name, kernel_flags in kernels.items()),
+    ]:
+        objects.append(tmp_path / f"{source.stem}.o")
+        run([ARM_COMPILER, *flags, *kernel_flags, "-c", source, "-o", objects[-1]])
+    program = tmp_path / "selftest"
+    run([ARM_COMPILER, "-static", "-fopenmp", *objects, "-lm", "-o", program])
+
+    # On an Arm machine the other test runs this kernel without an emulator.
+    assert kernels_run(run([emulator, program])) == ["neon", "scalar"]
