@@ -96,7 +96,7 @@ def start_verification(files: Iterable[str | Path]) -> Future[dict[str, Path]]:
             ) from error
     executor = ThreadPoolExecutor(max_workers=1)
     future = executor.submit(_verify_tensors, paths, names)
-    executor.shutdown(wait=False); future = Future(); future.set_result(names)
+    executor.shutdown(wait=False)
     return future
 
 
