@@ -11,6 +11,7 @@ RESULT ?= bench.json
 
 $(VENV)/installed: setup.cfg setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --no-deps --requirement constraints.txt
 	$(BIN)/pip install --quiet --no-deps --editable .
 	touch $@

@@ -38,9 +38,7 @@ def information() -> dict[str, Any]:
             "library": None if native is None else str(native.path),
             "runs": "reference" if native is None else _kernels_by_rows(native),
             "why_reference": cpu.why_reference(),
-            "unavailable": {}
-            if native is None
-            else {kernel: reason for kernel in cpu.KERNELS if (reason := native.unavailable(kernel)) is not None},
+            "why_not": {} if native is None else {k: reason for k in cpu.KERNELS if (reason := _why_not(native, k))},
             "threads": torch.get_num_threads() if native is None or native.has_threads else 1,
             "compiler": compiler,
         },
@@ -52,12 +50,20 @@ def _kernels_by_rows(native: cpu.NativeKernels) -> str:
     return few if few == many else f"{many} for large batches, {few} for small ones"
 
 
+def _why_not(native: cpu.NativeKernels, kernel: str) -> str | None:
+    """Why a kernel does not run; None if it does."""
+    reason = native.unavailable(kernel)
+    if reason is None and kernel not in (native.chosen(1), native.chosen(1 << 20)):
+        reason = "can run here, but " + (f"HF_STOMPP_CPU={native.kernel}" if native.kernel else "another is faster")
+    return reason
+
+
 def _print_information(info: dict[str, Any]) -> None:
     print("  ".join(f"{name} {version}" for name, version in info["versions"].items()))
     print(f"CPU kernel: {info['cpu']['runs']}, {info['cpu']['threads']} threads")
     if info["cpu"]["why_reference"]:
         print(f"  the reference in plain PyTorch, many times slower, because: {info['cpu']['why_reference']}")
-    for kernel, reason in info["cpu"]["unavailable"].items():
+    for kernel, reason in info["cpu"]["why_not"].items():
         print(f"  {kernel}: {reason}")
     print(f"  library: {info['cpu']['library']}")
     print(f"  compiler: {info['cpu']['compiler']}")
@@ -75,9 +81,11 @@ def _bench(arguments: argparse.Namespace) -> None:
     levels = ["op", "model", "loading"] if arguments.level == "all" else [arguments.level]
     # A path would tell whose machine it was.
     command = shlex.join(["hf-stompp", *(Path(word).name if "/" in word else word for word in arguments.words)])
+    if arguments.output is not None:
+        # Now, not when ten minutes of measuring are done.
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
     result = benchmark.run(levels, arguments.threads, arguments.kernels, command, arguments.quick)
     if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2) if arguments.json else benchmark.table(result))
 
@@ -147,7 +155,7 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(words, argparse.Namespace(words=words))
     try:
         arguments.run(arguments)
-    except (RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         print(f"hf-stompp: {error}", file=sys.stderr)
         return 1
     return 0

@@ -64,14 +64,16 @@ class StoMPPConfig(QuantizationConfigMixin):
             Levels behind the feed-forward activation function: `"signed"` = {-a, +a} about the shift, `"zero_one"` =
             {0, a} (BiT's set for non-negative tensors).
         unit (`str`, *optional*, defaults to `"layer"`):
-            What the progression moves through: encoder `"layer"` (paper), `"sublayer"` (attention, feed-forward) or
-            `"module"` (each linear layer).
+            What the progression moves through: encoder `"layer"` (paper), `"sublayer"` (attention, feed-forward; ours)
+            or `"module"` (each linear layer; ours).
         modules_to_not_convert (`list[str]`, *optional*, defaults to `["embeddings", "pooler", "classifier"]`):
-            What to leave float: regular expressions that match whole dot-separated parts of a module's name.
+            What to leave float, linear layers and activation functions: regular expressions that match whole
+            dot-separated parts of a module's name (ours; the paper leaves the first and the last layer float).
         binary_word_embeddings (`bool`, *optional*, defaults to `False`):
-            Binarize the word embedding table as well, with a scale a row.
+            Binarize the word embedding table as well, with a scale a row (BiBERT, BiT), whatever
+            `modules_to_not_convert` says of it.
         layer_stack (`str`, *optional*):
-            Name of the module list that holds the encoder layers, for models where it cannot be found.
+            Name of the module list that holds the encoder layers, for models where it cannot be found (ours).
         state (`str`, *optional*, defaults to `"latent"`):
             `"latent"`: float weights with freeze masks, trainable; `"packed"`: 1-bit weights. Set by the library.
         format_version (`int`, *optional*, defaults to 1):

@@ -20,6 +20,7 @@ from .nn import (
     PackedBinaryEmbedding,
     PackedBinaryLinear,
 )
+from .nn.module import BinaryInputModule
 from .ops import packed_bytes
 
 
@@ -44,6 +45,17 @@ def unit_modules(model: nn.Module, config: StoMPPConfig) -> dict[str, dict[str, 
         owner = name if name in modules else name.rpartition(".")[0]
         units[modules[owner]["unit"]][name] = module
     return units
+
+
+def unit_parameters(model: nn.Module, config: StoMPPConfig) -> list[list[nn.Parameter]]:
+    """The parameters that lie in each unit, units from input to output, latent weights included."""
+    found = []
+    for unit in config.units:
+        layer, _, children = unit.rpartition(".")
+        # A sub-layer may be several children of its layer: `encoder.layer.0.intermediate+output`.
+        prefixes = tuple(f"{layer}.{child}." for child in children.split("+"))
+        found.append([parameter for name, parameter in model.named_parameters() if name.startswith(prefixes)])
+    return found
 
 
 def check_fits(model: nn.Module, config: StoMPPConfig, kinds: dict[str, tuple[type[nn.Module], ...]]) -> None:
@@ -82,7 +94,7 @@ def _wire_inputs(model: nn.Module, config: StoMPPConfig, make: Callable[[nn.Modu
             continue
         if entry["kind"] == "activation":
             producer, activation = modules[source], modules[name]
-            if isinstance(producer, PackedBinaryLinear) and isinstance(activation, PackedBinaryActivation):
+            if isinstance(producer, BinaryInputModule):
                 producer.put_out_signs_of(activation)
             continue
         linear: Any = modules[name]

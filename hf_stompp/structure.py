@@ -102,7 +102,8 @@ class _Trace(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.layer_calls: dict[str, int] = {}
-        self.reads: dict[str, Tensor | None] = {}
+        # What each of them read first, and how often that tensor had been written in place by then.
+        self.reads: dict[str, tuple[Tensor, int] | None] = {}
         # Outputs of linear layers and of what may be activation functions. Keeping a tensor keeps its identity from
         # being reused.
         self.outputs: dict[str, list[Tensor]] = {}
@@ -151,7 +152,10 @@ def _trace(model: nn.Module, stack: dict[str, nn.Module], inputs: Mapping[str, A
     def before(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             trace.start(name)
-            trace.reads.setdefault(name, _first_tensor(args, kwargs))
+            tensor = _first_tensor(args, kwargs)
+            trace.reads.setdefault(
+                name, None if tensor is None else (tensor, 0 if tensor.is_inference() else tensor._version)
+            )
 
         return hook
 
@@ -287,34 +291,44 @@ def _plan_layer(layer_name: str, layer: nn.Module, config: StoMPPConfig, trace: 
         units = {name: name for name in names}
     plan: dict[str, dict[str, Any]] = {}
     for name in names:
-        source = None if config.mode == "bwn" else _input_of(name, linears, plan, trace)
+        source = None if config.mode == "bwn" else _input_of(name, linears, plan, trace, config)
         if source is not None and source not in plan and source != name:
             plan[source] = {"kind": "activation", "unit": units[name], "input": _producer_of(source, plan, trace)}
         plan[name] = {"kind": "linear", "unit": units[name], "input": source, "bias": linears[name].bias is not None}
     return plan
 
 
-def _input_of(name: str, linears: Mapping[str, Any], plan: Mapping[str, Any], trace: _Trace) -> str:
+def _input_of(
+    name: str, linears: Mapping[str, Any], plan: Mapping[str, Any], trace: _Trace, config: StoMPPConfig
+) -> str:
     """What binarizes the input of a linear layer: an activation function, another linear layer's input, its own."""
-    tensor = trace.reads.get(name)
-    if tensor is None:
+    read = trace.reads.get(name)
+    if read is None:
         return name
     for function in trace.functions:
+        if is_excluded(function, config.modules_to_not_convert):
+            continue
         outputs = trace.outputs.get(function, [])
         # Dropout would be one more reader, also where it passes its input on.
-        if outputs and outputs[0] is tensor and trace.only_read_by(function, set(linears)):
+        if outputs and outputs[0] is read[0] and trace.only_read_by(function, set(linears)):
             return function
     for other, entry in plan.items():
-        if entry["kind"] == "linear" and entry["input"] == other and trace.reads.get(other) is tensor:
+        if entry["kind"] == "linear" and entry["input"] == other and _same(trace.reads.get(other), read):
             return other
     return name
 
 
+def _same(one: tuple[Tensor, int] | None, other: tuple[Tensor, int]) -> bool:
+    """Whether two reads are of one tensor that nothing wrote to in between."""
+    return one is not None and one[0] is other[0] and one[1] == other[1]
+
+
 def _producer_of(function: str, plan: Mapping[str, Any], trace: _Trace) -> str | None:
     """The linear layer whose output an activation function reads, and nothing else does."""
+    read = trace.reads.get(function)
     for name, entry in plan.items():
         outputs = trace.outputs.get(name, [])
-        if entry["kind"] == "linear" and outputs and outputs[0] is trace.reads.get(function):
+        if entry["kind"] == "linear" and outputs and read is not None and outputs[0] is read[0]:
             return name if trace.only_read_by(name, {function}) else None
     return None
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +14,10 @@ from transformers.trainer_callback import ExportableState, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from .binarization import config_of
+from .freezing import Freezing, check_masks, initialize_activations
 from .hub import TAGS, add_section, usage_section
 from .integrity import checkpoint_files, tensor_digest, verify_files
 from .nn import MaskedBinaryActivation
-from .nn.mask import mask_generator
 from .packing import pack
 from .patching import fully_binary, masked_modules, packed_modules, unit_modules
 from .progression import Progression, plan_progression
@@ -30,103 +27,27 @@ from .training_args import StoMPPTrainingArguments
 ACTIVATION_PARAMETERS = ("scale", "shift", "threshold")
 
 
-def advance(model: nn.Module, progression: Progression, step: int) -> None:
-    """
-    Brings every mask from the step before to `step`, in place.
-
-    A function of its arguments and of the masks as the step before left them. Committed units are not touched.
-
-    Args:
-        model (`PreTrainedModel`): after [`binarize`].
-        progression (`Progression`).
-        step (`int`): 0-based optimizer step that is about to be taken.
-    """
-    for index, (unit, modules) in enumerate(unit_modules(model, config_of(model)).items()):
-        previous = progression.fraction(index, step - 1) if step else 0.0
-        fraction = progression.fraction(index, step)
-        if fraction == 0.0 or all(module.committed for module in modules.values()):
-            continue
-        for name, module in modules.items():
-            generator = mask_generator(progression.seed, unit, f"{name}.freeze_mask", step)
-            module.advance(previous, fraction, progression.refresh_period, generator)
-
-
-def check_masks(model: nn.Module, progression: Progression, step: int) -> None:
-    """
-    Checks that the masks of a resumed run are what its progression left.
-
-    Args:
-        model (`PreTrainedModel`): after [`binarize`].
-        progression (`Progression`).
-        step (`int`): 0-based, the last step that was taken.
-
-    Raises:
-        ValueError: a committed mask is not full, a free one is not empty, or the frozen fraction of one in transition
-            is further from the schedule than chance allows (eight standard deviations and four entries); names it.
-    """
-    for index, modules in enumerate(unit_modules(model, config_of(model)).values()):
-        fraction = progression.fraction(index, step)
-        for name, module in modules.items():
-            mask = module.freeze_mask
-            found = mask.float().mean().item()
-            tolerance = 8 * math.sqrt(fraction * (1 - fraction) / mask.numel()) + 4 / mask.numel()
-            exact = bool(mask.all()) if fraction == 1.0 else not bool(mask.any())
-            if not exact if fraction in (0.0, 1.0) else abs(found - fraction) > tolerance:
-                raise ValueError(
-                    f"{name}.freeze_mask is corrupted: {found:.4f} of it is frozen after step {step + 1}, the "
-                    f"progression says {fraction:.4f}; resume from another checkpoint"
-                )
-
-
-@torch.no_grad()
-def initialize_activations(
-    model: nn.Module, inputs: dict[str, Any], reduce: Callable[[Tensor], Tensor] | None = None
-) -> None:
-    """
-    Initialises scale, shift and threshold of every binary activation that has none yet, from what it reads in one
-    batch.
-
-    That is the float network where nothing is frozen yet, and the binary one, layer after layer, where everything is
-    from the first step on (vanilla STE).
-
-    Args:
-        model (`PreTrainedModel`): after [`binarize`].
-        inputs (`dict[str, Any]`): arguments of its forward.
-        reduce (`Callable`, *optional*): sums a statistic over the ranks of a distributed run.
-    """
-    waiting = [
-        m for m in masked_modules(model).values() if isinstance(m, MaskedBinaryActivation) and not m.initialized
-    ]
-    if not waiting:
-        return
-
-    def hook(module: MaskedBinaryActivation, args: tuple[Tensor, ...]) -> None:
-        # A layer that several readers share is called several times; the first call counts.
-        if not module.initialized:
-            module.initialize(args[0], *(() if reduce is None else (reduce,)))
-
-    was_training = model.training
-    with ExitStack() as hooks:
-        for module in waiting:
-            hooks.callback(module.register_forward_pre_hook(hook).remove)
-        model.eval()
-        try:
-            model(**inputs)
-        finally:
-            model.train(was_training)
-
-
 class ProgressionCallback(TrainerCallback, ExportableState):
-    """Advances the progression once per optimizer step, and keeps frozen latent weights where they are."""
+    """
+    Calls [`~hf_stompp.freezing.Freezing`] once per optimizer step.
 
-    def __init__(self, trainer: StoMPPTrainer) -> None:
+    Args:
+        trainer (`StoMPPTrainer`, *optional*): set by the trainer where Transformers makes the callback anew, from a
+            checkpoint (`restore_callback_states_from_checkpoint`).
+    """
+
+    def __init__(self, trainer: Any = None) -> None:
         self.trainer = trainer
         self.progression: Progression | None = None
-        self._held: list[tuple[Any, Tensor]] = []
+        self.freezing: Freezing | None = None
 
     def state(self) -> dict[str, Any]:
-        attributes = {} if self.progression is None else {"progression": self.progression.to_dict()}
-        return {"args": {}, "attributes": attributes}
+        if self.progression is None:
+            return {"args": {}, "attributes": {}}
+        return {
+            "args": {},
+            "attributes": {"progression": self.progression.to_dict(), "seeds": self.trainer.seeds()},
+        }
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -138,45 +59,41 @@ class ProgressionCallback(TrainerCallback, ExportableState):
             # auto_find_batch_size starts again with the masks of the attempt that failed.
             for module in masked_modules(self.trainer.model).values():
                 module.reset()
+        self.freezing = Freezing(self.trainer.model, self.progression, self.trainer.args.train_committed)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        assert self.progression is not None
+        assert self.progression is not None and self.freezing is not None
         # Before a unit commits: full masks are the same on every rank whatever they were.
         if self.progression.is_boundary(state.global_step):
             self.trainer.check_same_masks()
-        advance(self.trainer.model, self.progression, state.global_step)
+        self.freezing.begin_step(state.global_step, self.trainer.optimizer)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if config_of(self.trainer.model).surrogate != "none":
-            return
-        # Momentum and weight decay move an entry whose gradient is 0.
-        modules: list[Any] = list(masked_modules(self.trainer.model).values())
-        self._held = [(m, m.weight.detach().clone()) for m in modules if hasattr(m, "weight") and m.freeze_mask.any()]
+        assert self.freezing is not None
+        self.freezing.before_update(state.global_step)
 
-    @torch.no_grad()
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        for module, weight in self._held:
-            module.weight.copy_(torch.where(module.freeze_mask, weight, module.weight))
-        self._held = []
+        assert self.freezing is not None
+        self.freezing.after_update()
 
 
 class UnitProgressCallback(ProgressCallback):
     """The Trainer's progress bar, with the unit in transition behind it."""
 
-    def __init__(self, progression_callback: ProgressionCallback, max_str_len: int = 100) -> None:
+    def __init__(self, trainer: StoMPPTrainer, max_str_len: int = 100) -> None:
         super().__init__(max_str_len)
-        self.progression_callback = progression_callback
+        self.trainer = trainer
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        progression = self.progression_callback.progression
+        progression = self.trainer.progression_callback.progression
         if self.training_bar is not None and progression is not None:
             step = state.global_step - 1
             unit = progression.unit_in_transition(step)
@@ -219,7 +136,7 @@ class StoMPPTrainer(Trainer):
         self.progression_callback = ProgressionCallback(self)
         self.add_callback(self.progression_callback)
         if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(UnitProgressCallback(self.progression_callback))
+            self.add_callback(UnitProgressCallback(self))
         self._saved_progression: dict[str, Any] | None = None
 
     def _refuse_unsupported(self) -> None:
@@ -235,6 +152,14 @@ class StoMPPTrainer(Trainer):
                 f"StoMPPTrainer does not run under nn.DataParallel ({self.args.n_gpu} GPUs are visible): its "
                 "replicas lose what the first batch initialises. Use accelerate launch, or CUDA_VISIBLE_DEVICES=0"
             )
+        if self.args.world_size > 1 and config_of(self.model).surrogate == "none":
+            if self.args.ddp_find_unused_parameters is False:
+                raise ValueError(
+                    "StoMPPConfig(surrogate='none') needs ddp_find_unused_parameters=True: weights of committed "
+                    "layers get no gradient, and DistributedDataParallel would wait for one"
+                )
+            # Transformers leaves it off with activation checkpointing.
+            self.args.ddp_find_unused_parameters = True
 
     def plan(self, total_steps: int) -> Progression:
         """
@@ -253,6 +178,11 @@ class StoMPPTrainer(Trainer):
                 "progression_schedule='immediate' with surrogate='none' freezes every weight before the first step "
                 "and passes no gradient: nothing in the encoder would be trained. For vanilla STE use "
                 "StoMPPConfig(surrogate='ste')"
+            )
+        if not args.train_committed and config.surrogate != "none":
+            raise ValueError(
+                f"train_committed=False needs StoMPPConfig(surrogate='none'), got {config.surrogate!r}: with a "
+                "straight-through estimator the weights of a committed unit go on learning"
             )
         progression = plan_progression(
             config.units,
@@ -273,6 +203,17 @@ class StoMPPTrainer(Trainer):
                     "with, or start anew in another output_dir. Saved -> now: " + "; ".join(changes)
                 )
         return progression
+
+    def seeds(self) -> dict[str, int | None]:
+        """Seeds that a resumed run must share with the one that it goes on with."""
+        return {"seed": self.args.seed, "data_seed": self.args.data_seed}
+
+    def _load_callback_state(self) -> None:
+        super()._load_callback_state()
+        # Callbacks restored from a checkpoint are new objects.
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ProgressionCallback):
+                callback.trainer, self.progression_callback = self, callback
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if packed_modules(self.model):
@@ -458,6 +399,12 @@ class StoMPPTrainer(Trainer):
             )
         callback = _read_json(folder / "trainer_state.json").get("stateful_callbacks", {})
         attributes = callback.get(ProgressionCallback.__name__, {}).get("attributes", {})
+        seeds = attributes.get("seeds", self.seeds())
+        if seeds != self.seeds():
+            raise ValueError(
+                f"{folder}: the checkpoint was trained with other seeds, which order the data; resume with those it "
+                f"was started with. Saved -> now: {seeds} -> {self.seeds()}"
+            )
         self._saved_progression = attributes.get("progression")
         if self._saved_progression is None:
             raise ValueError(

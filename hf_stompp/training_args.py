@@ -35,6 +35,9 @@ class StoMPPTrainingArguments(TrainingArguments):
             Mean number of steps between two draws of a mask entry, at least 1 (the paper's r).
         mask_seed (`int`, *optional*):
             Seed of the freeze masks; `seed` when not given.
+        train_committed (`bool`, *optional*, defaults to `True`):
+            STE-free only: whether LayerNorm, biases, activation scales and shifts of a committed unit go on learning
+            (ours). Its latent weights never do.
 
     > Parameters that control evaluation
 
@@ -69,6 +72,10 @@ class StoMPPTrainingArguments(TrainingArguments):
     )
     mask_seed: int | None = field(
         default=None, metadata={"help": "Seed of the freeze masks; the seed of the run when not given."}
+    )
+    train_committed: bool = field(
+        default=True,
+        metadata={"help": "STE-free: let LayerNorm, biases, scales and shifts of committed units go on learning."},
     )
     eval_mixed: bool = field(
         default=True, metadata={"help": "Evaluate the partly binary network of training too, as eval_mixed_*."}

@@ -82,6 +82,28 @@ def test_altered_byte_names_the_tensor_and_the_file(file, name):
         verify_files([file])
 
 
+def test_altered_tensor_whose_digest_was_removed_is_noticed(file):
+    header, data = split(file)
+    del header["__metadata__"][f"{METADATA_PREFIX}c.packed_weight"]
+    begin = header["c.packed_weight"]["data_offsets"][0]
+    join(file, header, data[:begin] + bytes([data[begin] ^ 1]) + data[begin + 1 :])
+
+    with pytest.raises(ValueError, match="tensor 'c.packed_weight' was altered"):
+        verify_files([file])
+
+
+def test_tensor_saved_under_another_name_is_checked_all_the_same(file):
+    header, data = split(file)
+    header = {"c.renamed" if name == "c.packed_weight" else name: entry for name, entry in header.items()}
+    join(file, header, data)
+    assert "c.renamed" in verify_files([file])
+
+    begin = header["c.renamed"]["data_offsets"][0]
+    join(file, header, data[:begin] + bytes([data[begin] ^ 1]) + data[begin + 1 :])
+    with pytest.raises(ValueError, match="'c.renamed' was altered"):
+        verify_files([file])
+
+
 def test_altered_digest_names_the_tensor(file):
     header, data = split(file)
     header["__metadata__"][f"{METADATA_PREFIX}d.scale"] = "0" * 64

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM, T5Config, T5Model
 
 from hf_stompp import StoMPPConfig
@@ -220,6 +221,38 @@ def test_excluding_the_first_reader_gives_the_activation_to_the_next(tiny_model)
     assert entries[f"{attention}.key"]["input"] == entries[f"{attention}.value"]["input"] == f"{attention}.key"
 
 
+@pytest.mark.parametrize("pattern", ["act", r"layers\.0"])
+def test_excluded_activation_function_stays_float(pattern):
+    entries = plan_encoder(Encoder(), modules_to_not_convert=[pattern])
+
+    assert "layers.0.act" not in entries
+    if pattern == "act":
+        assert entries["layers.0.down"]["input"] == "layers.0.down"
+
+
+class WritingBlock(nn.Module):
+    """Two linear layers read one tensor, which is written to in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = x.clone()
+        first = self.first(y)
+        y.neg_()
+        return first + self.second(y)
+
+
+def test_readers_of_a_tensor_that_is_written_to_in_between_share_nothing():
+    model = Encoder()
+    model.layers = nn.ModuleList(WritingBlock() for _ in range(2))
+
+    entries = plan_encoder(model)
+
+    assert entries["layers.0.second"]["input"] == "layers.0.second"
+
+
 def test_excluding_everything_is_refused(tiny_model):
     with pytest.raises(ValueError, match=r"nothing to binarize.*encoder"):
         plan(tiny_model("bert"), modules_to_not_convert=["encoder"])
@@ -329,8 +362,14 @@ def test_linear_layer_whose_output_is_also_read_elsewhere_is_no_input_of_the_act
     assert entries["layers.0.act"]["input"] is None
 
 
-def test_dropout_behind_the_activation_prevents_fusing():
-    entries = plan_encoder(Encoder(between=nn.Dropout(0.1)))
+class FunctionalDropout(nn.Module):
+    def forward(self, x):
+        return F.dropout(x, 0.1, self.training)
+
+
+@pytest.mark.parametrize("dropout", [nn.Dropout(0.1), FunctionalDropout()], ids=["module", "function"])
+def test_dropout_behind_the_activation_prevents_fusing(dropout):
+    entries = plan_encoder(Encoder(between=dropout))
 
     assert entries["layers.0.down"]["input"] == "layers.0.down"
     assert "layers.0.act" not in entries

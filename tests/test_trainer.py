@@ -365,7 +365,6 @@ def saved_run(folder: Path, **arguments: Any) -> Path:
         {"progression_tail": 0.1},
         {"refresh_period": 50},
         {"mask_seed": 7},
-        {"seed": 7},
         {"max_steps": 24},
     ],
     ids=lambda changed: next(iter(changed)),
@@ -377,6 +376,38 @@ def test_resuming_with_another_progression_is_refused(tmp_path: Path, changed: d
     with pytest.raises(ValueError, match=r"another progression.*Saved -> now"):
         trainer.train(resume_from_checkpoint=str(checkpoint))
     assert {path: path.read_bytes() for path in checkpoint.iterdir()} == files
+
+
+@pytest.mark.parametrize("started_with", [{}, {"mask_seed": 5}], ids=["mask seed from seed", "mask seed of its own"])
+@pytest.mark.parametrize("changed", [{"seed": 7}, {"data_seed": 7}], ids=lambda changed: next(iter(changed)))
+def test_resuming_with_another_seed_of_the_data_is_refused(
+    tmp_path: Path, started_with: dict[str, Any], changed: dict[str, Any]
+) -> None:
+    checkpoint = saved_run(tmp_path, **started_with)
+    with pytest.raises(ValueError, match=r"other seeds.*Saved -> now"):
+        make_trainer(tmp_path, **started_with, **changed).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_callbacks_restored_from_a_checkpoint_go_on_like_those_that_were_not(tmp_path: Path) -> None:
+    whole = make_trainer(tmp_path / "whole")
+    whole.train()
+    checkpoint = saved_run(tmp_path / "cut")
+    resumed = make_trainer(tmp_path / "cut", restore_callback_states_from_checkpoint=True)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+
+    assert resumed.progression_callback.trainer is resumed
+    before, after = state_of(whole.model), state_of(resumed.model)
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
+def test_encoder_of_one_layer_trains_and_packs(tmp_path: Path, tiny_model: Any, tiny_inputs: Any) -> None:
+    model = binarize(tiny_model("bert", num_hidden_layers=1, num_labels=2))
+    trainer = make_trainer(tmp_path, model=model)
+    trainer.train()
+    packed = pack(trainer.model)
+    inputs = tiny_inputs("bert")
+    with torch.no_grad():
+        assert torch.equal(packed(**inputs).logits, trainer.model.eval()(**inputs).logits)
 
 
 def test_resuming_with_another_config_is_refused(tmp_path: Path) -> None:

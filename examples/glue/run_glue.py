@@ -896,6 +896,7 @@ def train_binary(run: Run, config: StoMPPConfig) -> Results:
     else:
         results.packed_weights = "final"
         results.metrics.update(binary_final=kept, binary_best=None)
+    results.bytes["latent"] = bytes_when_saved(run, trainer.model)
 
     packed_trainer = pack_and_reload(run, trainer, results)
     with run.timed("evaluate_packed"):

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..ops import plus_minus_one
-from .functional import LEVELS, masked_binary_activation
-from .module import MaskedBinaryModule
+from ..ops import has_native_kernels, pack_sign
+from ..ops.schema import FLOATS
+from .functional import LEVELS, compute_dtype, masked_binary_activation
+from .module import MaskedBinaryModule, SharedResult, as_integers
 
 
 PRE_ACTIVATION_RANGE = 10.0
@@ -63,19 +64,19 @@ class MaskedBinaryActivation(MaskedBinaryModule):
         shift: str = "learned",
         device: torch.device | None = None,
     ) -> None:
-        super().__init__((features,), device)
+        super().__init__((features,), surrogate, device)
         self.features = features
         self.activation = activation
         self.levels = levels
         self.clip = clip
-        self.surrogate = surrogate
         self.has_shift = shift != "none"
         self._register("scale", (), scale == "learned", device)
         self._register("shift", (features,), shift == "learned" and levels == "signed", device)
         self._register("threshold", (features,), shift == "learned", device)
         self.initialized = False
-        # The linear layers behind a feed-forward activation function. A list, so that they are not registered here.
+        # The linear layers that read it. A list, so that they are not registered here.
         self.readers: list[MaskedBinaryModule] = []
+        self._output, self._bits = SharedResult(), SharedResult()
 
     def _register(self, name: str, shape: tuple[int, ...], learned: bool, device: torch.device | None) -> None:
         # float32 whatever the model's dtype: a learned scale moves by less than bfloat16 resolves.
@@ -99,22 +100,41 @@ class MaskedBinaryActivation(MaskedBinaryModule):
         offset, amplitude, _ = LEVELS[self.levels](self.scale.abs(), self.shift)
         return offset, amplitude
 
-    def signs(self, input: Tensor) -> Tensor:
-        """+-1 for each pre-activation, in the dtype of `input`, of shape `(..., features)`."""
-        return plus_minus_one(input >= self.threshold, input.dtype)
+    def gives_signs(self, input: Tensor) -> bool:
+        """
+        Whether no more than signs is wanted of this module: it is committed, and no gradient passes through it, in
+        evaluation mode without gradients or in STE-free training. There, only where products of bits are fast.
 
-    def emits_signs(self) -> bool:
+        Args:
+            input (`Tensor`): pre-activations.
         """
-        Whether [`forward`] puts out +-1 instead of the levels: in evaluation mode without gradients, where this module
-        and all that read it are committed. Their integer products need no more, and levels close to each other would
-        be rounded together in bfloat16.
+        # Whether it is committed comes last: torch.compile depends on what is read.
+        if self.training:
+            if self.surrogate != "none" or not has_native_kernels(input.device):
+                return False
+        elif torch.is_grad_enabled():
+            return False
+        return input.dtype in FLOATS and self.committed
+
+    def emits_bits(self) -> bool:
         """
-        return (
-            not self.training
-            and not torch.is_grad_enabled()
-            and self.committed
-            and len(self.readers) > 0
-            and all(reader.committed for reader in self.readers)
+        Whether a feed-forward activation function, [`gives_signs`] given, puts out bits instead of its two levels: all
+        that read it are committed too. Their integer products need no more, and levels close to each other would be
+        rounded together in bfloat16.
+        """
+        return self.initialized and len(self.readers) > 0 and all(reader.committed for reader in self.readers)
+
+    def shared_output(self, input: Tensor, reader: nn.Module) -> Tensor:
+        """
+        [`forward`], computed once for all the linear layers that read it, in the dtype that they compute in, see
+        [`SharedResult`].
+        """
+        return self._output.get(input, reader, len(self.readers), lambda: self(input).to(compute_dtype(input)))
+
+    def shared_bits(self, input: Tensor, reader: nn.Module) -> Tensor:
+        """The packed signs, uint8 of shape `(..., packed_bytes(features))`, likewise."""
+        return self._bits.get(
+            input, reader, len(self.readers), lambda: pack_sign(input.detach(), self.threshold.detach().float())[0]
         )
 
     @torch.no_grad()
@@ -159,10 +179,14 @@ class MaskedBinaryActivation(MaskedBinaryModule):
         return grid[start + index]
 
     def forward(self, input: Tensor) -> Tensor:
+        if not input.is_floating_point():
+            # The layer in front has done it, see [`~hf_stompp.nn.module.BinaryInputModule.put_out_signs_of`].
+            return input
         if not self.initialized:
             self.initialize(input)
-        if self.emits_signs():
-            return self.signs(input)
+        if self.activation is not None and self.gives_signs(input) and self.emits_bits():
+            dtype = compute_dtype(input) if self.training else input.dtype
+            return as_integers(pack_sign(input.detach(), self.threshold.detach().float())[0], dtype)
         value = input if self.activation is None else self.activation(input)
         return masked_binary_activation(
             value,
@@ -174,6 +198,7 @@ class MaskedBinaryActivation(MaskedBinaryModule):
             self.clip,
             self.surrogate,
             self.levels,
+            blocked=self.blocks_gradient,
         )
 
     def extra_repr(self) -> str:

@@ -2,7 +2,9 @@
 Masked binarization and its gradient rules: pure functions on tensors.
 
 The forward rule is the paper's (arXiv 2606.27759), `u' = M * hard(u) + (1 - M) * soft(u)`: frozen entries (`M = 1`)
-take one of two levels, the others keep the clipped value. The backward rule of the frozen entries is the *surrogate*.
+take one of two levels, the others keep the clipped value. The backward rule of the frozen entries is the *surrogate*
+(`SURROGATES`). The arithmetic is in the operators (`hf_stompp/ops/reference.py`), which write it out once, in plain
+PyTorch, and have fused kernels; here it meets autograd.
 """
 
 from __future__ import annotations
@@ -12,24 +14,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ..ops import plus_minus_one
+from ..ops import (
+    SURROGATES,
+    binary_linear,
+    masked_activation,
+    masked_activation_grad,
+    masked_weight,
+    masked_weight_grad,
+    plus_minus_one,
+)
 
 
-SURROGATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "none": lambda mask, inside: inside & ~mask,
-    "ste": lambda mask, inside: inside | mask,
-    "clipped_ste": lambda mask, inside: inside,
-}
-"""
-Gradient rule by name: `(mask, inside) -> passes`, all boolean and broadcast against each other. `inside` tells which
-entries lie within the clip range; `passes` tells which entries the gradient passes through (with slope 1; it is 0
-elsewhere).
-
-- `none`: STE-free; a frozen entry passes exactly 0 (the paper).
-- `ste`: StoMPP+STE; a frozen entry passes the gradient unchanged (the paper's identity surrogate).
-- `clipped_ste`: a frozen entry passes the gradient of the hardtanh it replaced (BinaryNet, arXiv 1602.02830, eq. 4).
-"""
+__all__ = [
+    "LEVELS",
+    "SURROGATES",
+    "WEIGHT_SCALES",
+    "compute_dtype",
+    "masked_binary_activation",
+    "masked_binary_linear",
+    "masked_binary_weight",
+    "packed_linear",
+    "sign",
+    "weight_scale",
+]
 
 
 def _row_scale(weight: Tensor) -> Tensor:
@@ -76,14 +85,10 @@ def sign(x: Tensor) -> Tensor:
     return plus_minus_one(x >= 0, x.dtype)
 
 
-def _mix(mask: Tensor, hard: Tensor, soft: Tensor) -> Tensor:
-    """`M * hard + (1 - M) * soft`: exactly the one or the other, as both are finite."""
-    frozen = mask.to(hard.dtype)
-    return torch.addcmul(hard * frozen, soft, 1 - frozen)
-
-
-def _clip(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    return torch.minimum(torch.maximum(x, low), high)
+def compute_dtype(input: Tensor) -> torch.dtype:
+    """The dtype that a linear layer computes in: autocast's where that is on, else that of its input."""
+    device = input.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
 
 
 def weight_scale(weight: Tensor, kind: str) -> Tensor:
@@ -106,15 +111,13 @@ def weight_scale(weight: Tensor, kind: str) -> Tensor:
 class _MaskedBinaryWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, mask: Tensor, scale: Tensor, clip: float, surrogate: str) -> Tensor:
-        scale = scale.to(weight.dtype)
-        soft = _clip(weight, -clip * scale, clip * scale)
-        ctx.save_for_backward(SURROGATES[surrogate](mask, soft == weight))
-        return _mix(mask, sign(weight) * scale, soft)
+        ctx.save_for_backward(weight, mask, scale)
+        ctx.settings = clip, surrogate
+        return masked_weight(weight, mask, scale, clip, weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (passes,) = ctx.saved_tensors
-        return grad * passes, None, None, None, None
+        return masked_weight_grad(grad, *ctx.saved_tensors, *ctx.settings), None, None, None, None
 
 
 def masked_binary_weight(weight: Tensor, mask: Tensor, scale: Tensor, clip: float, surrogate: str) -> Tensor:
@@ -134,6 +137,119 @@ def masked_binary_weight(weight: Tensor, mask: Tensor, scale: Tensor, clip: floa
     return _MaskedBinaryWeight.apply(weight, mask, scale, clip, surrogate)
 
 
+class _MaskedBinaryLinear(torch.autograd.Function):
+    """Keeps its arguments for the backward pass, not the binarized weight: to make that again costs one pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        mask: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        clip: float,
+        surrogate: str,
+        blocked: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(input, weight, mask, scale)
+        ctx.settings = clip, surrogate, blocked
+        return F.linear(input, masked_weight(weight, mask, scale, clip, input.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, mask, scale = ctx.saved_tensors
+        clip, surrogate, blocked = ctx.settings
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_input = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_input = grad @ masked_weight(weight, mask, scale, clip, grad.dtype)
+        if ctx.needs_input_grad[1] and not blocked:
+            product = rows.T @ input.reshape(-1, input.shape[-1])
+            grad_weight = masked_weight_grad(product, weight, mask, scale, clip, surrogate)
+        if ctx.needs_input_grad[4]:
+            grad_bias = rows.sum(dim=0)
+        return grad_input, grad_weight, None, None, grad_bias, None, None, None
+
+
+def masked_binary_linear(
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    clip: float,
+    surrogate: str,
+    blocked: bool = False,
+) -> Tensor:
+    """
+    A linear layer whose weight is binarized by [`masked_binary_weight`], in the dtype of [`compute_dtype`].
+
+    Args:
+        input (`Tensor` of shape `(..., in_features)`).
+        weight, mask, scale, clip, surrogate: as in [`masked_binary_weight`].
+        bias (`Tensor` of shape `(out_features,)`, *optional*).
+        blocked (`bool`, *optional*, defaults to `False`): the mask is full and the surrogate `none`: the weight gets
+            no gradient, not even 0, so that an optimizer leaves it alone.
+
+    Returns:
+        `Tensor` of shape `(..., out_features)`.
+    """
+    dtype = compute_dtype(input)
+    bias = None if bias is None else bias.to(dtype)
+    return _MaskedBinaryLinear.apply(input.to(dtype), weight, mask, scale, bias, clip, surrogate, blocked)
+
+
+class _PackedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        scale: Tensor,
+        bias: Tensor,
+        bits: Tensor,
+        packed_weight: Tensor,
+        in_features: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.save_for_backward(bits, packed_weight)
+        ctx.in_features = in_features
+        return binary_linear(bits, None, packed_weight, in_features, scale, bias, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        bits, packed_weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_scale = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            # The integers again: on bits that costs less than having kept them.
+            one = torch.ones(rows.shape[-1], device=rows.device)
+            product = binary_linear(bits, None, packed_weight, ctx.in_features, one, None, torch.float32)
+            grad_scale = product.reshape(rows.shape).mul_(rows).sum(dim=0)
+        if ctx.needs_input_grad[1]:
+            grad_bias = rows.sum(dim=0, dtype=torch.float32)
+        return grad_scale, grad_bias, None, None, None, None
+
+
+def packed_linear(
+    bits: Tensor, packed_weight: Tensor, in_features: int, scale: Tensor, bias: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """
+    [`~hf_stompp.ops.binary_linear`] on packed bits, differentiable in scale and bias: a committed layer in STE-free
+    training, whose weight and input get no gradient.
+
+    Args:
+        bits (`Tensor` of shape `(..., packed_bytes(in_features))`): uint8.
+        packed_weight (`Tensor` of shape `(out_features, packed_bytes(in_features))`): uint8.
+        in_features (`int`).
+        scale, bias (`Tensor` of shape `(out_features,)`): float32, from [`~hf_stompp.ops.fold`].
+        dtype (`torch.dtype`): of the result.
+
+    Returns:
+        `Tensor` of shape `(..., out_features)`.
+    """
+    return _PackedLinear.apply(scale, bias, bits, packed_weight, in_features, dtype)
+
+
 class _MaskedBinaryActivation(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -147,45 +263,29 @@ class _MaskedBinaryActivation(torch.autograd.Function):
         center: Tensor,
         bound: Tensor,
         surrogate: str,
+        blocked: bool,
     ) -> Tensor:
-        above = pre_activation >= threshold
-        soft = _clip(value, center - bound, center + bound)
-        hard = offset + plus_minus_one(above, soft.dtype) * amplitude
-        inside = soft == value
-        upper = (above & mask) | ((value > center) & ~mask)
-        ctx.save_for_backward(mask, upper, SURROGATES[surrogate](mask, inside))
-        ctx.shapes = [t.shape for t in (threshold, offset, amplitude, center, bound)]
-        return _mix(mask, hard, soft).to(value.dtype)
+        output, passes, upper = masked_activation(
+            value, pre_activation, mask, threshold, offset, amplitude, center, bound, surrogate
+        )
+        ctx.save_for_backward(mask, passes, upper)
+        ctx.like = [(t.shape, t.dtype) for t in (threshold, offset, amplitude, center, bound)]
+        ctx.blocked = blocked
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        mask, upper, passes = ctx.saved_tensors
-        passed = grad * passes
-        # The mask is constant down a column, and a free entry passes its gradient where it is inside the clip range:
-        # so the sums over a column of the whole and of the passed gradient hold those of the frozen and of the clipped
-        # entries.
-        frozen = mask.to(grad.dtype)
-        held = torch.addcmul(grad, passed, frozen - 1)
-        whole, passed_sum, held_sum, upper_sum = (_column_sum(t) for t in (grad, passed, held, held * upper))
-        by_level = 2 * upper_sum - held_sum
-        threshold, offset, amplitude, center, bound = ctx.shapes
-        return (
-            passed,
-            None,
-            None,
-            (-passed_sum * mask).sum_to_size(threshold),
-            (whole * mask).sum_to_size(offset),
-            (by_level * mask).sum_to_size(amplitude),
-            (held_sum * ~mask).sum_to_size(center),
-            (by_level * ~mask).sum_to_size(bound),
-            None,
-        )
-
-
-def _column_sum(grad: Tensor) -> Tensor:
-    """Sum over all dimensions but the last, in float32 or wider."""
-    dtype = torch.promote_types(grad.dtype, torch.float32)
-    return grad.reshape(-1, grad.shape[-1]).sum(dim=0, dtype=dtype)
+        mask, passes, upper = ctx.saved_tensors
+        grad_value, (passed, held, held_upper) = masked_activation_grad(grad, passes, upper, mask)
+        by_level = 2 * held_upper - held
+        # The mask is constant down a column: its sums belong either to the two levels or to the clip range.
+        terms = [-passed * mask, held * mask, by_level * mask, held * ~mask, by_level * ~mask]
+        grads: list[Tensor | None] = [
+            term.sum_to_size(shape).to(dtype) for term, (shape, dtype) in zip(terms, ctx.like, strict=True)
+        ]
+        if ctx.blocked:
+            return None, None, None, None, *grads[1:], None, None
+        return grad_value, None, None, *grads, None, None
 
 
 def masked_binary_activation(
@@ -198,6 +298,7 @@ def masked_binary_activation(
     clip: float,
     surrogate: str,
     levels: str = "signed",
+    blocked: bool = False,
 ) -> Tensor:
     """
     Masked binarization of an activation: `M * hard + (1 - M) * soft`, with one freeze mask entry a feature.
@@ -222,6 +323,8 @@ def masked_binary_activation(
         clip (`float`): clip range as a multiple of the scale.
         surrogate (`str`): a key of [`SURROGATES`].
         levels (`str`, *optional*, defaults to `"signed"`): a key of [`LEVELS`].
+        blocked (`bool`, *optional*, defaults to `False`): the mask is full and the surrogate `none`: value and
+            threshold get no gradient, not even 0.
 
     Returns:
         `Tensor` of shape `(..., features)`: dtype of `value`.
@@ -230,5 +333,5 @@ def masked_binary_activation(
     # torch.compile takes no tensor twice: where levels or value and pre-activation coincide, these are other objects.
     amplitude, center, pre_activation = amplitude.view_as(amplitude), center.view_as(center), pre_activation.detach()
     return _MaskedBinaryActivation.apply(
-        value, pre_activation, mask, threshold, offset, amplitude, center, clip * scale, surrogate
+        value, pre_activation, mask, threshold, offset, amplitude, center, clip * scale, surrogate, blocked
     )

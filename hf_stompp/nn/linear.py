@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import fold, integer_linear
-from .functional import masked_binary_weight, sign, weight_scale
-from .module import BinaryInputModule, MaskedBinaryModule
+from ..ops import binary_linear, binary_linear_sign, fold, pack_sign
+from .functional import compute_dtype, masked_binary_linear, masked_binary_weight, packed_linear, weight_scale
+from .module import BinaryInputModule, MaskedBinaryModule, as_bits, as_integers, identity
 
 
 class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
     """
     A linear layer whose weight is masked-binarized, and whose input may be.
 
-    In evaluation mode without gradients, a layer whose weight and input are committed computes what its packed
-    counterpart computes, in the same arithmetic: the packed model's logits are then those of the committed model, bit
-    for bit.
+    A layer whose weight and input are committed runs on bits, like its packed counterpart:
+
+    - in evaluation mode without gradients, in the same arithmetic: the packed model's logits are those of the
+      committed model, bit for bit;
+    - in STE-free training, where weight and input get no gradient any more and neither is kept for the backward pass.
+      Bias, activation scale and shift go on learning.
 
     Args:
         in_features (`int`).
@@ -41,12 +46,11 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__((out_features, in_features), device)
+        super().__init__((out_features, in_features), surrogate, device)
         self.in_features = in_features
         self.out_features = out_features
         self.scale = scale
         self.clip = clip
-        self.surrogate = surrogate
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
@@ -54,42 +58,87 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
             self.register_parameter("bias", None)
         self.register_module("input_activation", None)
         self.binarizes_input = False
-
-    def set_input_activation(self, activation: nn.Module, owned: bool, upstream: bool = False) -> None:
-        super().set_input_activation(activation, owned, upstream)
-        if upstream:
-            self.input_activation.readers.append(self)
+        self._packed: tuple[tuple[Any, ...], tuple[Tensor, Tensor]] | None = None
 
     def row_scale(self) -> Tensor:
         """Scale of the hard level of each row, float32 of shape `(out_features, 1)`."""
         return weight_scale(self.weight, self.scale)
 
+    def packed(self) -> tuple[Tensor, Tensor]:
+        """
+        Packed signs of the weight and the scale of each row. Kept while the weight passes no gradient and the mask is
+        not written to: that a fused optimizer has changed a weight, nothing tells.
+
+        Returns:
+            `tuple(Tensor, Tensor)`: uint8 of shape `(out_features, packed_bytes(in_features))`, and `row_scale()`.
+        """
+        if not self.blocks_gradient or torch.compiler.is_compiling():
+            return self._pack()
+        key = identity(self.weight)
+        # Read once: another thread may be running the same model.
+        kept = self._packed
+        if kept is None or kept[0] != key:
+            # What inference mode creates can never be used in training.
+            with torch.inference_mode(False):
+                kept = self._packed = key, self._pack()
+        return kept[1]
+
+    @torch.no_grad()
+    def _pack(self) -> tuple[Tensor, Tensor]:
+        return pack_sign(self.weight.detach())[0], self.row_scale()
+
+    def _set_committed(self, committed: bool) -> None:
+        super()._set_committed(committed)
+        self._packed = None
+
     def folded(self) -> tuple[Tensor, Tensor]:
         """Scale and bias of the integer product, see [`~hf_stompp.ops.fold`]."""
+        packed_weight, row_scale = self.packed()
         offset, amplitude = self.input_activation.two_levels()
-        return fold(sign(self.weight), self.row_scale(), offset, amplitude, self.bias)
-
-    def _is_committed_inference(self) -> bool:
-        activation = self.input_activation
-        if activation is None:
-            return False
-        if not self.binarizes_input:
-            return bool(activation.emits_signs())
-        return not self.training and not torch.is_grad_enabled() and self.committed and bool(activation.committed)
+        return fold(packed_weight, row_scale, offset, amplitude, self.bias, self.in_features)
 
     def forward(self, input: Tensor) -> Tensor:
-        activation = self.input_activation
-        if self._is_committed_inference():
-            if self.binarizes_input:
-                if not activation.initialized:
-                    # By calling it, since a hook on it may sum the statistics of all ranks.
-                    activation(input)
-                input = activation.signs(input)
-            return integer_linear(input, sign(self.weight), *self.folded())
+        if self._runs_on_bits(input):
+            return self._multiply_bits(input)
         if self.binarizes_input:
-            input = activation(input)
-        weight = masked_binary_weight(self.weight, self.freeze_mask, self.row_scale(), self.clip, self.surrogate)
-        return F.linear(input, weight.to(input.dtype), None if self.bias is None else self.bias.to(input.dtype))
+            input = self.input_activation.shared_output(input, self)
+        return masked_binary_linear(
+            input,
+            self.weight,
+            self.freeze_mask,
+            self.row_scale(),
+            self.bias,
+            self.clip,
+            self.surrogate,
+            blocked=self.blocks_gradient,
+        )
+
+    def _runs_on_bits(self, input: Tensor) -> bool:
+        if not self.binarizes_input:
+            # Bits from the feed-forward activation function, which has looked at the layers that read it.
+            return not input.is_floating_point()
+        return self.input_activation.gives_signs(input) and self.committed
+
+    def _multiply_bits(self, input: Tensor) -> Tensor:
+        activation, following = self.input_activation, self.output_activation
+        if input.is_floating_point():
+            if not activation.initialized:
+                # By calling it, since a hook on it may sum the statistics of all ranks.
+                activation(input)
+            bits, dtype = activation.shared_bits(input, self), compute_dtype(input) if self.training else input.dtype
+        else:
+            bits, dtype = as_bits(input)
+        packed_weight, _ = self.packed()
+        scale, bias = self.folded()
+        if following is not None and following.emits_bits():
+            layer: tuple[Any, ...] = packed_weight, self.in_features, scale.detach(), bias.detach(), dtype
+            return as_integers(binary_linear_sign(bits, None, *layer, following.threshold.detach().float()), dtype)
+        if torch.is_grad_enabled():
+            return packed_linear(bits, packed_weight, self.in_features, scale, bias, dtype)
+        return binary_linear(bits, None, packed_weight, self.in_features, scale, bias, dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}
 
     def extra_repr(self) -> str:
         return (
@@ -121,12 +170,11 @@ class MaskedBinaryEmbedding(MaskedBinaryModule):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__((num_embeddings, embedding_dim), device)
+        super().__init__((num_embeddings, embedding_dim), surrogate, device)
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         self.padding_idx = padding_idx
         self.clip = clip
-        self.surrogate = surrogate
         self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim, device=device, dtype=dtype))
 
     def row_scale(self) -> Tensor:
@@ -134,7 +182,8 @@ class MaskedBinaryEmbedding(MaskedBinaryModule):
         return weight_scale(self.weight, "row")
 
     def forward(self, input: Tensor) -> Tensor:
-        rows = F.embedding(input, self.weight, self.padding_idx)
+        weight = self.weight.detach() if self.blocks_gradient else self.weight
+        rows = F.embedding(input, weight, self.padding_idx)
         mask = F.embedding(input, self.freeze_mask)
         return masked_binary_weight(rows, mask, weight_scale(rows, "row"), self.clip, self.surrogate)
 

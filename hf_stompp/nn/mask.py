@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -33,8 +35,8 @@ def frozen_probability(previous: float, fraction: float, refresh_period: float) 
 
     With probability `1 / refresh_period` an entry is redrawn from Bernoulli(`fraction`) (the soft refresh of arXiv
     2606.27759); otherwise a frozen entry stays frozen and a free one is frozen with the probability that lifts
-    Bernoulli(`previous`) to
-    Bernoulli(`fraction`). So a mask that was Bernoulli(`previous`) becomes Bernoulli(`fraction`) whatever the period.
+    Bernoulli(`previous`) to Bernoulli(`fraction`). So a mask that was Bernoulli(`previous`) becomes
+    Bernoulli(`fraction`) whatever the period.
 
     Args:
         previous (`float`): scheduled frozen fraction of the step before, in [0, 1].
@@ -53,7 +55,96 @@ def frozen_probability(previous: float, fraction: float, refresh_period: float) 
     return (1.0 - redraw) * growth + redraw * fraction, 1.0 - redraw * (1.0 - fraction)
 
 
+@dataclass(frozen=True)
+class MaskChanges:
+    """
+    The random part of one step of a mask: which entries may change, and a uniform number for each. Does not depend on
+    the mask, so that it can be drawn ahead of time.
+
+    Args:
+        candidates (`Tensor` of shape `(n,)`, *optional*): int64, indices into the flat mask, rising; None for all.
+        chances (`Tensor` of shape `(n,)`): float32, uniform in [0, 1).
+        freeze (`float`): a free candidate is frozen where its chance is below.
+        free (`float`): a frozen candidate is freed where its chance is at least 1 less this.
+    """
+
+    candidates: Tensor | None
+    chances: Tensor
+    freeze: float
+    free: float
+
+
+DENSE_RATE = 0.25
+"""From this share of candidates on, one draw for every entry costs less than finding out which are candidates."""
+
+
+def draw_changes(
+    entries: int, previous: float, fraction: float, refresh_period: float, generator: torch.Generator
+) -> MaskChanges:
+    """
+    Draws what one step changes of a freeze mask.
+
+    Every entry is a candidate with the larger of the two probabilities of changing, and the distances between
+    candidates are geometric: so a step that changes one entry in a hundred draws two numbers for each hundred entries.
+
+    Args:
+        entries (`int`): size of the mask.
+        previous (`float`): scheduled frozen fraction of the step before.
+        fraction (`float`): scheduled frozen fraction of this step.
+        refresh_period (`float`): mean number of steps between two draws of an entry.
+        generator (`torch.Generator`): a CPU generator, from [`mask_generator`].
+
+    Raises:
+        ValueError: see [`frozen_probability`].
+    """
+    if_free, if_frozen = frozen_probability(previous, fraction, refresh_period)
+    freeze, free = if_free, 1.0 - if_frozen
+    rate = max(freeze, free)
+    if rate >= DENSE_RATE:
+        return MaskChanges(None, torch.rand(entries, generator=generator), freeze, free)
+    if rate == 0.0:
+        return MaskChanges(torch.empty(0, dtype=torch.int64), torch.empty(0), 0.0, 0.0)
+    # Six standard deviations more than are expected, so that one round nearly always reaches the end.
+    count = math.ceil(entries * rate + 6 * math.sqrt(entries * rate)) + 8
+    positions = torch.zeros(1, dtype=torch.float64)
+    rounds = []
+    while float(positions[-1]) < entries:
+        gaps = torch.empty(count, dtype=torch.float64).geometric_(rate, generator=generator)
+        positions = positions[-1] + gaps.cumsum(0)
+        rounds.append(positions)
+    candidates = torch.cat(rounds).sub_(1)
+    candidates = candidates[candidates < entries].long()
+    chances = torch.rand(len(candidates), generator=generator)
+    return MaskChanges(candidates, chances, freeze / rate, free / rate)
+
+
 @torch.no_grad()
+def change_mask_(mask: Tensor, changes: MaskChanges) -> Tensor:
+    """
+    Applies [`draw_changes`] to a freeze mask, in place.
+
+    Args:
+        mask (`Tensor`, bool, any shape and device): overwritten.
+        changes (`MaskChanges`): drawn for a mask of this size.
+
+    Returns:
+        `Tensor`: `mask` itself.
+    """
+    flat = mask.reshape(-1)
+    chances = changes.chances.to(mask.device)
+    candidates = None if changes.candidates is None else changes.candidates.to(mask.device)
+    current = flat if candidates is None else flat[candidates]
+    # Low chances freeze, high ones free: an entry that every step redraws becomes the same, whatever it was.
+    changed = torch.where(current, chances < 1.0 - changes.free, chances < changes.freeze)
+    if candidates is None:
+        flat.copy_(changed)
+    else:
+        flat[candidates] = changed
+    if flat.data_ptr() != mask.data_ptr():
+        mask.copy_(flat.view(mask.shape))
+    return mask
+
+
 def advance_mask_(
     mask: Tensor, previous: float, fraction: float, refresh_period: float, generator: torch.Generator
 ) -> Tensor:
@@ -64,10 +155,7 @@ def advance_mask_(
 
     Args:
         mask (`Tensor`, bool, any shape and device): overwritten.
-        previous (`float`): scheduled frozen fraction of the step before.
-        fraction (`float`): scheduled frozen fraction of this step.
-        refresh_period (`float`): mean number of steps between two draws of an entry.
-        generator (`torch.Generator`): a CPU generator, from [`mask_generator`].
+        previous, fraction, refresh_period, generator: as in [`draw_changes`].
 
     Returns:
         `Tensor`: `mask` itself.
@@ -75,9 +163,7 @@ def advance_mask_(
     Raises:
         ValueError: see [`frozen_probability`].
     """
-    if_free, if_frozen = frozen_probability(previous, fraction, refresh_period)
     if fraction >= 1.0:
+        frozen_probability(previous, fraction, refresh_period)
         return mask.fill_(True)
-    draw = torch.rand(mask.shape, generator=generator)
-    current = mask.to(draw.device)
-    return mask.copy_((draw < if_free) | (current & (draw < if_frozen)))
+    return change_mask_(mask, draw_changes(mask.numel(), previous, fraction, refresh_period, generator))

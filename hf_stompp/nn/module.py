@@ -2,12 +2,92 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .mask import advance_mask_
+from .mask import MaskChanges, advance_mask_, change_mask_
+
+
+_INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.uint16}
+
+_FLOATS = {integer: dtype for dtype, integer in _INTEGERS.items()}
+
+
+def as_integers(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """
+    Bits on their way through a model's own code: viewed as integers of the type that tells which float type they stand
+    for, so that the layer that reads them knows what to put out.
+
+    Args:
+        bits (`Tensor` of shape `(..., packed_bytes(features))`): uint8.
+        dtype (`torch.dtype`): float32, bfloat16 or float16.
+    """
+    return bits.view(_INTEGERS[dtype])
+
+
+def as_bits(integers: Tensor) -> tuple[Tensor, torch.dtype]:
+    """The inverse of [`as_integers`]."""
+    return integers.view(torch.uint8), _FLOATS[integers.dtype]
+
+
+def tensor_version(tensor: Tensor) -> int | None:
+    """How often a tensor was written in place; None for one of inference mode, where nothing counts that."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def identity(*tensors: Tensor) -> tuple[Any, ...]:
+    """Changes whenever one of the tensors is replaced or, outside of inference mode, written to."""
+    return tuple((tensor.device, tensor.data_ptr(), tensor_version(tensor)) for tensor in tensors)
+
+
+class SharedResult:
+    """
+    What is computed from a tensor once for all the layers that read it.
+
+    A layer that comes again begins anew: in inference mode nothing tells that a tensor was written in place since.
+    Nothing is kept once the last reader has had the result, nor used after a backward pass has been through it.
+    """
+
+    def __init__(self) -> None:
+        # The tensor, its version, whether gradients were on, the result, and who has had it.
+        self._last: tuple[weakref.ref[Tensor], int | None, bool, Tensor, set[int]] | None = None
+
+    def get(self, input: Tensor, reader: nn.Module, readers: int, compute: Callable[[], Tensor]) -> Tensor:
+        """
+        `compute()`, or what it returned to another reader of the same tensor.
+
+        Args:
+            input (`Tensor`): what `compute` reads.
+            reader (`nn.Module`): the layer that asks.
+            readers (`int`): how many layers read the tensor.
+            compute (`Callable`).
+        """
+        if readers == 1 or torch.compiler.is_compiling():
+            return compute()
+        # Read once: another thread may be running the same model.
+        last, version, grad = self._last, tensor_version(input), torch.is_grad_enabled()
+        if last is not None and last[0]() is input and last[1:3] == (version, grad) and id(reader) not in last[4]:
+            last[4].add(id(reader))
+            if len(last[4]) == readers:
+                self._last = None
+            return last[3]
+        result = compute()
+        self._last = weakref.ref(input), version, grad, result, {id(reader)}
+        if result.requires_grad:
+            result.register_hook(self._forget)
+        return result
+
+    def _forget(self, grad: Tensor) -> None:
+        # A second backward pass could not go through the same graph.
+        self._last = None
+
+    def __reduce__(self) -> tuple[type[SharedResult], tuple[()]]:
+        # Copied and saved without a result.
+        return SharedResult, ()
 
 
 def refer(module: nn.Module, name: str, other: nn.Module) -> None:
@@ -19,6 +99,7 @@ class BinaryInputModule(nn.Module):
     """A linear layer, latent or packed, whose input may be binarized, by a module of its own or one that it shares."""
 
     input_activation: Any
+    output_activation: Any = None
     binarizes_input: bool
 
     def set_input_activation(self, activation: nn.Module, owned: bool, upstream: bool = False) -> None:
@@ -32,11 +113,19 @@ class BinaryInputModule(nn.Module):
             upstream (`bool`, *optional*, defaults to `False`): it has already been applied, by the feed-forward
                 activation function.
         """
+        activation.readers.append(self)  # type: ignore[union-attr, operator]
         if owned:
             self.input_activation = activation
         else:
             refer(self, "input_activation", activation)
         self.binarizes_input = not upstream
+
+    def put_out_signs_of(self, activation: nn.Module) -> None:
+        """
+        Says that `activation` reads the output of this layer, and nothing else does: where it wants no more than
+        signs, the layer puts out bits, and the float output is never written.
+        """
+        refer(self, "output_activation", activation)
 
 
 class MaskedBinaryModule(nn.Module):
@@ -49,30 +138,46 @@ class MaskedBinaryModule(nn.Module):
 
     Args:
         mask_shape (`tuple[int, ...]`): shape of the freeze mask.
+        surrogate (`str`): a key of [`~hf_stompp.nn.functional.SURROGATES`].
         device (`torch.device`, *optional*).
     """
 
     freeze_mask: Tensor
 
-    def __init__(self, mask_shape: tuple[int, ...], device: torch.device | None = None) -> None:
+    def __init__(self, mask_shape: tuple[int, ...], surrogate: str, device: torch.device | None = None) -> None:
         super().__init__()
+        self.surrogate = surrogate
         self.register_buffer("freeze_mask", torch.zeros(mask_shape, dtype=torch.bool, device=device))
         self.committed = False
+
+    @property
+    def blocks_gradient(self) -> bool:
+        """Whether nothing passes back any more: committed, and STE-free (the paper's *gradient blockade*)."""
+        # In this order: torch.compile depends on what is read.
+        return self.surrogate == "none" and self.committed
+
+    def _set_committed(self, committed: bool) -> None:
+        self.committed = committed
 
     def advance(self, previous: float, fraction: float, refresh_period: float, generator: torch.Generator) -> None:
         """Grows and refreshes the mask by one step, see [`~hf_stompp.nn.mask.advance_mask_`]."""
         advance_mask_(self.freeze_mask, previous, fraction, refresh_period, generator)
-        self.committed = fraction >= 1.0
+        self._set_committed(fraction >= 1.0)
+
+    def change(self, changes: MaskChanges) -> None:
+        """[`advance`] by changes that were drawn before, see [`~hf_stompp.nn.mask.change_mask_`]."""
+        change_mask_(self.freeze_mask, changes)
+        self._set_committed(False)
 
     def commit(self) -> None:
         """Freezes every entry, for good."""
         self.freeze_mask.fill_(True)
-        self.committed = True
+        self._set_committed(True)
 
     def reset(self) -> None:
         """Frees every entry: the state before training."""
         self.freeze_mask.fill_(False)
-        self.committed = False
+        self._set_committed(False)
 
     def restore(self, mask: Tensor) -> None:
         """Writes back a mask that was saved with `freeze_mask.clone()`."""
@@ -81,7 +186,7 @@ class MaskedBinaryModule(nn.Module):
 
     def refresh_flags(self) -> None:
         """Derives the Python flags from the tensors, where those were not loaded by `load_state_dict`."""
-        self.committed = bool(self.freeze_mask.all())
+        self._set_committed(bool(self.freeze_mask.all()))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
@@ -10,29 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import binary_linear, binary_linear_sign, pack_sign, packed_bytes, plus_minus_one, unpack_signs
-from .module import BinaryInputModule, refer
-
-
-_INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.uint16}
-
-_FLOATS = {integer: dtype for dtype, integer in _INTEGERS.items()}
-
-
-def _as_integers(bits: Tensor, dtype: torch.dtype) -> Tensor:
-    """
-    Bits on their way through a model's own code: viewed as integers of the type that tells which float type they stand
-    for, so that the layer that reads them knows what to put out.
-    """
-    return bits.view(_INTEGERS[dtype])
-
-
-def _as_bits(integers: Tensor) -> tuple[Tensor, torch.dtype]:
-    return integers.view(torch.uint8), _FLOATS[integers.dtype]
-
-
-def _version(tensor: Tensor) -> int | None:
-    """How often a tensor was written in place; None for one of inference mode, where nothing counts that."""
-    return None if tensor.is_inference() else tensor._version
+from .module import BinaryInputModule, SharedResult, as_bits, as_integers, identity
 
 
 class PackedBinaryActivation(nn.Module):
@@ -54,9 +31,9 @@ class PackedBinaryActivation(nn.Module):
         self.features = features
         self.activation = activation
         self.register_buffer("threshold", torch.zeros(features, dtype=torch.float32, device=device))
-        self.shared = False
-        # The tensor that was signed last, its version, its bits, and who has had them.
-        self._last: tuple[weakref.ref[Tensor], int | None, Tensor, set[int]] | None = None
+        # The linear layers that read it. A list, so that they are not registered here.
+        self.readers: list[nn.Module] = []
+        self._bits = SharedResult()
 
     def forward(self, input: Tensor) -> Tensor:
         if not input.is_floating_point():
@@ -65,13 +42,11 @@ class PackedBinaryActivation(nn.Module):
         if self.training:
             # Dropout may follow, which takes no bits.
             return plus_minus_one(input >= self.threshold, input.dtype)
-        return _as_integers(pack_sign(input.detach(), self.threshold.float())[0], input.dtype)
+        return as_integers(pack_sign(input.detach(), self.threshold.float())[0], input.dtype)
 
     def shared_bits(self, input: Tensor, reader: nn.Module) -> Tensor:
         """
-        The packed signs of a tensor, computed once for all the linear layers that read it.
-
-        A layer that comes again begins anew: in inference mode nothing tells that a tensor was written in place since.
+        The packed signs of a tensor, computed once for all the linear layers that read it, see [`SharedResult`].
 
         Args:
             input (`Tensor` of shape `(..., features)`): float32, bfloat16 or float16.
@@ -80,19 +55,9 @@ class PackedBinaryActivation(nn.Module):
         Returns:
             `Tensor` of shape `(..., packed_bytes(features))`: uint8.
         """
-        if torch.compiler.is_compiling():
-            return pack_sign(input.detach(), self.threshold.float())[0]
-        # Read once: another thread may be running the same model.
-        last, version = self._last, _version(input)
-        if last is not None and last[0]() is input and last[1] == version and id(reader) not in last[3]:
-            last[3].add(id(reader))
-            return last[2]
-        bits = pack_sign(input.detach(), self.threshold.float())[0]
-        self._last = weakref.ref(input), version, bits, {id(reader)}
-        return bits
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last": None}
+        return self._bits.get(
+            input, reader, len(self.readers), lambda: pack_sign(input.detach(), self.threshold.float())[0]
+        )
 
     def extra_repr(self) -> str:
         return f"{self.features}"
@@ -137,20 +102,7 @@ class PackedBinaryLinear(BinaryInputModule):
             "bias", torch.zeros(out_features, dtype=torch.float32, device=device) if has_bias else None
         )
         self.register_module("input_activation", None)
-        self.output_activation: Any = None
         self._float_weight: tuple[tuple[Any, ...], Tensor] | None = None
-
-    def set_input_activation(self, activation: nn.Module, owned: bool, upstream: bool = False) -> None:
-        super().set_input_activation(activation, owned, upstream)
-        if not owned and not upstream:
-            self.input_activation.shared = True
-
-    def put_out_signs_of(self, activation: PackedBinaryActivation) -> None:
-        """
-        Makes the layer put out the bits that `activation` would compute from its output, and nothing else reads. The
-        float output is then never written.
-        """
-        refer(self, "output_activation", activation)
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.binary_input:
@@ -163,15 +115,15 @@ class PackedBinaryLinear(BinaryInputModule):
         if following is None or following.training:
             return binary_linear(bits_or_floats, threshold, *layer, dtype)
         bits = binary_linear_sign(bits_or_floats, threshold, *layer, dtype, following.threshold.float())
-        return _as_integers(bits, dtype)
+        return as_integers(bits, dtype)
 
     def _signed_input(self, input: Tensor) -> tuple[Tensor, Tensor | None, torch.dtype]:
         """What the operators take: bits, or floats and the threshold of their signs; and the dtype to put out."""
         if not input.is_floating_point():
-            bits, dtype = _as_bits(input)
+            bits, dtype = as_bits(input)
             return bits, None, dtype
         activation = self.input_activation
-        if self.binarizes_input and activation.shared:
+        if self.binarizes_input and len(activation.readers) > 1:
             return activation.shared_bits(input, self), None, input.dtype
         # The sign has no gradient.
         input = input.detach() if input.requires_grad else input
@@ -189,8 +141,7 @@ class PackedBinaryLinear(BinaryInputModule):
         """
         if torch.compiler.is_compiling():
             return self._unpacked(dtype)
-        tensors = self.packed_weight, self.scale
-        key = dtype, *((tensor.device, tensor.data_ptr(), _version(tensor)) for tensor in tensors)
+        key = dtype, *identity(self.packed_weight, self.scale)
         # Read once: another thread may be running the same model.
         kept = self._float_weight
         if kept is not None and kept[0] == key:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 
@@ -112,10 +113,16 @@ def build(target: Path, extra_flags: list[str] | None = None, architecture: str 
             threads = []
         flags = [*COMMON_FLAGS, *threads, *extra]
         objects, defines = [], [f'-DHF_STOMPP_SOURCE_HASH="{source_hash()}"']
-        for name, kernel_flags in KERNEL_FILES[architecture].items():
-            output = work / f"{name}.o"
-            if _run([*compiler, *flags, *kernel_flags, "-c", str(SOURCES / name), "-o", str(output)]) is None:
-                objects.append(output)
+        files = KERNEL_FILES[architecture]
+        commands = [
+            [*compiler, *flags, *kernel_flags, "-c", str(SOURCES / name), "-o", str(work / f"{name}.o")]
+            for name, kernel_flags in files.items()
+        ]
+        with ThreadPoolExecutor() as executor:
+            complaints = list(executor.map(_run, commands))
+        for name, complaint in zip(files, complaints, strict=True):
+            if complaint is None:
+                objects.append(work / f"{name}.o")
                 defines.append(f"-DHF_STOMPP_WITH_{Path(name).stem.upper()}")
         output = work / "dispatch.o"
         message = _run([*compiler, *flags, *defines, "-c", str(SOURCES / "dispatch.c"), "-o", str(output)])

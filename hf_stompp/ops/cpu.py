@@ -19,7 +19,7 @@ from . import build, reference
 from .schema import empty_output, empty_output_bits, empty_packing, register
 
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 # enum hf_stompp_kernel, in the order in which they are preferred.
 KERNELS = ("amx", "avx512", "avx2", "neon", "scalar")
@@ -29,9 +29,15 @@ _AUTO = -1
 # enum hf_stompp_dtype.
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 
-# struct hf_stompp_packing and struct hf_stompp_product: fields of 64 bits, pointers as numbers, NULL as 0.
+# enum hf_stompp_surrogate.
+_SURROGATES = {"none": 0, "ste": 1, "clipped_ste": 2}
+
+# The records of hf_stompp.h: fields of 64 bits, pointers as numbers, NULL as 0.
 _packing = struct.Struct("9q").pack
 _product = struct.Struct("15q").pack
+_masked_weight = struct.Struct("6qd6q").pack
+_masked_activation = struct.Struct("19q").pack
+_sign_product = struct.Struct("8q").pack
 
 _NO_MEMORY = 1
 
@@ -83,8 +89,8 @@ def open_library(path: Path) -> ctypes.CDLL:
     native.hf_stompp_chosen.argtypes = [ctypes.c_int, ctypes.c_int64]
     native.hf_stompp_limit.argtypes = [ctypes.c_int, ctypes.c_int64]
     native.hf_stompp_limit.restype = ctypes.c_int64
-    native.hf_stompp_pack_sign.argtypes = [ctypes.c_char_p]
-    native.hf_stompp_binary_linear.argtypes = [ctypes.c_char_p]
+    for name in ("pack_sign", "binary_linear", "masked_weight", "masked_activation", "sign_product"):
+        getattr(native, f"hf_stompp_{name}").argtypes = [ctypes.c_char_p]
     return native
 
 
@@ -263,6 +269,142 @@ class NativeKernels:
             0 if output_threshold is None else output_threshold.data_ptr(),
         )
         _check_status(self._binary_linear(arguments))
+
+    def sign_product(self, packed_weight: Tensor, in_features: int, vector: Tensor, transposed: bool) -> Tensor:
+        """See [`~hf_stompp.ops.reference.sign_product`]; arguments have been checked."""
+        packed_weight, vector = packed_weight.contiguous(), vector.contiguous()
+        out_features = packed_weight.shape[0]
+        output = vector.new_empty(in_features if transposed else out_features)
+        arguments = _sign_product(
+            self._index,
+            torch.get_num_threads(),
+            packed_weight.data_ptr(),
+            out_features,
+            in_features,
+            transposed,
+            vector.data_ptr(),
+            output.data_ptr(),
+        )
+        _check_status(self.native.hf_stompp_sign_product(arguments))
+        return output
+
+    def masked_weight(self, weight: Tensor, mask: Tensor, scale: Tensor, clip: float, dtype: torch.dtype) -> Tensor:
+        """See [`~hf_stompp.ops.reference.masked_weight`]; arguments have been checked."""
+        if not {weight.dtype, dtype} <= _DTYPES.keys() or scale.dtype != torch.float32:
+            return reference.masked_weight(weight, mask, scale, clip, dtype)
+        output = weight.new_empty(weight.shape, dtype=dtype)
+        self._mask_weight(weight, mask, scale, clip, None, "none", output, dtype)
+        return output
+
+    def masked_weight_grad(
+        self, grad: Tensor, weight: Tensor, mask: Tensor, scale: Tensor, clip: float, surrogate: str
+    ) -> Tensor:
+        """See [`~hf_stompp.ops.reference.masked_weight_grad`]; arguments have been checked."""
+        is_known = {weight.dtype, grad.dtype} <= _DTYPES.keys() and surrogate in _SURROGATES
+        if not is_known or scale.dtype != torch.float32:
+            return reference.masked_weight_grad(grad, weight, mask, scale, clip, surrogate)
+        output = weight.new_empty(weight.shape)
+        self._mask_weight(weight, mask, scale, clip, grad.contiguous(), surrogate, output, grad.dtype)
+        return output
+
+    def _mask_weight(
+        self,
+        weight: Tensor,
+        mask: Tensor,
+        scale: Tensor,
+        clip: float,
+        grad: Tensor | None,
+        surrogate: str,
+        output: Tensor,
+        other_dtype: torch.dtype,
+    ) -> None:
+        weight, mask, scale = weight.contiguous(), mask.contiguous(), scale.contiguous()
+        arguments = _masked_weight(
+            self._index,
+            torch.get_num_threads(),
+            weight.data_ptr(),
+            _DTYPES[weight.dtype],
+            mask.data_ptr(),
+            scale.data_ptr(),
+            clip,
+            scale.numel(),
+            weight.shape[-1],
+            0 if grad is None else grad.data_ptr(),
+            _SURROGATES[surrogate],
+            output.data_ptr(),
+            _DTYPES[other_dtype],
+        )
+        _check_status(self.native.hf_stompp_masked_weight(arguments))
+
+    def masked_activation(
+        self,
+        value: Tensor,
+        pre_activation: Tensor,
+        mask: Tensor,
+        threshold: Tensor,
+        offset: Tensor,
+        amplitude: Tensor,
+        center: Tensor,
+        bound: Tensor,
+        surrogate: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See [`~hf_stompp.ops.reference.masked_activation`]; arguments have been checked."""
+        if value.dtype not in _DTYPES or surrogate not in _SURROGATES:
+            return reference.masked_activation(
+                value, pre_activation, mask, threshold, offset, amplitude, center, bound, surrogate
+            )
+        output, passes, upper = value.new_empty(value.shape), empty_packing(value)[0], empty_packing(value)[0]
+        features = value.shape[-1]
+        vectors = [t.float().expand(features).contiguous() for t in (threshold, offset, center)]
+        numbers = [t.float() for t in (amplitude, bound)]
+        value, pre_activation, mask = value.contiguous(), pre_activation.contiguous(), mask.contiguous()
+        arguments = _masked_activation(
+            self._index,
+            torch.get_num_threads(),
+            value.data_ptr(),
+            pre_activation.data_ptr(),
+            _DTYPES[value.dtype],
+            mask.data_ptr(),
+            vectors[0].data_ptr(),
+            vectors[1].data_ptr(),
+            numbers[0].data_ptr(),
+            vectors[2].data_ptr(),
+            numbers[1].data_ptr(),
+            _SURROGATES[surrogate],
+            value.shape[:-1].numel(),
+            features,
+            passes.data_ptr(),
+            upper.data_ptr(),
+            0,
+            output.data_ptr(),
+            0,
+        )
+        _check_status(self.native.hf_stompp_masked_activation(arguments))
+        return output, passes, upper
+
+    def masked_activation_grad(
+        self, grad: Tensor, passes: Tensor, upper: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See [`~hf_stompp.ops.reference.masked_activation_grad`]; arguments have been checked."""
+        if grad.dtype not in _DTYPES:
+            return reference.masked_activation_grad(grad, passes, upper, mask)
+        output = grad.new_empty(grad.shape)
+        sums = grad.new_empty((3, grad.shape[-1]), dtype=torch.float64)
+        grad, passes, upper, mask = grad.contiguous(), passes.contiguous(), upper.contiguous(), mask.contiguous()
+        arguments = _masked_activation(
+            self._index,
+            torch.get_num_threads(),
+            *(0, 0, _DTYPES[grad.dtype], mask.data_ptr(), 0, 0, 0, 0, 0, 0),
+            grad.shape[:-1].numel(),
+            grad.shape[-1],
+            passes.data_ptr(),
+            upper.data_ptr(),
+            grad.data_ptr(),
+            output.data_ptr(),
+            sums.data_ptr(),
+        )
+        _check_status(self.native.hf_stompp_masked_activation(arguments))
+        return output, sums
 
 
 def _check_status(status: int) -> None:

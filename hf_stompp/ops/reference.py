@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -9,6 +11,22 @@ from torch.nn import functional as F
 
 ROW_ALIGNMENT = 256
 """Rows are padded to this many bits, so that a kernel may read whole vectors."""
+
+
+SURROGATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "none": lambda mask, inside: inside & ~mask,
+    "ste": lambda mask, inside: inside | mask,
+    "clipped_ste": lambda mask, inside: inside,
+}
+"""
+Gradient rule by name: `(mask, inside) -> passes`, all boolean and broadcast against each other. `inside` tells which
+entries lie within the clip range; `passes` tells which entries the gradient passes through (with slope 1; it is 0
+elsewhere).
+
+- `none`: STE-free; a frozen entry passes exactly 0 (the paper).
+- `ste`: StoMPP+STE; a frozen entry passes the gradient unchanged (the paper's identity surrogate).
+- `clipped_ste`: a frozen entry passes the gradient of the hardtanh it replaced (BinaryNet, arXiv 1602.02830, eq. 4).
+"""
 
 
 def packed_bytes(in_features: int) -> int:
@@ -71,6 +89,12 @@ def pack_sign(input: Tensor, threshold: Tensor | None = None) -> tuple[Tensor, T
     return pack_bools(above), above.sum(dim=-1, dtype=torch.int32)
 
 
+def _unpack(packed: Tensor, features: int) -> Tensor:
+    """The bits of packed rows as uint8 of 0 and 1, of shape `(..., features)`."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return ((packed.unsqueeze(-1) >> shifts) & 1).flatten(-2)[..., :features]
+
+
 def unpack_signs(packed: Tensor, in_features: int) -> Tensor:
     """
     The signs in a packed weight.
@@ -82,33 +106,50 @@ def unpack_signs(packed: Tensor, in_features: int) -> Tensor:
     Returns:
         `Tensor` of shape `(..., in_features)`: float32, +1 where the bit is set and -1 elsewhere.
     """
-    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    bits = (packed.unsqueeze(-1) >> shifts) & 1
-    return bits.flatten(-2)[..., :in_features].float() * 2 - 1
+    return _unpack(packed, in_features).float() * 2 - 1
+
+
+def sign_product(packed_weight: Tensor, in_features: int, vector: Tensor, transposed: bool) -> Tensor:
+    """
+    Product of a packed weight with one vector, `signs @ vector`, or `vector @ signs`.
+
+    Args:
+        packed_weight (`Tensor` of shape `(out_features, packed_bytes(in_features))`): uint8.
+        in_features (`int`).
+        vector (`Tensor` of shape `(in_features,)`, or `(out_features,)` if transposed): float64.
+        transposed (`bool`).
+
+    Returns:
+        `Tensor` of shape `(out_features,)`, or `(in_features,)` if transposed: float64, summed in whatever order.
+    """
+    signs = unpack_signs(packed_weight, in_features).double()
+    return vector @ signs if transposed else signs @ vector
 
 
 def fold(
-    weight_signs: Tensor, row_scale: Tensor, offset: Tensor, amplitude: Tensor, bias: Tensor | None
+    packed_weight: Tensor, row_scale: Tensor, offset: Tensor, amplitude: Tensor, bias: Tensor | None, in_features: int
 ) -> tuple[Tensor, Tensor]:
     """
     Scale and bias of the integer product that equals a linear layer on two-level inputs and two-level weights.
 
     With inputs `offset + amplitude * s` (`s` = +-1), `sum_k row_scale * v_k * (offset_k + amplitude * s_k) + bias` is
     `(row_scale * amplitude) * sum_k v_k s_k + (bias + row_scale * sum_k v_k offset_k)`. Sums are in float64 and
-    rounded once.
+    rounded once. Differentiable in all but the weight.
 
     Args:
-        weight_signs (`Tensor` of shape `(out_features, in_features)`): +-1.
+        packed_weight (`Tensor` of shape `(out_features, packed_bytes(in_features))`): uint8, the bits of `v`.
         row_scale (`Tensor` of shape `(out_features, 1)`).
         offset (`Tensor` of shape `(in_features,)` or `()`).
         amplitude (`Tensor` of shape `()`).
         bias (`Tensor` of shape `(out_features,)`, *optional*).
+        in_features (`int`).
 
     Returns:
         `tuple(Tensor, Tensor)`: scale and bias, both float32 of shape `(out_features,)`.
     """
     row_scale = row_scale.double().flatten()
-    constant = row_scale * (weight_signs.double() @ offset.double().expand(weight_signs.shape[-1]))
+    offset = offset.double().expand(in_features).contiguous()
+    constant = row_scale * torch.ops.hf_stompp.sign_product(packed_weight, in_features, offset, False)
     if bias is not None:
         constant = constant + bias.double()
     return (row_scale * amplitude.double()).float(), constant.float()
@@ -197,3 +238,108 @@ def binary_linear_sign(
     """
     output = binary_linear(input, threshold, packed_weight, in_features, scale, bias, dtype)
     return pack_bools(_above(output, output_threshold))
+
+
+def masked_weight(weight: Tensor, mask: Tensor, scale: Tensor, clip: float, dtype: torch.dtype) -> Tensor:
+    """
+    Masked binarization of a weight: `M * scale * sign(w) + (1 - M) * clip(w, -clip * scale, clip * scale)`.
+
+    Args:
+        weight (`Tensor` of shape `(..., in_features)`): latent weight.
+        mask (`Tensor`, bool, of the same shape): the freeze mask `M`.
+        scale (`Tensor` of shape `(..., 1)`): floating.
+        clip (`float`): clip range as a multiple of the scale.
+        dtype (`torch.dtype`): of the result.
+
+    Returns:
+        `Tensor` of shape `(..., in_features)`: computed in float32 or wider, rounded once to `dtype`.
+    """
+    work = torch.promote_types(weight.dtype, torch.float32)
+    weight, scale = weight.to(work), scale.to(work)
+    bound = clip * scale
+    hard = torch.where(weight >= 0, scale, -scale)
+    return torch.where(mask, hard, weight.clamp(-bound, bound)).to(dtype)
+
+
+def masked_weight_grad(
+    grad: Tensor, weight: Tensor, mask: Tensor, scale: Tensor, clip: float, surrogate: str
+) -> Tensor:
+    """
+    Gradient of [`masked_weight`] with respect to the weight: `grad` where it passes, 0 elsewhere.
+
+    Args:
+        grad (`Tensor` of shape `(..., in_features)`): any floating dtype.
+        weight, mask, scale, clip: as in [`masked_weight`].
+        surrogate (`str`): a key of [`SURROGATES`], the gradient of the frozen entries.
+
+    Returns:
+        `Tensor` of shape `(..., in_features)`: dtype of `weight`.
+    """
+    work = torch.promote_types(weight.dtype, torch.float32)
+    bound = clip * scale.to(work)
+    passes = SURROGATES[surrogate](mask, weight.to(work).abs() <= bound)
+    return torch.where(passes, grad, 0).to(weight.dtype)
+
+
+def masked_activation(
+    value: Tensor,
+    pre_activation: Tensor,
+    mask: Tensor,
+    threshold: Tensor,
+    offset: Tensor,
+    amplitude: Tensor,
+    center: Tensor,
+    bound: Tensor,
+    surrogate: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    Masked binarization of an activation: `offset +- amplitude` where `M` is set, `+` where `pre_activation >=
+    threshold`; elsewhere `value` clipped to `center +- bound`.
+
+    Args:
+        value (`Tensor` of shape `(..., features)`).
+        pre_activation (`Tensor` of shape `(..., features)`): of the dtype of `value`.
+        mask (`Tensor` of shape `(features,)`, bool): the freeze mask `M`.
+        threshold, offset, center (`Tensor` of shape `(features,)` or `()`): floating.
+        amplitude, bound (`Tensor` of shape `()`): floating.
+        surrogate (`str`): a key of [`SURROGATES`].
+
+    Returns:
+        `tuple(Tensor, Tensor, Tensor)`: the result in the dtype of `value`, computed in float32 or wider and rounded
+            once; and two packed bits an element, uint8 of shape `(..., packed_bytes(features))`, all that the gradient
+            needs: whether it passes to `value`, and whether the element is on the upper side (of the threshold where
+            it is frozen, of the centre where not).
+    """
+    work = torch.promote_types(value.dtype, torch.float32)
+    dtype = value.dtype
+    value, threshold, offset, amplitude, center, bound = (
+        t.to(work) for t in (value, threshold, offset, amplitude, center, bound)
+    )
+    low, high = center - bound, center + bound
+    above = pre_activation.to(work) >= threshold
+    hard = torch.where(above, offset + amplitude, offset - amplitude)
+    output = torch.where(mask, hard, value.clamp(low, high)).to(dtype)
+    passes = SURROGATES[surrogate](mask, (value >= low) & (value <= high))
+    return output, pack_bools(passes), pack_bools(torch.where(mask, above, value > center))
+
+
+def masked_activation_grad(grad: Tensor, passes: Tensor, upper: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Gradient of [`masked_activation`]: what passes to `value`, and what is needed of the rest.
+
+    Args:
+        grad (`Tensor` of shape `(..., features)`).
+        passes, upper (`Tensor` of shape `(..., packed_bytes(features))`): uint8, from [`masked_activation`].
+        mask (`Tensor` of shape `(features,)`, bool).
+
+    Returns:
+        `tuple(Tensor, Tensor)`: the gradient of `value`, and sums over all leading dimensions, float64 of shape `(3,
+            features)`, of what passes; of what is held back or is of a frozen feature; and of the upper elements of
+            the latter.
+    """
+    features = grad.shape[-1]
+    is_passed, is_upper = _unpack(passes, features).bool(), _unpack(upper, features).bool()
+    passed = torch.where(is_passed, grad, 0)
+    held = torch.where(mask | ~is_passed, grad, 0)
+    rows = [t.reshape(-1, features) for t in (passed, held, torch.where(is_upper, held, 0))]
+    return passed, torch.stack([t.sum(dim=0, dtype=torch.float64) for t in rows])

@@ -33,6 +33,28 @@ library.define(
     "Tensor? bias, ScalarType dtype, Tensor? output_threshold) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+library.define(
+    "sign_product(Tensor packed_weight, int in_features, Tensor vector, bool transposed) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+library.define(
+    "masked_weight(Tensor weight, Tensor mask, Tensor scale, float clip, ScalarType dtype) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+library.define(
+    "masked_weight_grad(Tensor grad, Tensor weight, Tensor mask, Tensor scale, float clip, str surrogate) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+library.define(
+    "masked_activation(Tensor value, Tensor pre_activation, Tensor mask, Tensor threshold, Tensor offset, Tensor "
+    "amplitude, Tensor center, Tensor bound, str surrogate) -> (Tensor output, Tensor passes, Tensor upper)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+library.define(
+    "masked_activation_grad(Tensor grad, Tensor passes, Tensor upper, Tensor mask) -> (Tensor grad_value, Tensor "
+    "sums)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 
 def _check_vector(op: str, name: str, vector: Tensor | None, size: int, input: Tensor) -> None:
@@ -118,6 +140,141 @@ def check_binary_linear(
     _check_vector(op, "output_threshold", output_threshold, weight_shape[0], input)
 
 
+def check_sign_product(packed_weight: Tensor, in_features: int, vector: Tensor, transposed: bool) -> None:
+    """
+    Checks the arguments of `sign_product`.
+
+    Raises:
+        TypeError: a dtype is not among those allowed.
+        ValueError: a shape does not fit, or tensors are on different devices.
+    """
+    if packed_weight.dtype != torch.uint8 or vector.dtype != torch.float64:
+        raise TypeError(
+            f"hf_stompp::sign_product: packed_weight must be uint8 and vector float64, got {packed_weight.dtype} and "
+            f"{vector.dtype}"
+        )
+    shape = packed_weight.shape
+    if in_features < 1 or len(shape) != 2 or shape[1] != packed_bytes(in_features):
+        raise ValueError(
+            f"hf_stompp::sign_product: packed_weight must have shape (out_features, packed bytes of in_features="
+            f"{in_features}), got {tuple(shape)}"
+        )
+    expected = shape[0] if transposed else in_features
+    if vector.shape != (expected,):
+        raise ValueError(f"hf_stompp::sign_product: vector must have shape ({expected},), got {tuple(vector.shape)}")
+    _check_device("sign_product", "vector", vector, packed_weight)
+
+
+def check_masked_weight(
+    op: str, weight: Tensor, mask: Tensor, scale: Tensor, clip: float, grad: Tensor | None = None
+) -> None:
+    """
+    Checks the arguments of `masked_weight` and `masked_weight_grad`.
+
+    Raises:
+        TypeError: a dtype is not among those allowed.
+        ValueError: a shape does not fit, the clip range is no positive number, or tensors are on different devices.
+    """
+    floats = [("weight", weight)] + ([] if grad is None else [("grad", grad)])
+    for name, tensor in floats:
+        if not tensor.is_floating_point():
+            raise TypeError(f"hf_stompp::{op}: {name} must be floating, got {tensor.dtype}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"hf_stompp::{op}: mask must be bool, got {mask.dtype}")
+    if not scale.is_floating_point():
+        raise TypeError(f"hf_stompp::{op}: scale must be floating, got {scale.dtype}")
+    if not weight.shape:
+        raise ValueError(f"hf_stompp::{op}: weight must have at least one dimension")
+    expected = {"mask": weight.shape, "scale": (*weight.shape[:-1], 1), "grad": weight.shape}
+    for name, other in [("mask", mask), ("scale", scale)] + ([] if grad is None else [("grad", grad)]):
+        if other.shape != expected[name]:
+            raise ValueError(
+                f"hf_stompp::{op}: {name} must have shape {tuple(expected[name])}, got {tuple(other.shape)}"
+            )
+        _check_device(op, name, other, weight)
+    if not clip > 0:
+        raise ValueError(f"hf_stompp::{op}: clip must be positive, got {clip}")
+
+
+def _check_surrogate(op: str, surrogate: str) -> None:
+    if surrogate not in reference.SURROGATES:
+        raise ValueError(f"hf_stompp::{op}: surrogate must be one of {list(reference.SURROGATES)}, got {surrogate!r}")
+
+
+def check_masked_activation(
+    value: Tensor,
+    pre_activation: Tensor,
+    mask: Tensor,
+    threshold: Tensor,
+    offset: Tensor,
+    amplitude: Tensor,
+    center: Tensor,
+    bound: Tensor,
+    surrogate: str,
+) -> None:
+    """
+    Checks the arguments of `masked_activation`.
+
+    Raises:
+        TypeError: a dtype is not among those allowed.
+        ValueError: a shape does not fit, tensors are on different devices, or there is no such surrogate.
+    """
+    op = "masked_activation"
+    if not value.is_floating_point() or pre_activation.dtype != value.dtype:
+        raise TypeError(
+            f"hf_stompp::{op}: value and pre_activation must be of one floating dtype, got {value.dtype} and "
+            f"{pre_activation.dtype}"
+        )
+    if not value.shape or pre_activation.shape != value.shape:
+        raise ValueError(
+            f"hf_stompp::{op}: value and pre_activation must have one shape of at least one dimension, got "
+            f"{tuple(value.shape)} and {tuple(pre_activation.shape)}"
+        )
+    _check_device(op, "pre_activation", pre_activation, value)
+    _check_feature_mask(op, mask, value)
+    features = value.shape[-1]
+    vectors = {"threshold": threshold, "offset": offset, "center": center}
+    for name, tensor in {**vectors, "amplitude": amplitude, "bound": bound}.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"hf_stompp::{op}: {name} must be floating, got {tensor.dtype}")
+        if tensor.shape != () and (name not in vectors or tensor.shape != (features,)):
+            allowed = f"() or ({features},)" if name in vectors else "()"
+            raise ValueError(f"hf_stompp::{op}: {name} must have shape {allowed}, got {tuple(tensor.shape)}")
+        _check_device(op, name, tensor, value)
+    _check_surrogate(op, surrogate)
+
+
+def _check_feature_mask(op: str, mask: Tensor, input: Tensor) -> None:
+    if mask.dtype != torch.bool:
+        raise TypeError(f"hf_stompp::{op}: mask must be bool, got {mask.dtype}")
+    if mask.shape != input.shape[-1:]:
+        raise ValueError(f"hf_stompp::{op}: mask must have shape {tuple(input.shape[-1:])}, got {tuple(mask.shape)}")
+    _check_device(op, "mask", mask, input)
+
+
+def check_masked_activation_grad(grad: Tensor, passes: Tensor, upper: Tensor, mask: Tensor) -> None:
+    """
+    Checks the arguments of `masked_activation_grad`.
+
+    Raises:
+        TypeError: a dtype is not among those allowed.
+        ValueError: a shape does not fit, or tensors are on different devices.
+    """
+    op = "masked_activation_grad"
+    if not grad.is_floating_point():
+        raise TypeError(f"hf_stompp::{op}: grad must be floating, got {grad.dtype}")
+    if not grad.shape:
+        raise ValueError(f"hf_stompp::{op}: grad must have at least one dimension")
+    _check_feature_mask(op, mask, grad)
+    shape = (*grad.shape[:-1], packed_bytes(grad.shape[-1]))
+    for name, bits in (("passes", passes), ("upper", upper)):
+        if bits.dtype != torch.uint8:
+            raise TypeError(f"hf_stompp::{op}: {name} must be uint8, got {bits.dtype}")
+        if bits.shape != shape:
+            raise ValueError(f"hf_stompp::{op}: {name} must have shape {shape}, got {tuple(bits.shape)}")
+        _check_device(op, name, bits, grad)
+
+
 def empty_packing(input: Tensor, threshold: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """What `pack_sign` returns, without values."""
     bits = input.new_empty((*input.shape[:-1], packed_bytes(input.shape[-1])), dtype=torch.uint8)
@@ -147,6 +304,27 @@ class _Shapes:
     def binary_linear_sign(*layer: Any) -> Tensor:
         return empty_output_bits(layer[0], layer[2])
 
+    @staticmethod
+    def sign_product(packed_weight: Tensor, in_features: int, vector: Tensor, transposed: bool) -> Tensor:
+        return vector.new_empty(in_features if transposed else packed_weight.shape[0])
+
+    @staticmethod
+    def masked_weight(weight: Tensor, mask: Tensor, scale: Tensor, clip: float, dtype: torch.dtype) -> Tensor:
+        return weight.new_empty(weight.shape, dtype=dtype)
+
+    @staticmethod
+    def masked_weight_grad(grad: Tensor, weight: Tensor, *settings: Any) -> Tensor:
+        return weight.new_empty(weight.shape)
+
+    @staticmethod
+    def masked_activation(value: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
+        passes, upper = (empty_packing(value)[0] for _ in range(2))
+        return value.new_empty(value.shape), passes, upper
+
+    @staticmethod
+    def masked_activation_grad(grad: Tensor, *bits: Tensor) -> tuple[Tensor, Tensor]:
+        return grad.new_empty(grad.shape), grad.new_empty((3, grad.shape[-1]), dtype=torch.float64)
+
 
 def _checked(implementation: Callable[[], Any]) -> dict[str, Callable]:
     """The operators of an implementation, by name, with a check of their arguments before them."""
@@ -163,7 +341,32 @@ def _checked(implementation: Callable[[], Any]) -> dict[str, Callable]:
         check_binary_linear("binary_linear_sign", *layer)
         return implementation().binary_linear_sign(*layer)
 
-    return {"pack_sign": pack_sign, "binary_linear": binary_linear, "binary_linear_sign": binary_linear_sign}
+    def sign_product(*arguments: Any) -> Tensor:
+        check_sign_product(*arguments)
+        return implementation().sign_product(*arguments)
+
+    def masked_weight(weight: Tensor, mask: Tensor, scale: Tensor, clip: float, dtype: torch.dtype) -> Tensor:
+        check_masked_weight("masked_weight", weight, mask, scale, clip)
+        return implementation().masked_weight(weight, mask, scale, clip, dtype)
+
+    def masked_weight_grad(
+        grad: Tensor, weight: Tensor, mask: Tensor, scale: Tensor, clip: float, surrogate: str
+    ) -> Tensor:
+        check_masked_weight("masked_weight_grad", weight, mask, scale, clip, grad)
+        _check_surrogate("masked_weight_grad", surrogate)
+        return implementation().masked_weight_grad(grad, weight, mask, scale, clip, surrogate)
+
+    def masked_activation(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        check_masked_activation(*arguments)
+        return implementation().masked_activation(*arguments)
+
+    def masked_activation_grad(*arguments: Tensor) -> tuple[Tensor, Tensor]:
+        check_masked_activation_grad(*arguments)
+        return implementation().masked_activation_grad(*arguments)
+
+    functions: list[Callable] = [pack_sign, binary_linear, binary_linear_sign, sign_product]
+    functions += [masked_weight, masked_weight_grad, masked_activation, masked_activation_grad]
+    return {function.__name__: function for function in functions}
 
 
 def register(key: str, implementation: Callable[[], Any]) -> None:
@@ -182,3 +385,17 @@ def register(key: str, implementation: Callable[[], Any]) -> None:
 register("CompositeExplicitAutograd", lambda: reference)
 for _name, _function in _checked(lambda: _Shapes).items():
     torch.library.register_fake(f"hf_stompp::{_name}", _function, lib=library)
+
+
+def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    packed_weight, ctx.in_features, _, ctx.transposed = inputs
+    ctx.save_for_backward(packed_weight)
+
+
+def _sign_product_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (packed_weight,) = ctx.saved_tensors
+    product = torch.ops.hf_stompp.sign_product
+    return None, None, product(packed_weight, ctx.in_features, grad.contiguous(), not ctx.transposed), None
+
+
+torch.library.register_autograd("hf_stompp::sign_product", _sign_product_grad, setup_context=_keep_weight, lib=library)

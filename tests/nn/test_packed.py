@@ -185,7 +185,7 @@ def test_shared_bits_keep_no_tensor_alive() -> None:
     first, _, activation = shared_pair()
     x = torch.randn(4, 24)
     first(x)
-    reference = activation._last[0]
+    reference = activation._bits._last[0]
     del x
 
     assert reference() is None

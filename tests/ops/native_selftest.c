@@ -14,12 +14,20 @@
 /* Bytes behind each output that no kernel may change. */
 enum { GUARD_BYTES = 64, GUARD = 0xa5 };
 
+/* A sanitizer sees what is written beyond an output only where nothing is behind it. */
+#ifdef __SANITIZE_ADDRESS__
+enum { SPARE_BYTES = 0 };
+#else
+enum { SPARE_BYTES = GUARD_BYTES };
+#endif
+
 /* What bits are made of the output: none, those >= 0, those >= a threshold of each column. */
 enum output_bits { VALUES, BITS_FROM_ZERO, BITS_FROM_THRESHOLD, OUTPUT_KINDS };
 
 static const char *const kernel_names[HF_STOMPP_KERNELS] = {"amx", "avx512", "avx2", "neon", "scalar"};
 static const char *const dtype_names[] = {"f32", "bf16", "f16", "bits"};
-static long products[HF_STOMPP_KERNELS], packings[HF_STOMPP_KERNELS];
+static const char *const surrogate_names[] = {"none", "ste", "clipped_ste"};
+static long products[HF_STOMPP_KERNELS], packings[HF_STOMPP_KERNELS], maskings[HF_STOMPP_KERNELS];
 
 /* The input of a product, its factors as numbers, and its exact sums. */
 struct problem {
@@ -344,7 +352,8 @@ static void check_every_dtype(void) {
 
 /* Large enough to be split by rows and by columns; with more features than bytes or 16 bits can count. */
 static void check_large_shapes(void) {
-    static const int64_t shapes[][3] = {{5, 4100, 18}, {130, 3072, 193}, {3, 70000, 320}, {13, 70000, 65}};
+    static const int64_t shapes[][3] = {{5, 4100, 18}, {130, 3072, 193}, {3, 70000, 320}, {13, 70000, 65},
+                                        {1100, 1000, 770}};
     for (int shape = 0; shape < LENGTH(shapes); shape++) {
         struct problem p = make(shapes[shape][0], shapes[shape][1], shapes[shape][2], HF_STOMPP_F32, 1);
         for (int threads = 1; threads <= 2; threads++) {
@@ -359,17 +368,380 @@ static void check_large_shapes(void) {
     release(&p);
 }
 
+/* An output in memory of just its size, where nothing is sanitized with a guard behind it. */
+static uint8_t *allocate_output(int64_t count, int64_t element_bytes) {
+    return allocate_elements(count + SPARE_BYTES / element_bytes, element_bytes);
+}
+
+static void clear_output(uint8_t *output, int64_t bytes) { memset(output, GUARD, (size_t)(bytes + SPARE_BYTES)); }
+
+static void fail_masked(int kernel, int64_t rows, int64_t columns, const char *options, const char *what) {
+    printf("%s: %lld x %lld, %s: %s\n", kernel_names[kernel], (long long)rows, (long long)columns, options, what);
+    exit(1);
+}
+
+struct masked_case {
+    int64_t rows, columns;
+    char options[100];
+};
+
+static void check_masked_output(int kernel, const struct masked_case *c, const uint8_t *output, int dtype,
+                                const float *expected, const char *what) {
+    int64_t count = c->rows * c->columns;
+    for (int64_t i = 0; i < count; i++) {
+        float value = value_at(output, dtype, i);
+        if (same(value, expected[i])) continue;
+        char message[200];
+        snprintf(message, sizeof message, "%s: row %lld, column %lld: %a, expected %a", what,
+                 (long long)(i / c->columns), (long long)(i % c->columns), value, expected[i]);
+        fail_masked(kernel, c->rows, c->columns, c->options, message);
+    }
+    for (int i = 0; i < SPARE_BYTES; i++)
+        if (output[count * size_of(dtype) + i] != GUARD)
+            fail_masked(kernel, c->rows, c->columns, c->options, "writes beyond the output");
+}
+
+static void check_bytes(int kernel, const struct masked_case *c, const uint8_t *output, const uint8_t *expected,
+                        int64_t bytes, const char *what) {
+    int differ = memcmp(output, expected, (size_t)bytes) != 0;
+    for (int i = 0; i < SPARE_BYTES; i++) differ |= output[bytes + i] != GUARD;
+    if (differ) fail_masked(kernel, c->rows, c->columns, c->options, what);
+}
+
+static int gradient_passes(int surrogate, int frozen, int inside) {
+    if (!frozen) return inside;
+    if (surrogate == HF_STOMPP_STE) return 1;
+    return surrogate == HF_STOMPP_CLIPPED_STE ? inside : 0;
+}
+
+static float clip_to(float value, float low, float high) {
+    if (value < low) return low;
+    if (value > high) return high;
+    return value;
+}
+
+/* At least 0; many are the levels of fill_values, so that values lie exactly on a bound. */
+static float draw_scale(void) {
+    static const float plain[] = {0.0f, 0.5f, 1.0f, INFINITY, 0x1p-140f};
+    if (draw(3) == 0) return plain[draw(LENGTH(plain))];
+    return (float)ldexp((double)draw(1 << 24), (int)draw(12) - 28);
+}
+
+/* A third of the values becomes one of a few, rounded to the dtype, or a neighbour. */
+static void put_on_edges(uint8_t *values, int dtype, int64_t index, const float *edges, int count) {
+    if (draw(3)) return;
+    float edge = round_to(edges[draw((uint64_t)count)], dtype);
+    uint32_t bits = as_bits(edge);
+    if (dtype != HF_STOMPP_F32) {
+        /* The pattern of 16 bits is looked for: values of one sign are ordered as their patterns are. */
+        uint32_t low = 0, high = dtype == HF_STOMPP_BF16 ? 0x7f80 : 0x7c00;
+        while (low < high) {
+            uint16_t middle = (uint16_t)((low + high) / 2);
+            if (value_at((uint8_t *)&middle, dtype, 0) < fabsf(edge)) low = middle + 1u;
+            else high = middle;
+        }
+        bits = low | (signbit(edge) ? 0x8000u : 0);
+    }
+    uint32_t magnitude = bits & (dtype == HF_STOMPP_F32 ? 0x7fffffffu : 0x7fffu);
+    uint64_t step = draw(3);
+    if (step == 1) bits++;
+    if (step == 2 && magnitude) bits--;
+    memcpy(values + index * size_of(dtype), &bits, (size_t)size_of(dtype));
+}
+
+static void check_masked_weight(int64_t rows, int64_t columns, int weight_dtype, int other_dtype, double clip,
+                                int threads) {
+    int64_t count = rows * columns, weight_bytes = count * size_of(weight_dtype);
+    int64_t other_bytes = count * size_of(other_dtype);
+    struct masked_case c = {rows, columns, ""};
+    uint8_t *weight = allocate_elements(count, size_of(weight_dtype)), *mask = allocate_elements(count, 1);
+    uint8_t *gradient = allocate_elements(count, size_of(other_dtype)), *scale = allocate_elements(rows, 4);
+    uint8_t *value = allocate_output(count, size_of(other_dtype));
+    uint8_t *weight_gradient = allocate_output(count, size_of(weight_dtype));
+    float *expected = allocate(count * 4), *bounds = allocate(rows * 4);
+    fill_values(weight, weight_dtype, count);
+    fill_values(gradient, other_dtype, count);
+    for (int64_t m = 0; m < rows; m++) {
+        float drawn = draw_scale();
+        memcpy(scale + 4 * m, &drawn, 4);
+        bounds[m] = (float)clip * drawn;
+    }
+    for (int64_t i = 0; i < count; i++) {
+        float bound = bounds[i / columns], edges[] = {bound, -bound, 0.0f, -0.0f};
+        put_on_edges(weight, weight_dtype, i, edges, LENGTH(edges));
+        mask[i] = (uint8_t)draw(2);
+    }
+    for (int surrogate = -1; surrogate <= HF_STOMPP_CLIPPED_STE; surrogate++) {
+        int of_value = surrogate < 0, output_dtype = of_value ? other_dtype : weight_dtype;
+        uint8_t *output = of_value ? value : weight_gradient;
+        for (int64_t i = 0; i < count; i++) {
+            float w = value_at(weight, weight_dtype, i), level = float_at(scale, i / columns);
+            float bound = bounds[i / columns];
+            int frozen = mask[i], inside = w >= -bound && w <= bound;
+            if (of_value)
+                expected[i] = frozen ? (w >= 0 ? level : -level) : clip_to(w, -bound, bound);
+            else
+                expected[i] = gradient_passes(surrogate, frozen, inside) ? value_at(gradient, other_dtype, i) : 0.0f;
+            expected[i] = round_to(expected[i], output_dtype);
+        }
+        snprintf(c.options, sizeof c.options, "weight %s, other %s, clip %g, %s, threads %d", dtype_names[weight_dtype],
+                 dtype_names[other_dtype], clip, of_value ? "value" : surrogate_names[surrogate], threads);
+        for (int kernel = 0; kernel < HF_STOMPP_KERNELS; kernel++) {
+            if (hf_stompp_unavailable(kernel)) continue;
+            clear_output(output, of_value ? other_bytes : weight_bytes);
+            int status = hf_stompp_masked_weight(&(struct hf_stompp_masked_weight){
+                .kernel = kernel, .threads = threads, .weight = weight, .weight_dtype = weight_dtype, .mask = mask,
+                .scale = (const float *)scale, .clip = clip, .rows = rows, .columns = columns,
+                .gradient = of_value ? NULL : gradient, .surrogate = of_value ? 0 : surrogate, .output = output,
+                .other_dtype = other_dtype});
+            if (status != HF_STOMPP_OK) fail_masked(kernel, rows, columns, c.options, "masked_weight: not OK");
+            check_masked_output(kernel, &c, output, output_dtype, expected, "masked_weight");
+            maskings[kernel]++;
+        }
+    }
+    release_elements(weight, size_of(weight_dtype));
+    release_elements(mask, 1);
+    release_elements(gradient, size_of(other_dtype));
+    release_elements(scale, 4);
+    release_elements(value, size_of(other_dtype));
+    release_elements(weight_gradient, size_of(weight_dtype));
+    free(expected);
+    free(bounds);
+}
+
+/* A masked activation with its expected bits, of which the gradient is taken. */
+struct activation {
+    struct masked_case of;
+    int dtype, threads;
+    uint8_t *mask;
+    int8_t *passes, *upper;
+    uint8_t *pass_bits, *upper_bits;
+};
+
+enum { SUMS = 3 };
+
+static void check_activation_gradient(struct activation *a) {
+    int64_t rows = a->of.rows, features = a->of.columns, count = rows * features, size = size_of(a->dtype);
+    uint8_t *gradient = allocate_elements(count, size), *output = allocate_output(count, size);
+    uint8_t *sums = allocate_output(SUMS * features, 8);
+    float *expected = allocate(count * 4);
+    double *totals = calloc((size_t)(SUMS * features), 8), *magnitudes = calloc((size_t)(SUMS * features), 8);
+    if (!totals || !magnitudes) exit(1);
+    fill_values(gradient, a->dtype, count);
+    for (int64_t i = 0; i < count; i++) {
+        int64_t k = i % features;
+        float g = value_at(gradient, a->dtype, i);
+        /* Every other column has finite sums. */
+        if (k % 2 && !(fabsf(g) < 1e4f)) {
+            memset(gradient + i * size, 0, (size_t)size);
+            g = 0.0f;
+        }
+        int passes = a->passes[i] > 0, held = !passes || a->mask[k];
+        int counts[SUMS] = {passes, held, held && a->upper[i] > 0};
+        expected[i] = passes ? g : 0.0f;
+        for (int kind = 0; kind < SUMS; kind++)
+            if (counts[kind]) {
+                totals[kind * features + k] += (double)g;
+                magnitudes[kind * features + k] += fabs((double)g);
+            }
+    }
+    for (int kernel = 0; kernel < HF_STOMPP_KERNELS; kernel++) {
+        if (hf_stompp_unavailable(kernel)) continue;
+        uint8_t *sums_of_one_thread = allocate(SUMS * features * 8);
+        for (int threads = 1; threads <= a->threads; threads++) {
+            clear_output(output, count * size);
+            clear_output(sums, SUMS * features * 8);
+            int status = hf_stompp_masked_activation(&(struct hf_stompp_masked_activation){
+                .kernel = kernel, .threads = threads, .dtype = a->dtype, .mask = a->mask, .rows = rows,
+                .features = features, .passes = a->pass_bits, .upper = a->upper_bits, .gradient = gradient,
+                .output = output, .sums = (double *)sums});
+            if (status != HF_STOMPP_OK) fail_masked(kernel, rows, features, a->of.options, "gradient: not OK");
+            check_masked_output(kernel, &a->of, output, a->dtype, expected, "gradient");
+            if (threads == 1) memcpy(sums_of_one_thread, sums, (size_t)(SUMS * features * 8));
+            check_bytes(kernel, &a->of, sums, sums_of_one_thread, SUMS * features * 8,
+                        "sums depend on the threads, or are written beyond");
+            for (int64_t k = 0; k < SUMS * features; k++) {
+                double sum, total = totals[k];
+                memcpy(&sum, sums + 8 * k, 8);
+                int close = isfinite(total) ? fabs(sum - total) <= 1e-12 * magnitudes[k] : sum == total;
+                if (!close && !(isnan(sum) && isnan(total)))
+                    fail_masked(kernel, rows, features, a->of.options, "another sum than expected");
+            }
+            maskings[kernel]++;
+        }
+        free(sums_of_one_thread);
+    }
+    release_elements(gradient, size);
+    release_elements(output, size);
+    release_elements(sums, 8);
+    free(expected);
+    free(totals);
+    free(magnitudes);
+}
+
+static void check_masked_activation(int64_t rows, int64_t features, int dtype, int threads) {
+    int64_t count = rows * features, size = size_of(dtype), bytes = rows * bytes_of_row(features);
+    uint8_t *value = allocate_elements(count, size), *pre_activation = allocate_elements(count, size);
+    uint8_t *threshold = allocate_elements(features, 4), *offset = allocate_elements(features, 4);
+    uint8_t *center = allocate_elements(features, 4), *amplitude = allocate_elements(1, 4);
+    uint8_t *bound = allocate_elements(1, 4);
+    uint8_t *output = allocate_output(count, size), *passes = allocate_output(bytes, 1);
+    uint8_t *upper = allocate_output(bytes, 1);
+    float *expected = allocate(count * 4);
+    struct activation a = {.of = {rows, features, ""}, .dtype = dtype, .threads = threads,
+                           .mask = allocate_elements(features, 1), .passes = allocate(count), .upper = allocate(count),
+                           .pass_bits = allocate_elements(bytes, 1), .upper_bits = allocate_elements(bytes, 1)};
+    fill_values(value, dtype, count);
+    fill_values(pre_activation, dtype, count);
+    fill_factors(threshold, features);
+    float reach = 0.0f;
+    while (!(reach > 0) || isinf(reach)) reach = draw_scale();
+    memcpy(bound, &reach, 4);
+    memcpy(amplitude, &(float){0.75f}, 4);
+    for (int64_t k = 0; k < features; k++) {
+        a.mask[k] = (uint8_t)draw(2);
+        float level = (float)draw(1000) / 128 - 4, middle = draw(2) ? 0.0f : (float)draw(1000) / 300 - 2;
+        memcpy(offset + 4 * k, &level, 4);
+        memcpy(center + 4 * k, &middle, 4);
+    }
+    for (int64_t i = 0; i < count; i++) {
+        float middle = float_at(center, i % features), limit = float_at(threshold, i % features);
+        float edges[] = {middle - reach, middle + reach, middle};
+        put_on_edges(value, dtype, i, edges, LENGTH(edges));
+        if (!isnan(limit)) put_on_edges(pre_activation, dtype, i, &limit, 1);
+    }
+    for (int surrogate = 0; surrogate <= HF_STOMPP_CLIPPED_STE; surrogate++) {
+        for (int64_t i = 0; i < count; i++) {
+            int64_t k = i % features;
+            float v = value_at(value, dtype, i), middle = float_at(center, k), level = float_at(offset, k);
+            float low = middle - reach, high = middle + reach, half = float_at(amplitude, 0);
+            int frozen = a.mask[k], above = value_at(pre_activation, dtype, i) >= float_at(threshold, k);
+            expected[i] = frozen ? (above ? level + half : level - half) : clip_to(v, low, high);
+            expected[i] = round_to(expected[i], dtype);
+            a.passes[i] = gradient_passes(surrogate, frozen, v >= low && v <= high) ? 1 : -1;
+            a.upper[i] = (frozen ? above : v > middle) ? 1 : -1;
+        }
+        pack(a.passes, rows, features, a.pass_bits);
+        pack(a.upper, rows, features, a.upper_bits);
+        snprintf(a.of.options, sizeof a.of.options, "activation %s, %s, threads %d", dtype_names[dtype],
+                 surrogate_names[surrogate], threads);
+        for (int kernel = 0; kernel < HF_STOMPP_KERNELS; kernel++) {
+            if (hf_stompp_unavailable(kernel)) continue;
+            clear_output(output, count * size);
+            clear_output(passes, bytes);
+            clear_output(upper, bytes);
+            int status = hf_stompp_masked_activation(&(struct hf_stompp_masked_activation){
+                .kernel = kernel, .threads = threads, .value = value, .pre_activation = pre_activation, .dtype = dtype,
+                .mask = a.mask, .threshold = (const float *)threshold, .offset = (const float *)offset,
+                .amplitude = (const float *)amplitude, .center = (const float *)center, .bound = (const float *)bound,
+                .surrogate = surrogate, .rows = rows, .features = features, .passes = passes, .upper = upper,
+                .output = output});
+            if (status != HF_STOMPP_OK) fail_masked(kernel, rows, features, a.of.options, "value: not OK");
+            check_masked_output(kernel, &a.of, output, dtype, expected, "value");
+            check_bytes(kernel, &a.of, passes, a.pass_bits, bytes, "other bits of what passes than expected");
+            check_bytes(kernel, &a.of, upper, a.upper_bits, bytes, "other bits of the upper side than expected");
+            maskings[kernel]++;
+        }
+        check_activation_gradient(&a);
+    }
+    release_elements(value, size);
+    release_elements(pre_activation, size);
+    release_elements(threshold, 4);
+    release_elements(offset, 4);
+    release_elements(center, 4);
+    release_elements(amplitude, 4);
+    release_elements(bound, 4);
+    release_elements(output, size);
+    release_elements(passes, 1);
+    release_elements(upper, 1);
+    release_elements(a.mask, 1);
+    release_elements(a.pass_bits, 1);
+    release_elements(a.upper_bits, 1);
+    free(a.passes);
+    free(a.upper);
+    free(expected);
+}
+
+static void check_sign_product(int64_t out_features, int64_t in_features, int transposed, int threads) {
+    int64_t taken = transposed ? out_features : in_features, given = transposed ? in_features : out_features;
+    uint8_t *weight = allocate_elements(out_features * bytes_of_row(in_features), 1);
+    uint8_t *vector = allocate_elements(taken, 8), *output = allocate_output(given, 8);
+    int8_t *signs = allocate(out_features * in_features);
+    double *expected = calloc((size_t)given + 1, 8);
+    if (!expected) exit(1);
+    for (int64_t i = 0; i < out_features * in_features; i++) signs[i] = draw(2) ? 1 : -1;
+    pack(signs, out_features, in_features, weight);
+    /* Of so few bits that every sum is exact, in whatever order it is taken. */
+    for (int64_t i = 0; i < taken; i++) {
+        double number = ldexp((double)draw(1 << 30) - (1 << 29), -20);
+        memcpy(vector + 8 * i, &number, 8);
+    }
+    for (int64_t n = 0; n < out_features; n++)
+        for (int64_t k = 0; k < in_features; k++) {
+            double number;
+            memcpy(&number, vector + 8 * (transposed ? n : k), 8);
+            expected[transposed ? k : n] += signs[n * in_features + k] * number;
+        }
+    struct masked_case c = {out_features, in_features, ""};
+    snprintf(c.options, sizeof c.options, "%s, threads %d", transposed ? "transposed" : "as it is", threads);
+    for (int kernel = 0; kernel < HF_STOMPP_KERNELS; kernel++) {
+        if (hf_stompp_unavailable(kernel)) continue;
+        clear_output(output, given * 8);
+        int status = hf_stompp_sign_product(&(struct hf_stompp_sign_product){
+            kernel, threads, weight, out_features, in_features, transposed, (const double *)vector, (double *)output});
+        if (status != HF_STOMPP_OK) fail_masked(kernel, out_features, in_features, c.options, "sign_product: not OK");
+        for (int64_t i = 0; i < given; i++) {
+            double sum;
+            memcpy(&sum, output + 8 * i, 8);
+            if (sum != expected[i])
+                fail_masked(kernel, out_features, in_features, c.options, "sign_product: another sum than expected");
+        }
+        check_bytes(kernel, &c, output, output, given * 8, "sign_product: writes beyond the output");
+        maskings[kernel]++;
+    }
+    release_elements(weight, 1);
+    release_elements(vector, 8);
+    release_elements(output, 8);
+    free(signs);
+    free(expected);
+}
+
+static void check_masked(void) {
+    static const int64_t rows[] = {0, 1, 2, 33, 70}, columns[] = {1, 7, 63, 64, 65, 127, 257, 770};
+    static const double clips[] = {1.0, 1.1, 3.0};
+    int turn = 0;
+    for (int m = 0; m < LENGTH(rows); m++)
+        for (int k = 0; k < LENGTH(columns); k++, turn++) {
+            for (int dtypes = 0; dtypes < 9; dtypes++)
+                check_masked_weight(rows[m], columns[k], dtypes / 3, dtypes % 3, clips[turn % LENGTH(clips)], 1);
+            for (int dtype = 0; dtype < 3; dtype++) check_masked_activation(rows[m], columns[k], dtype, 1);
+            for (int transposed = 0; transposed < 2; transposed++)
+                check_sign_product(rows[m], columns[k], transposed, 1);
+        }
+    /* From 128 thousand elements on two threads share the work: rows or columns, evenly or not. */
+    static const int64_t large[][2] = {{2005, 65}, {43, 3072}, {1, 130001}, {501, 257}};
+    for (int shape = 0; shape < LENGTH(large); shape++)
+        for (int threads = 1; threads <= 2; threads++) {
+            check_masked_weight(large[shape][0], large[shape][1], shape % 3, (shape + threads) % 3, 1.1, threads);
+            check_masked_activation(large[shape][0], large[shape][1], (shape + threads) % 3, threads);
+            for (int transposed = 0; transposed < 2; transposed++)
+                check_sign_product(large[shape][0], large[shape][1], transposed, threads);
+        }
+}
+
 int main(void) {
     check_every_shape();
     check_every_dtype();
     check_large_shapes();
+    check_masked();
     int run = 0;
     for (int kernel = 0; kernel < HF_STOMPP_KERNELS; kernel++) {
         const char *reason = hf_stompp_unavailable(kernel);
         if (reason)
             printf("%s: not run: %s\n", kernel_names[kernel], reason);
         else
-            printf("%s: %ld products, %ld packings\n", kernel_names[kernel], products[kernel], packings[kernel]);
+            printf("%s: %ld products, %ld packings, %ld maskings\n", kernel_names[kernel], products[kernel],
+                   packings[kernel], maskings[kernel]);
         run += !reason;
     }
     return run == 0;

@@ -80,7 +80,7 @@ def test_folded_product_equals_the_linear_layer_on_the_levels(with_bias: bool, o
     signs, weight_signs, row_scale = draw_signs(4, 37), draw_signs(9, 37, seed=1), draw(9, 1, seed=2).abs()
     offset = torch.tensor(0.3) if one_offset else draw(37, seed=3)
     amplitude, bias = torch.tensor(0.7), draw(9, seed=4) if with_bias else None
-    scale, constant = fold(weight_signs, row_scale, offset, amplitude, bias)
+    scale, constant = fold(pack_bits(weight_signs), row_scale, offset, amplitude, bias, 37)
     assert scale.dtype == constant.dtype == torch.float32
     offsets = [offset.item()] * 37 if one_offset else offset.tolist()
     for o in range(9):
@@ -101,7 +101,7 @@ def test_fold_adds_in_float64_and_rounds_once() -> None:
     # In float32 the sum would lose every 1: 2^25 - 2^25 + 1 + 1 + 1.
     weight_signs = torch.ones(1, 5)
     offset = torch.tensor([2.0**25, 1.0, 1.0, 1.0, -(2.0**25)])
-    _, constant = fold(weight_signs, torch.ones(1, 1), offset, torch.tensor(1.0), torch.tensor([0.5]))
+    _, constant = fold(pack_bits(weight_signs), torch.ones(1, 1), offset, torch.tensor(1.0), torch.tensor([0.5]), 5)
     assert constant.item() == 3.5
 
 

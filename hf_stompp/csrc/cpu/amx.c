@@ -6,6 +6,7 @@
  * side. A strip is the tiles of 16 rows, or of 16 columns, over all features.
  */
 #include "avx512.h"
+#include "masked.h"
 
 #ifdef HF_STOMPP_EMULATED_AMX
 #include HF_STOMPP_EMULATED_AMX
@@ -268,4 +269,5 @@ const struct kernel hf_stompp_amx_kernel = {
     .multiply = multiply,
     .rows_per_thread = 512,
     .limit = limit,
+    MASKED_FUNCTIONS,
 };

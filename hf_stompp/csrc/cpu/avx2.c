@@ -6,6 +6,7 @@
 #include <immintrin.h>
 
 #include "kernel.h"
+#include "masked.h"
 
 enum {
     /* 3 rows x 2 vectors of byte sums, the columns' nibbles and the tables fill 16 registers. */
@@ -323,4 +324,5 @@ const struct kernel hf_stompp_avx2_kernel = {
     .multiply = multiply,
     .rows_per_thread = 64,
     .limit = limit,
+    MASKED_FUNCTIONS,
 };

@@ -3,6 +3,7 @@
  * With few rows it is read as it is stored, 512 bits of one column at a time.
  */
 #include "avx512.h"
+#include "masked.h"
 
 enum {
     LANES = 16,
@@ -219,4 +220,5 @@ const struct kernel hf_stompp_avx512_kernel = {
     .multiply = multiply,
     .rows_per_thread = 64,
     .limit = limit,
+    MASKED_FUNCTIONS,
 };

@@ -152,3 +152,53 @@ int hf_stompp_binary_linear(const struct hf_stompp_product *p) {
     }
     return failed ? HF_STOMPP_NO_MEMORY : HF_STOMPP_OK;
 }
+
+/* Elements of masked binarization that take about as long as starting a thread. */
+static const double ELEMENTS_PER_THREAD = 64e3;
+
+static int64_t parts_of(double elements, int64_t threads) {
+    return max_int64(1, min_int64((int64_t)(elements / ELEMENTS_PER_THREAD), threads));
+}
+
+/* Runs call(begin, end) for pieces of [0, size), cut at multiples of `alignment`, on `parts` threads. */
+#ifdef _OPENMP
+#define PARALLEL _Pragma("omp parallel for num_threads((int)parts) if (parts > 1)")
+#else
+#define PARALLEL
+#endif
+#define IN_PIECES(size, alignment, parts, call)                                                  \
+    PARALLEL for (int64_t index = 0; index < parts; index++) {                                   \
+        int64_t begin, end;                                                                      \
+        piece(size, alignment, parts, index, &begin, &end);                                      \
+        call;                                                                                    \
+    }
+
+int hf_stompp_masked_weight(const struct hf_stompp_masked_weight *p) {
+    const struct kernel *chosen = choose((int)p->kernel, AMX_ROWS);
+    if (!chosen) return HF_STOMPP_UNAVAILABLE;
+    int64_t parts = parts_of((double)p->rows * (double)p->columns, p->threads);
+    IN_PIECES(p->rows, 1, parts, chosen->masked_weight(p, begin, end))
+    return HF_STOMPP_OK;
+}
+
+int hf_stompp_masked_activation(const struct hf_stompp_masked_activation *p) {
+    const struct kernel *chosen = choose((int)p->kernel, AMX_ROWS);
+    if (!chosen) return HF_STOMPP_UNAVAILABLE;
+    int64_t parts = parts_of((double)p->rows * (double)p->features, p->threads);
+    if (p->gradient)
+        IN_PIECES(p->features, COLUMN_ALIGNMENT, parts, chosen->masked_activation_gradient(p, begin, end))
+    else
+        IN_PIECES(p->rows, 1, parts, chosen->masked_activation(p, begin, end))
+    return HF_STOMPP_OK;
+}
+
+int hf_stompp_sign_product(const struct hf_stompp_sign_product *p) {
+    const struct kernel *chosen = choose((int)p->kernel, AMX_ROWS);
+    if (!chosen) return HF_STOMPP_UNAVAILABLE;
+    int64_t parts = parts_of((double)p->out_features * (double)p->in_features, p->threads);
+    if (p->transposed)
+        IN_PIECES(p->in_features, COLUMN_ALIGNMENT, parts, chosen->sign_product_columns(p, begin, end))
+    else
+        IN_PIECES(p->out_features, 1, parts, chosen->sign_product_rows(p, begin, end))
+    return HF_STOMPP_OK;
+}

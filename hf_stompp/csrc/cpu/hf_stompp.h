@@ -10,7 +10,7 @@
 
 #include <stdint.h>
 
-#define HF_STOMPP_ABI_VERSION 1
+#define HF_STOMPP_ABI_VERSION 2
 
 #if defined(_WIN32)
 #define HF_STOMPP_EXPORT __declspec(dllexport)
@@ -30,6 +30,9 @@ enum hf_stompp_kernel {
     HF_STOMPP_SCALAR = 4,
     HF_STOMPP_KERNELS = 5
 };
+
+/* Gradient of the frozen entries, see SURROGATES in hf_stompp/ops/reference.py. */
+enum hf_stompp_surrogate { HF_STOMPP_NO_SURROGATE = 0, HF_STOMPP_STE = 1, HF_STOMPP_CLIPPED_STE = 2 };
 
 enum hf_stompp_status { HF_STOMPP_OK = 0, HF_STOMPP_NO_MEMORY = 1, HF_STOMPP_UNAVAILABLE = 2 };
 
@@ -98,5 +101,68 @@ struct hf_stompp_product {
 };
 
 HF_STOMPP_EXPORT int hf_stompp_binary_linear(const struct hf_stompp_product *);
+
+/* Without a gradient: output = scale * sign(weight) where the mask is set, else weight clipped to +-clip * scale.
+ * With one: output = gradient where it passes, else 0.
+ */
+struct hf_stompp_masked_weight {
+    int64_t kernel, threads;
+    /* rows x columns of weight_dtype. */
+    const void *weight;
+    int64_t weight_dtype;
+    /* rows x columns of 0 and 1. */
+    const uint8_t *mask;
+    /* rows */
+    const float *scale;
+    double clip;
+    int64_t rows, columns;
+    /* NULL, or rows x columns of other_dtype. */
+    const void *gradient;
+    int64_t surrogate;
+    /* rows x columns of other_dtype; of weight_dtype with a gradient. */
+    void *output;
+    int64_t other_dtype;
+};
+
+HF_STOMPP_EXPORT int hf_stompp_masked_weight(const struct hf_stompp_masked_weight *);
+
+/* Without a gradient: output = offset +- amplitude where the mask is set, + where pre_activation >= threshold; else
+ * value clipped to center +- bound. passes: whether the gradient passes to the value; upper: which side of the middle
+ * it is on. With one: output = gradient where it passes, else 0, and sums over the rows.
+ */
+struct hf_stompp_masked_activation {
+    int64_t kernel, threads;
+    /* rows x features of dtype. */
+    const void *value, *pre_activation;
+    int64_t dtype;
+    /* features of 0 and 1. */
+    const uint8_t *mask;
+    /* features, features, 1, features, 1. */
+    const float *threshold, *offset, *amplitude, *center, *bound;
+    int64_t surrogate, rows, features;
+    /* rows of bits of features. */
+    uint8_t *passes, *upper;
+    /* NULL, or rows x features of dtype. */
+    const void *gradient;
+    /* rows x features of dtype. */
+    void *output;
+    /* 3 x features, with a gradient: the sums of what passes; of what does not or is frozen; of the upper of those. */
+    double *sums;
+};
+
+HF_STOMPP_EXPORT int hf_stompp_masked_activation(const struct hf_stompp_masked_activation *);
+
+/* output = signs @ vector, or vector @ signs if transposed. */
+struct hf_stompp_sign_product {
+    int64_t kernel, threads;
+    /* out_features rows of bits. */
+    const uint8_t *weight;
+    int64_t out_features, in_features, transposed;
+    /* in_features, or out_features if transposed; the output the other way round. */
+    const double *vector;
+    double *output;
+};
+
+HF_STOMPP_EXPORT int hf_stompp_sign_product(const struct hf_stompp_sign_product *);
 
 #endif

@@ -33,6 +33,13 @@ struct kernel {
     /* Runs the inner instructions `steps` times on registers alone; returns the pairs of bits they would have
      * multiplied. What a product could reach at best. NULL where nobody has written it. */
     int64_t (*limit)(int64_t steps);
+    /* The functions of masked.h, on a part of the rows or of the columns. */
+    void (*masked_weight)(const struct hf_stompp_masked_weight *, int64_t row_begin, int64_t row_end);
+    void (*masked_activation)(const struct hf_stompp_masked_activation *, int64_t row_begin, int64_t row_end);
+    void (*masked_activation_gradient)(const struct hf_stompp_masked_activation *, int64_t column_begin,
+                                       int64_t column_end);
+    void (*sign_product_rows)(const struct hf_stompp_sign_product *, int64_t row_begin, int64_t row_end);
+    void (*sign_product_columns)(const struct hf_stompp_sign_product *, int64_t column_begin, int64_t column_end);
 };
 
 extern const struct kernel hf_stompp_scalar_kernel;
@@ -105,6 +112,13 @@ static inline float load_float(const void *input, int64_t dtype, int64_t index) 
     if (dtype == HF_STOMPP_F32) return ((const float *)input)[index];
     uint16_t half = ((const uint16_t *)input)[index];
     return dtype == HF_STOMPP_BF16 ? float_of_bf16(half) : float_of_f16(half);
+}
+
+static inline void store_float(void *output, int64_t dtype, int64_t index, float value) {
+    if (dtype == HF_STOMPP_F32)
+        ((float *)output)[index] = value;
+    else
+        ((uint16_t *)output)[index] = dtype == HF_STOMPP_BF16 ? bf16_of_float(value) : f16_of_float(value);
 }
 
 /* Signs the features of a row from `begin` on; `first` is the index of feature 0 in the input. Their bits in `out` must

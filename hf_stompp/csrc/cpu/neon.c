@@ -5,6 +5,7 @@
 #include <arm_neon.h>
 
 #include "kernel.h"
+#include "masked.h"
 
 enum {
     /* 4 x 4 vectors of byte sums, 4 of totals, the columns and a row take 25 of the 32 registers. */
@@ -183,4 +184,5 @@ const struct kernel hf_stompp_neon_kernel = {
     .scratch_bytes = scratch_bytes,
     .multiply = multiply,
     .rows_per_thread = 64,
+    MASKED_FUNCTIONS,
 };

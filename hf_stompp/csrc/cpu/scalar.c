@@ -1,5 +1,6 @@
 /* 64-bit popcounts in plain C: the kernel of last resort, and the one to read first. */
 #include "kernel.h"
+#include "masked.h"
 
 enum { ROWS = 4 };
 
@@ -66,4 +67,5 @@ const struct kernel hf_stompp_scalar_kernel = {
     .scratch_bytes = scratch_bytes,
     .multiply = multiply,
     .rows_per_thread = 64,
+    MASKED_FUNCTIONS,
 };
