@@ -14,6 +14,8 @@ $(VENV)/installed: setup.cfg setup.py pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --no-deps --requirement constraints.txt
 	$(BIN)/pip install --quiet --no-deps --editable .
+	# Beside site-packages: torch would use it, and it is there to be interpreted by the tests.
+	$(BIN)/pip install --quiet --no-deps --target $(VENV)/triton triton==3.9.0
 	touch $@
 
 demo: $(VENV)/installed

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-# Importing it registers the CPU implementation.
-from . import cpu, schema
+# Importing them registers the implementations of devices.
+from . import cpu, cuda, schema
 from .reference import SURROGATES, fold, integer_linear, pack_bits, packed_bytes, plus_minus_one, unpack_signs
 
 
@@ -31,6 +31,7 @@ __all__ = [
     "binary_linear",
     "binary_linear_sign",
     "cpu",
+    "cuda",
     "fold",
     "has_native_kernels",
     "integer_linear",
