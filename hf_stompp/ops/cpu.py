@@ -16,7 +16,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from . import build, reference
-from .schema import empty_output, empty_output_bits, empty_packing, register
+from .schema import FLOATS, empty_output, empty_output_bits, empty_packing, register
 
 
 ABI_VERSION = 2
@@ -290,7 +290,7 @@ class NativeKernels:
 
     def masked_weight(self, weight: Tensor, mask: Tensor, scale: Tensor, clip: float, dtype: torch.dtype) -> Tensor:
         """See [`~hf_stompp.ops.reference.masked_weight`]; arguments have been checked."""
-        if not {weight.dtype, dtype} <= _DTYPES.keys() or scale.dtype != torch.float32:
+        if not {weight.dtype, dtype} <= set(FLOATS) or scale.dtype != torch.float32:
             return reference.masked_weight(weight, mask, scale, clip, dtype)
         output = weight.new_empty(weight.shape, dtype=dtype)
         self._mask_weight(weight, mask, scale, clip, None, "none", output, dtype)
@@ -300,7 +300,7 @@ class NativeKernels:
         self, grad: Tensor, weight: Tensor, mask: Tensor, scale: Tensor, clip: float, surrogate: str
     ) -> Tensor:
         """See [`~hf_stompp.ops.reference.masked_weight_grad`]; arguments have been checked."""
-        is_known = {weight.dtype, grad.dtype} <= _DTYPES.keys() and surrogate in _SURROGATES
+        is_known = {weight.dtype, grad.dtype} <= set(FLOATS) and surrogate in _SURROGATES
         if not is_known or scale.dtype != torch.float32:
             return reference.masked_weight_grad(grad, weight, mask, scale, clip, surrogate)
         output = weight.new_empty(weight.shape)
@@ -349,7 +349,7 @@ class NativeKernels:
         surrogate: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See [`~hf_stompp.ops.reference.masked_activation`]; arguments have been checked."""
-        if value.dtype not in _DTYPES or surrogate not in _SURROGATES:
+        if value.dtype not in FLOATS or surrogate not in _SURROGATES:
             return reference.masked_activation(
                 value, pre_activation, mask, threshold, offset, amplitude, center, bound, surrogate
             )
@@ -386,7 +386,7 @@ class NativeKernels:
         self, grad: Tensor, passes: Tensor, upper: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See [`~hf_stompp.ops.reference.masked_activation_grad`]; arguments have been checked."""
-        if grad.dtype not in _DTYPES:
+        if grad.dtype not in FLOATS:
             return reference.masked_activation_grad(grad, passes, upper, mask)
         output = grad.new_empty(grad.shape)
         sums = grad.new_empty((3, grad.shape[-1]), dtype=torch.float64)

@@ -240,6 +240,11 @@ def binary_linear_sign(
     return pack_bools(_above(output, output_threshold))
 
 
+def _clip(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """`x` where it is not beyond a bound; one that is NaN bounds nothing."""
+    return torch.where(x > high, high, torch.where(x < low, low, x))
+
+
 def masked_weight(weight: Tensor, mask: Tensor, scale: Tensor, clip: float, dtype: torch.dtype) -> Tensor:
     """
     Masked binarization of a weight: `M * scale * sign(w) + (1 - M) * clip(w, -clip * scale, clip * scale)`.
@@ -258,7 +263,7 @@ def masked_weight(weight: Tensor, mask: Tensor, scale: Tensor, clip: float, dtyp
     weight, scale = weight.to(work), scale.to(work)
     bound = clip * scale
     hard = torch.where(weight >= 0, scale, -scale)
-    return torch.where(mask, hard, weight.clamp(-bound, bound)).to(dtype)
+    return torch.where(mask, hard, _clip(weight, -bound, bound)).to(dtype).contiguous()
 
 
 def masked_weight_grad(
@@ -278,7 +283,7 @@ def masked_weight_grad(
     work = torch.promote_types(weight.dtype, torch.float32)
     bound = clip * scale.to(work)
     passes = SURROGATES[surrogate](mask, weight.to(work).abs() <= bound)
-    return torch.where(passes, grad, 0).to(weight.dtype)
+    return torch.where(passes, grad, 0).to(weight.dtype).contiguous()
 
 
 def masked_activation(
@@ -318,7 +323,7 @@ def masked_activation(
     low, high = center - bound, center + bound
     above = pre_activation.to(work) >= threshold
     hard = torch.where(above, offset + amplitude, offset - amplitude)
-    output = torch.where(mask, hard, value.clamp(low, high)).to(dtype)
+    output = torch.where(mask, hard, _clip(value, low, high)).to(dtype).contiguous()
     passes = SURROGATES[surrogate](mask, (value >= low) & (value <= high))
     return output, pack_bools(passes), pack_bools(torch.where(mask, above, value > center))
 
@@ -339,7 +344,7 @@ def masked_activation_grad(grad: Tensor, passes: Tensor, upper: Tensor, mask: Te
     """
     features = grad.shape[-1]
     is_passed, is_upper = _unpack(passes, features).bool(), _unpack(upper, features).bool()
-    passed = torch.where(is_passed, grad, 0)
+    passed = torch.where(is_passed, grad, 0).contiguous()
     held = torch.where(mask | ~is_passed, grad, 0)
     rows = [t.reshape(-1, features) for t in (passed, held, torch.where(is_upper, held, 0))]
     return passed, torch.stack([t.sum(dim=0, dtype=torch.float64) for t in rows])

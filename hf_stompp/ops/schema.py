@@ -166,7 +166,13 @@ def check_sign_product(packed_weight: Tensor, in_features: int, vector: Tensor, 
 
 
 def check_masked_weight(
-    op: str, weight: Tensor, mask: Tensor, scale: Tensor, clip: float, grad: Tensor | None = None
+    op: str,
+    weight: Tensor,
+    mask: Tensor,
+    scale: Tensor,
+    clip: float,
+    grad: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """
     Checks the arguments of `masked_weight` and `masked_weight_grad`.
@@ -179,6 +185,8 @@ def check_masked_weight(
     for name, tensor in floats:
         if not tensor.is_floating_point():
             raise TypeError(f"hf_stompp::{op}: {name} must be floating, got {tensor.dtype}")
+    if not dtype.is_floating_point:
+        raise TypeError(f"hf_stompp::{op}: dtype must be floating, got {dtype}")
     if mask.dtype != torch.bool:
         raise TypeError(f"hf_stompp::{op}: mask must be bool, got {mask.dtype}")
     if not scale.is_floating_point():
@@ -346,7 +354,7 @@ def _checked(implementation: Callable[[], Any]) -> dict[str, Callable]:
         return implementation().sign_product(*arguments)
 
     def masked_weight(weight: Tensor, mask: Tensor, scale: Tensor, clip: float, dtype: torch.dtype) -> Tensor:
-        check_masked_weight("masked_weight", weight, mask, scale, clip)
+        check_masked_weight("masked_weight", weight, mask, scale, clip, dtype=dtype)
         return implementation().masked_weight(weight, mask, scale, clip, dtype)
 
     def masked_weight_grad(

@@ -719,7 +719,7 @@ static void check_masked(void) {
                 check_sign_product(rows[m], columns[k], transposed, 1);
         }
     /* From 128 thousand elements on two threads share the work: rows or columns, evenly or not. */
-    static const int64_t large[][2] = {{2005, 65}, {43, 3072}, {1, 130001}, {501, 257}};
+    static const int64_t large[][2] = {{2005, 65}, {43, 3072}, {1, 130001}, {701, 203}};
     for (int shape = 0; shape < LENGTH(large); shape++)
         for (int threads = 1; threads <= 2; threads++) {
             check_masked_weight(large[shape][0], large[shape][1], shape % 3, (shape + threads) % 3, 1.1, threads);

@@ -51,29 +51,27 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> cpu.NativeKernels:
     return kernels
 
 
+def kernels_named(native: cpu.NativeKernels, name: str) -> cpu.NativeKernels:
+    if name == "best":
+        return cpu.NativeKernels(native.native)
+    reason = native.unavailable(name)
+    if reason is not None:
+        pytest.skip(reason)
+    return cpu.NativeKernels(native.native, kernel=name)
+
+
 @pytest.fixture(params=[*cpu.KERNELS, "best"])
 def native_kernel(native: cpu.NativeKernels, request: pytest.FixtureRequest) -> cpu.NativeKernels:
     """Each kernel that runs here, and the choice among them."""
-    if request.param == "best":
-        return cpu.NativeKernels(native.native)
-    reason = native.unavailable(request.param)
-    if reason is not None:
-        pytest.skip(reason)
-    return cpu.NativeKernels(native.native, kernel=request.param)
+    return kernels_named(native, request.param)
 
 
 @pytest.fixture(params=[*cpu.KERNELS, "best", "reference"])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
-    """Each kernel that runs here, the choice among them, and the PyTorch reference, which needs none."""
+    """Each kernel that runs here, the choice among them, and the PyTorch reference, which needs no library."""
     if request.param == "reference":
         return reference
-    native = request.getfixturevalue("native")
-    if request.param == "best":
-        return cpu.NativeKernels(native.native)
-    reason = native.unavailable(request.param)
-    if reason is not None:
-        pytest.skip(reason)
-    return cpu.NativeKernels(native.native, kernel=request.param)
+    return kernels_named(request.getfixturevalue("native"), request.param)
 
 
 @pytest.fixture
@@ -539,9 +537,8 @@ def rounded_floats(dtype: torch.dtype) -> Tensor:
     bits[:10_000] = bits[:10_000] & 0xFFFF0000 | 0x8000
     bits[10_000:20_000] = bits[10_000:20_000] & 0xFFFFE000 | 0x1000
     # The exponents of float16, subnormals included.
-    bits[5_000:25_000] = (
-        bits[5_000:25_000] & 0x80FFFFFF | (0x33 + bits[5_000:25_000] % 21)[:, None].view().ravel() << 24
-    )
+    exponents = np.random.default_rng(1).integers(0x33, 0x48, 20_000, dtype=np.uint32)
+    bits[5_000:25_000] = bits[5_000:25_000] & 0x80FFFFFF | exponents << 24
     return torch.from_numpy(bits.view(np.float32))
 
 
@@ -680,7 +677,8 @@ def simple(
     op: str, leading: tuple[int, ...] = (4,), dtype: torch.dtype = torch.float32, **options: Any
 ) -> dict[str, Any]:
     """Arguments without special numbers, by name."""
-    case = Case(leading, 70, dtype, dtype, "clipped_ste", options.get("shared", False), 1.5)
+    other_dtype = DTYPES[DTYPES.index(dtype) - 1]
+    case = Case(leading, 70, dtype, other_dtype, "clipped_ste", options.get("shared", False), 1.5)
     arguments = draw(op, case)
     return {
         name: value.nan_to_num(0.5, 0.5, 0.5) if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -185,7 +185,7 @@ int hf_stompp_masked_activation(const struct hf_stompp_masked_activation *p) {
     const struct kernel *chosen = choose((int)p->kernel, AMX_ROWS);
     if (!chosen) return HF_STOMPP_UNAVAILABLE;
     int64_t parts = parts_of((double)p->rows * (double)p->features, p->threads);
-    if (p->gradient)
+    if (p->sums)
         IN_PIECES(p->features, COLUMN_ALIGNMENT, parts, chosen->masked_activation_gradient(p, begin, end))
     else
         IN_PIECES(p->rows, 1, parts, chosen->masked_activation(p, begin, end))

@@ -126,7 +126,7 @@ struct hf_stompp_masked_weight {
 
 HF_STOMPP_EXPORT int hf_stompp_masked_weight(const struct hf_stompp_masked_weight *);
 
-/* Without a gradient: output = offset +- amplitude where the mask is set, + where pre_activation >= threshold; else
+/* Without sums: output = offset +- amplitude where the mask is set, + where pre_activation >= threshold; else
  * value clipped to center +- bound. passes: whether the gradient passes to the value; upper: which side of the middle
  * it is on. With one: output = gradient where it passes, else 0, and sums over the rows.
  */
@@ -142,11 +142,11 @@ struct hf_stompp_masked_activation {
     int64_t surrogate, rows, features;
     /* rows of bits of features. */
     uint8_t *passes, *upper;
-    /* NULL, or rows x features of dtype. */
+    /* With sums: rows x features of dtype. */
     const void *gradient;
     /* rows x features of dtype. */
     void *output;
-    /* 3 x features, with a gradient: the sums of what passes; of what does not or is frozen; of the upper of those. */
+    /* NULL without a gradient; else 3 x features: the sums of what passes; of what does not or is frozen; of the upper of those. */
     double *sums;
 };
 
