@@ -54,6 +54,7 @@ SIZES = {
 }
 
 CATEGORIES = {
+    # Vector norms are row scales, and in all methods the clipping of the gradient norm.
     "masks": ("hf_stompp::masked", "hf_stompp::sign_product", "aten::linalg_vector_norm"),
     "products": ("hf_stompp::", "aten::mm", "aten::addmm", "aten::mkldnn", "aten::linear", "mkldnn"),
     "attention": ("aten::scaled_dot", "aten::_scaled_dot", "aten::bmm", "aten::baddbmm", "aten::_softmax"),
@@ -367,11 +368,11 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--output", type=Path, help="write the result to this JSON file")
-    parser.add_argument("--plot", type=Path, nargs="+", help="only draw these results, into docs/figures")
+    parser.add_argument("--plot", type=Path, nargs="+", help="only print and draw these results, into docs/figures")
     arguments = parser.parse_args()
     if arguments.plot:
         for path in arguments.plot:
-            print(plot(path))
+            print(f"{table(json.loads(path.read_text(encoding='utf-8')))}\n\n{plot(path)}\n")
         return
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -222,6 +222,11 @@ class StoMPPTrainer(Trainer):
             )
         self._check_dataset()
         self._saved_progression = None
+        config = config_of(self.model)
+        if self.args.torch_compile and config.surrogate == "none":
+            # A unit that commits runs other code from then on: one compilation more for each.
+            dynamo = torch._dynamo.config
+            dynamo.recompile_limit = max(dynamo.recompile_limit, len(config.units) + 8)
         return super().train(*args, **kwargs)
 
     def _check_dataset(self) -> None:

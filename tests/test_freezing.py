@@ -28,10 +28,11 @@ LAYERS = 3
 ROWS = 4
 
 
-def make_model(**config: Any) -> PreTrainedModel:
+def make_model(hidden_dropout_prob: float = 0.1, **config: Any) -> PreTrainedModel:
     torch.manual_seed(0)
+    dropout = {"hidden_dropout_prob": hidden_dropout_prob, "attention_probs_dropout_prob": hidden_dropout_prob}
     sizes = {"hidden_size": 36, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "intermediate_size": 76}
-    model = BertForSequenceClassification(BertConfig(vocab_size=64, max_position_embeddings=40, **sizes))
+    model = BertForSequenceClassification(BertConfig(vocab_size=64, max_position_embeddings=40, **sizes, **dropout))
     return binarize(model, StoMPPConfig(**{"surrogate": "none", **config}))
 
 
@@ -248,6 +249,25 @@ def test_loss_on_bits_is_that_of_float_products_within_rounding(tmp_path: Path, 
     # One rounding that falls on a threshold flips a sign, and from there on differences grow.
     assert losses[0][:12] == pytest.approx(losses[1][:12], rel=2e-5)
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_compiled_training_equals_eager_as_units_commit() -> None:
+    torch._dynamo.reset()
+    eager, compiled = (initialized(make_model(hidden_dropout_prob=0.0)) for _ in range(2))
+    run = torch.compile(compiled, backend="aot_eager")
+    for count in range(LAYERS + 1):
+        losses = []
+        for model, forward in ((eager, eager), (compiled, run)):
+            commit_units(model, count)
+            model.zero_grad()
+            loss = forward(**make_batch(count)).loss
+            loss.backward()
+            losses.append(loss.item())
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        for (name, a), (_, b) in zip(eager.named_parameters(), compiled.named_parameters(), strict=True):
+            assert (a.grad is None) == (b.grad is None), (count, name)
+            if a.grad is not None:
+                torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_masks_drawn_ahead_are_those_drawn_in_time() -> None:
