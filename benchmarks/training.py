@@ -341,13 +341,13 @@ def plot(path: Path) -> Path:
         times.plot(steps, [1e3 * row["seconds"] for row in rows], **style)
         memory.plot(steps, [row["peak_bytes"] / 1e9 for row in rows], **style)
     for axis in (times, memory):
-        for start, end in result["windows"]:
-            axis.axvspan(start - 0.5, end - 0.5, color="#000000", alpha=0.03 if start % 2 else 0.07, linewidth=0)
+        for unit, (start, end) in enumerate(result["windows"]):
+            axis.axvspan(start - 0.5, end - 0.5, color="#000000", alpha=0.03 if unit % 2 else 0.08, linewidth=0)
         axis.set_ylim(bottom=0)
         axis.spines[["top", "right"]].set_visible(False)
     times.set_ylabel("milliseconds a step")
     memory.set_ylabel("peak memory of a step, GB")
-    memory.set_xlabel("optimizer step (shaded: the window of each encoder layer, input first)")
+    memory.set_xlabel("optimizer step (shaded: the windows of the encoder layers, in turn)")
     times.set_title(f"{result['model']}, {result['dtype']}, {result['batch']} x {result['length']} tokens", loc="left")
     handles, names = times.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
