@@ -7,7 +7,7 @@ CHECKED = hf_stompp examples tests benchmarks setup.py
 
 RESULT ?= bench.json
 
-.PHONY: demo test bench quality style clean
+.PHONY: demo test bench gpu-check quality style clean
 
 $(VENV)/installed: setup.cfg setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,14 @@ test: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/hf-stompp bench --threads 1 2 --kernels avx2 scalar --output $(RESULT)
+
+# On a machine with a GPU, with the PyTorch, Triton and Transformers that it has: nothing is installed.
+gpu-check:
+	PYTHONPATH=. $(PYTHON) -m pytest -m cuda tests/ops/test_cuda.py
+	for model in bert-base bert-large; do \
+		PYTHONPATH=. $(PYTHON) benchmarks/training.py --device cuda --model $$model --dtype bf16 --steps 60 \
+			--output benchmarks/results/training_$${model}_bf16_cuda.json || exit 1; \
+	done
 
 quality: $(VENV)/installed
 	$(BIN)/ruff check $(CHECKED)

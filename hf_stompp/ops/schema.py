@@ -19,42 +19,23 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 library = torch.library.Library("hf_stompp", "DEF")
 
-library.define(
+SCHEMAS = (
     "pack_sign(Tensor input, Tensor? threshold=None) -> (Tensor bits, Tensor popcounts)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-library.define(
     "binary_linear(Tensor input, Tensor? threshold, Tensor packed_weight, int in_features, Tensor scale, "
     "Tensor? bias, ScalarType dtype) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-library.define(
     "binary_linear_sign(Tensor input, Tensor? threshold, Tensor packed_weight, int in_features, Tensor scale, "
     "Tensor? bias, ScalarType dtype, Tensor? output_threshold) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-library.define(
     "sign_product(Tensor packed_weight, int in_features, Tensor vector, bool transposed) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-library.define(
     "masked_weight(Tensor weight, Tensor mask, Tensor scale, float clip, ScalarType dtype) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-library.define(
     "masked_weight_grad(Tensor grad, Tensor weight, Tensor mask, Tensor scale, float clip, str surrogate) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    "masked_activation(Tensor value, Tensor pre_activation, Tensor mask, Tensor threshold, Tensor offset, "
+    "Tensor amplitude, Tensor center, Tensor bound, str surrogate) -> (Tensor output, Tensor passes, Tensor upper)",
+    "masked_activation_grad(Tensor grad, Tensor passes, Tensor upper, Tensor mask) -> "
+    "(Tensor grad_value, Tensor sums)",
 )
-library.define(
-    "masked_activation(Tensor value, Tensor pre_activation, Tensor mask, Tensor threshold, Tensor offset, Tensor "
-    "amplitude, Tensor center, Tensor bound, str surrogate) -> (Tensor output, Tensor passes, Tensor upper)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-library.define(
-    "masked_activation_grad(Tensor grad, Tensor passes, Tensor upper, Tensor mask) -> (Tensor grad_value, Tensor "
-    "sums)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+
+for _schema in SCHEMAS:
+    library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def _check_vector(op: str, name: str, vector: Tensor | None, size: int, input: Tensor) -> None:
