@@ -150,26 +150,25 @@ class _MaskedBinaryLinear(torch.autograd.Function):
         bias: Tensor | None,
         clip: float,
         surrogate: str,
-        blocked: bool,
     ) -> Tensor:
         ctx.save_for_backward(input, weight, mask, scale)
-        ctx.settings = clip, surrogate, blocked
+        ctx.settings = clip, surrogate
         return F.linear(input, masked_weight(weight, mask, scale, clip, input.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, mask, scale = ctx.saved_tensors
-        clip, surrogate, blocked = ctx.settings
+        clip, surrogate = ctx.settings
         rows = grad.reshape(-1, grad.shape[-1])
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_input = grad @ masked_weight(weight, mask, scale, clip, grad.dtype)
-        if ctx.needs_input_grad[1] and not blocked:
+        if ctx.needs_input_grad[1]:
             product = rows.T @ input.reshape(-1, input.shape[-1])
             grad_weight = masked_weight_grad(product, weight, mask, scale, clip, surrogate)
         if ctx.needs_input_grad[4]:
             grad_bias = rows.sum(dim=0)
-        return grad_input, grad_weight, None, None, grad_bias, None, None, None
+        return grad_input, grad_weight, None, None, grad_bias, None, None
 
 
 def masked_binary_linear(
@@ -197,7 +196,8 @@ def masked_binary_linear(
     """
     dtype = compute_dtype(input)
     bias = None if bias is None else bias.to(dtype)
-    return _MaskedBinaryLinear.apply(input.to(dtype), weight, mask, scale, bias, clip, surrogate, blocked)
+    weight = weight.detach() if blocked else weight
+    return _MaskedBinaryLinear.apply(input.to(dtype), weight, mask, scale, bias, clip, surrogate)
 
 
 class _PackedLinear(torch.autograd.Function):
@@ -263,14 +263,12 @@ class _MaskedBinaryActivation(torch.autograd.Function):
         center: Tensor,
         bound: Tensor,
         surrogate: str,
-        blocked: bool,
     ) -> Tensor:
         output, passes, upper = masked_activation(
             value, pre_activation, mask, threshold, offset, amplitude, center, bound, surrogate
         )
         ctx.save_for_backward(mask, passes, upper)
         ctx.like = [(t.shape, t.dtype) for t in (threshold, offset, amplitude, center, bound)]
-        ctx.blocked = blocked
         return output
 
     @staticmethod
@@ -280,12 +278,8 @@ class _MaskedBinaryActivation(torch.autograd.Function):
         by_level = 2 * held_upper - held
         # The mask is constant down a column: its sums belong either to the two levels or to the clip range.
         terms = [-passed * mask, held * mask, by_level * mask, held * ~mask, by_level * ~mask]
-        grads: list[Tensor | None] = [
-            term.sum_to_size(shape).to(dtype) for term, (shape, dtype) in zip(terms, ctx.like, strict=True)
-        ]
-        if ctx.blocked:
-            return None, None, None, None, *grads[1:], None, None
-        return grad_value, None, None, *grads, None, None
+        grads = [term.sum_to_size(shape).to(dtype) for term, (shape, dtype) in zip(terms, ctx.like, strict=True)]
+        return grad_value, None, None, *grads, None
 
 
 def masked_binary_activation(
@@ -324,7 +318,7 @@ def masked_binary_activation(
         surrogate (`str`): a key of [`SURROGATES`].
         levels (`str`, *optional*, defaults to `"signed"`): a key of [`LEVELS`].
         blocked (`bool`, *optional*, defaults to `False`): the mask is full and the surrogate `none`: value and
-            threshold get no gradient, not even 0.
+            threshold get no gradient, not even 0, nor does anything that reaches the loss through them alone.
 
     Returns:
         `Tensor` of shape `(..., features)`: dtype of `value`.
@@ -332,6 +326,8 @@ def masked_binary_activation(
     offset, amplitude, center = LEVELS[levels](scale, shift)
     # torch.compile takes no tensor twice: where levels or value and pre-activation coincide, these are other objects.
     amplitude, center, pre_activation = amplitude.view_as(amplitude), center.view_as(center), pre_activation.detach()
+    if blocked:
+        value, threshold = value.detach(), threshold.detach()
     return _MaskedBinaryActivation.apply(
-        value, pre_activation, mask, threshold, offset, amplitude, center, clip * scale, surrogate, blocked
+        value, pre_activation, mask, threshold, offset, amplitude, center, clip * scale, surrogate
     )
