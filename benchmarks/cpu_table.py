@@ -15,11 +15,12 @@ from hf_stompp import benchmark
 
 RESULTS = Path(__file__).parent / "results"
 
-TABLES: list[Callable[[dict], benchmark.Rows]] = [
-    benchmark.model_rows,
-    benchmark.speedup_rows,
-    benchmark.loading_rows,
-]
+TABLES: dict[str, Callable[[dict], benchmark.Rows]] = {
+    "models": benchmark.model_rows,
+    "linear": benchmark.speedup_rows,
+    "loading": benchmark.loading_rows,
+}
+"""Each by the part of a result that it shows: `--level` may have left out the others."""
 
 
 def read_results() -> list[dict]:
@@ -30,7 +31,9 @@ def read_results() -> list[dict]:
 def tables(result: dict) -> list[str]:
     """Whole encoders, single layers and loading, as Markdown."""
     texts = []
-    for table in TABLES:
+    for part, table in TABLES.items():
+        if not result.get(part):
+            continue
         header, *rows = table(result)
         texts.append("\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows]))
     return texts
