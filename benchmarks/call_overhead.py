@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from hf_stompp.benchmark import SHAPES, processor
+from hf_stompp.benchmark import SHAPES, surroundings
 from hf_stompp.ops import binary_linear, cpu, pack_bits
 
 
@@ -79,11 +79,10 @@ def main() -> None:
 
     result = {
         "method": "call_overhead",
-        "command": "python benchmarks/call_overhead.py",
+        "command": f"python benchmarks/call_overhead.py --output benchmarks/results/{arguments.output.name}",
         "seed": 0,
-        "machine": processor(),
         "load_average": os.getloadavg(),
-        "torch": torch.__version__,
+        **surroundings(),
         "kernel": native.chosen(1),
         "microseconds": shapes,
         "geometric_mean_over_fp32": {

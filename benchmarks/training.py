@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 from hf_stompp import StoMPPConfig, binarize
-from hf_stompp.benchmark import processor
+from hf_stompp.benchmark import surroundings
 from hf_stompp.freezing import Freezing, initialize_activations
 from hf_stompp.ops import cpu
 from hf_stompp.progression import Progression, plan_progression
@@ -243,10 +243,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "command": "python " + shlex.join([f"benchmarks/{Path(__file__).name}", *sys.argv[1:]]),
         "model": arguments.model,
         "dtype": arguments.dtype,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "device": device.type,
+        **surroundings(),
         "threads": torch.get_num_threads(),
         "kernel": "reference" if cpu.native_kernels() is None else cpu.native_kernels().chosen(1 << 20),
-        "torch": torch.__version__,
         "seed": 0,
         "batch": arguments.batch,
         "length": arguments.length,

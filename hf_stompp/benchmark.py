@@ -328,6 +328,21 @@ def processor() -> dict[str, Any]:
     }
 
 
+def surroundings() -> dict[str, Any]:
+    """What a result file must say of where it was made: `machine` and `versions`."""
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "machine": {"platform": platform.platform(), "processor": processor(), "accelerator": accelerator},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "mkl": torch.backends.mkl.is_available(),
+            "onednn": torch.backends.mkldnn.is_available(),
+        },
+    }
+
+
 def _load_average() -> list[float]:
     return [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else []
 
@@ -377,15 +392,7 @@ def run(
     if "loading" in levels:
         result["loading"] = bench_loading(bert_base())
     result["load_average_after"] = _load_average()
-    result["machine"] = {"platform": platform.platform(), "processor": processor()}
-    result["versions"] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "mkl": torch.backends.mkl.is_available(),
-        "onednn": torch.backends.mkldnn.is_available(),
-    }
-    return result
+    return result | surroundings()
 
 
 Rows = list[list[str]]

@@ -23,9 +23,22 @@ def test_the_tables_of_cpu_speed_are_what_the_result_file_says() -> None:
     spec = importlib.util.spec_from_file_location("cpu_table", ROOT / "benchmarks" / "cpu_table.py")
     cpu_table = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(cpu_table)
-    results = cpu_table.read_results()
-    assert len(results) == 1
-    assert all(table in README for table in cpu_table.tables(results[0]))
+    tables = [table for result in cpu_table.read_results() for table in cpu_table.tables(result)]
+    assert len(tables) == 3
+    assert all(table in README for table in tables)
+
+
+def test_the_table_of_training_cost_is_what_the_result_files_say() -> None:
+    names = {"bert-base": "BERT-base shape", "minilm": "all-MiniLM-L6-v2"}
+    methods = {"ste": "vanilla STE", "stompp": "StoMPP, STE-free", "stompp_ste": "StoMPP+STE"}
+    for path in sorted((ROOT / "benchmarks" / "results").glob("training_*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        at_the_end = {method: row["peak_bytes_of_last_step"] for method, row in result["summary"].items()}
+        for method, label in methods.items():
+            row = result["summary"][method]
+            ratios = [row[f"{name}_over_float"] for name in ("whole_run", "last_window", "after_last_window", "peak")]
+            cells = [f"{ratio:.2f}" for ratio in [*ratios, at_the_end[method] / at_the_end["float"]]]
+            assert f"| {' | '.join([names[result['model']], result['dtype'], label, *cells])} |" in README
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda path: path.name)
