@@ -77,3 +77,15 @@ def test_bad_arguments_are_refused_with_the_usage(words: list[str], capsys: pyte
         cli.main(words)
 
     assert exit.value.code == 2 and "usage: hf-stompp" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["file/result.json", "file/deep/result.json"])
+def test_output_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / "file").write_text("")
+
+    # All levels, which take ten minutes.
+    assert cli.main(["bench", "--output", str(tmp_path / name)]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith("hf-stompp: ") and "Traceback" not in printed.err and printed.out == ""
