@@ -23,7 +23,6 @@ from ..ops import (
     masked_activation_grad,
     masked_weight,
     masked_weight_grad,
-    plus_minus_one,
 )
 
 
@@ -36,7 +35,6 @@ __all__ = [
     "masked_binary_linear",
     "masked_binary_weight",
     "packed_linear",
-    "sign",
     "weight_scale",
 ]
 
@@ -78,11 +76,6 @@ amplitude` and `offset + amplitude`, and `centre` the middle of the clip range.
   (ours).
 - `zero_one`: `0` and `scale`: {0, a} (BiT's set for non-negative tensors).
 """
-
-
-def sign(x: Tensor) -> Tensor:
-    """+1 where `x >= 0`, -1 elsewhere, in the dtype of `x`. So `-0.0` gives +1 and NaN gives -1."""
-    return plus_minus_one(x >= 0, x.dtype)
 
 
 def compute_dtype(input: Tensor) -> torch.dtype:

@@ -14,7 +14,6 @@ from hf_stompp.nn.functional import (
     WEIGHT_SCALES,
     masked_binary_activation,
     masked_binary_weight,
-    sign,
     weight_scale,
 )
 
@@ -141,9 +140,10 @@ def test_weight_keeps_its_dtype_and_takes_the_scale_rounded_to_it(dtype: torch.d
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_sign_of_minus_zero_is_plus_one(dtype: torch.dtype) -> None:
     tiny = torch.finfo(dtype).tiny
-    x = torch.tensor([-0.0, 0.0, tiny, -tiny, math.inf, -math.inf], dtype=dtype)
-    assert sign(x).tolist() == [1, 1, 1, -1, 1, -1]
-    assert sign(x).dtype == dtype
+    x = torch.tensor([[-0.0, 0.0, tiny, -tiny, math.inf, -math.inf]], dtype=dtype)
+    frozen = masked_binary_weight(x, torch.ones_like(x, dtype=torch.bool), torch.ones(1, 1), 3.0, "ste")
+    assert frozen.tolist() == [[1, 1, 1, -1, 1, -1]]
+    assert frozen.dtype == dtype
 
 
 def test_minus_zero_takes_the_upper_level() -> None:
@@ -258,7 +258,7 @@ def test_scale_none_is_one() -> None:
 @pytest.mark.parametrize("kind", ["row", "tensor"])
 @pytest.mark.parametrize("in_features", [1, 3, 7, 255, 768, 3072, 4999])
 def test_scale_of_equal_magnitudes_is_exactly_that_magnitude(in_features: int, kind: str) -> None:
-    signs = sign(draw(5, in_features, dtype=torch.float32))
+    signs = torch.where(draw(5, in_features, dtype=torch.float32) >= 0, 1.0, -1.0)
     for value in [0.1, 1 / 3, 0.0397, 1.0000001, 16777215.0, 1e-38, 1e-44, 3.4e38, *draw(20).abs().tolist()]:
         magnitude = torch.full((5, 1), value, dtype=torch.float32)
         assert torch.equal(weight_scale(signs * magnitude, kind), magnitude), value
