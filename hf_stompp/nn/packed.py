@@ -37,7 +37,7 @@ class PackedBinaryActivation(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if not input.is_floating_point():
-            # The layer in front has done it, see [`PackedBinaryLinear.put_out_signs_of`].
+            # The layer in front has done it, see [`~hf_stompp.nn.module.BinaryInputModule.put_out_signs_of`].
             return input
         if self.training:
             # Dropout may follow, which takes no bits.
