@@ -1,4 +1,4 @@
-"""Compiles the CPU kernels on installation; everything else stands in setup.cfg."""
+"""Compiles the native kernels on installation; everything else stands in setup.cfg."""
 
 from __future__ import annotations
 
@@ -23,16 +23,26 @@ def load_build():
 build = load_build()
 
 
+BUILD_CUDA = "HF_STOMPP_BUILD_CUDA"
+
+LIBRARIES = {"libhf_stompp_cpu": build.LIBRARY_NAME, "libhf_stompp_cuda": build.CUDA_LIBRARY_NAME}
+
+
 class BuildKernels(build_ext):
-    """Not a Python extension but a plain library, and one that may be missing: it is then compiled on first use."""
+    """Plain libraries, not Python extensions. The CPU kernels may be missing: they are compiled on first use then."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        *packages, _ = fullname.split(".")
-        return os.path.join(*packages, build.LIBRARY_NAME)
+        *packages, name = fullname.split(".")
+        return os.path.join(*packages, LIBRARIES[name])
 
     def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        if target.name == build.CUDA_LIBRARY_NAME:
+            # Asked for: an installation without it must not look like one with it.
+            build.build_cuda(target, build.RELEASE_ARCHITECTURES)
+            return
         try:
-            build.build(Path(self.get_ext_fullpath(ext.name)))
+            build.build(target)
         except build.BuildError as error:
             self.warn(f"the CPU kernels were not compiled, it will be tried again on first use: {error}")
 
@@ -44,7 +54,11 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(
-    ext_modules=[Extension("hf_stompp.ops.libhf_stompp_cpu", sources=[], optional=True)],
-    cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
-)
+extensions = [Extension("hf_stompp.ops.libhf_stompp_cpu", sources=[], optional=True)]
+wanted = os.environ.get(BUILD_CUDA, "0")
+if wanted not in ("0", "1"):
+    raise SystemExit(f"{BUILD_CUDA} must be 0 or 1, got {wanted!r}")
+if wanted == "1":
+    extensions.append(Extension("hf_stompp.ops.libhf_stompp_cuda", sources=[]))
+
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel})

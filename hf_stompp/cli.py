@@ -17,7 +17,7 @@ import transformers
 import hf_stompp
 
 from . import benchmark
-from .ops import build, cpu
+from .ops import build, cpu, cuda
 
 
 def information() -> dict[str, Any]:
@@ -42,7 +42,26 @@ def information() -> dict[str, Any]:
             "threads": torch.get_num_threads() if native is None or native.has_threads else 1,
             "compiler": compiler,
         },
+        "cuda": {"devices": [_cuda_device(index) for index in range(torch.cuda.device_count())], "nvcc": _nvcc()},
     }
+
+
+def _cuda_device(index: int) -> dict[str, Any]:
+    device = cuda.device(torch.device("cuda", index))
+    return {
+        "name": torch.cuda.get_device_name(index),
+        "capability": "{}.{}".format(*torch.cuda.get_device_capability(index)),
+        "product": device.product,
+        "library": None if device.native is None else str(device.native.path),
+        "why_not": device.why_not,
+    }
+
+
+def _nvcc() -> str:
+    try:
+        return build.nvcc_version(build.find_nvcc())
+    except build.BuildError as error:
+        return str(error)
 
 
 def _kernels_by_rows(native: cpu.NativeKernels) -> str:
@@ -67,6 +86,15 @@ def _print_information(info: dict[str, Any]) -> None:
         print(f"  {kernel}: {reason}")
     print(f"  library: {info['cpu']['library']}")
     print(f"  compiler: {info['cpu']['compiler']}")
+    devices = info["cuda"]["devices"]
+    if not devices:
+        print("CUDA: no device")
+    for index, device in enumerate(devices):
+        print(f"CUDA device {index}: {device['name']} ({device['capability']}), products of {device['product']}")
+        if device["why_not"]:
+            print(f"  without kernels of its own, because: {device['why_not']}")
+        print(f"  library: {device['library']}")
+    print(f"  nvcc: {info['cuda']['nvcc']}")
 
 
 def _info(arguments: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from .nn import (
     PackedBinaryLinear,
 )
 from .ops import pack_bits, unpack_signs
-from .patching import masked_modules, packed_modules, swap_in_masked, swap_in_packed, unit_modules
+from .patching import masked_modules, packed_modules, swap_in_masked, swap_in_packed, swap_out_norms, unit_modules
 from .quantizer import attach_quantizer
 
 
@@ -156,3 +156,4 @@ def _swap_in_float(model: nn.Module, config: StoMPPConfig) -> None:
         else:
             new = module.activation
         model.set_submodule(name, new)
+    swap_out_norms(model)

@@ -19,8 +19,10 @@ from .nn import (
     PackedBinaryActivation,
     PackedBinaryEmbedding,
     PackedBinaryLinear,
+    PackedResidualNorm,
 )
 from .nn.module import BinaryInputModule
+from .nn.residual_norm import is_residual_norm
 from .ops import packed_bytes
 
 
@@ -214,6 +216,33 @@ def swap_in_packed(model: nn.Module, config: StoMPPConfig, dtype: torch.dtype | 
         return new.train(linear.training)
 
     _wire_inputs(model, config, input_activation)
+    _swap_in_norms(model, config)
+
+
+def _swap_in_norms(model: nn.Module, config: StoMPPConfig) -> None:
+    """
+    Replaces the blocks of sum and LayerNorm behind packed layers, and tells each what reads it: in order of depth, the
+    next layer that binarizes its input.
+    """
+    modules = dict(model.named_modules())
+    linears = [name for name, entry in config.table.items() if entry["kind"] == "linear"]
+    for index, name in enumerate(linears):
+        block_name, _, child = name.rpartition(".")
+        if not block_name or child != "dense" or not is_residual_norm(modules[block_name]):
+            continue
+        block = PackedResidualNorm(modules[block_name])
+        behind: list[Any] = [modules[other] for other in linears[index + 1 :]]
+        reader = next((linear for linear in behind if linear.binarizes_input), None)
+        if reader is not None and reader.in_features == modules[name].out_features:
+            block.followed_by(reader.input_activation)
+        model.set_submodule(block_name, block)
+
+
+def swap_out_norms(model: nn.Module) -> None:
+    """Gives a model its own blocks back in the place of [`PackedResidualNorm`]."""
+    blocks = {name: module for name, module in model.named_modules() if isinstance(module, PackedResidualNorm)}
+    for name, block in blocks.items():
+        model.set_submodule(name, block.restored())
 
 
 @contextmanager

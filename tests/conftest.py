@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_stompp import StoMPPConfig, binarize, commit, pack
 
@@ -162,3 +164,35 @@ def logits(tiny_inputs: Callable) -> Callable[..., Tensor]:
         return model(**tiny_inputs(family, **inputs)).logits
 
     return run
+
+
+class Operators(TorchDispatchMode):
+    """Records the operators that run: how often each, and the dtypes of their first arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+        self.inputs: dict[str, list[torch.dtype]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[func.name()] += 1
+        if args and isinstance(args[0], Tensor):
+            self.inputs.setdefault(func.name(), []).append(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def operators() -> type[Operators]:
+    """`with operators() as run`: what runs within is in `run.count` and `run.inputs`."""
+    return Operators
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Sum and LayerNorm of packed models are one operator, which the reference runs; `fused(False)`: no longer."""
+
+    def choose(on: bool) -> None:
+        monkeypatch.setattr("hf_stompp.nn.residual_norm.fuses_layer_norm", lambda device: on)
+
+    choose(True)
+    return choose

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from hf_stompp import __version__, cli
 from hf_stompp.ops import cpu
@@ -35,6 +36,20 @@ def test_info_says_of_every_kernel_that_it_runs_or_why_it_does_not(capsys: pytes
         runs = kernel in (native.chosen(1), native.chosen(1 << 20))
         assert info["why_not"].get(kernel) == (None if runs else reason)
     assert info["runs"] and info["why_reference"] is None and Path(info["library"]).is_file()
+
+
+def test_info_tells_of_cuda_devices_and_the_compiler(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["info", "--json"])
+    info = json.loads(capsys.readouterr().out)["cuda"]
+    cli.main(["info"])
+    printed = capsys.readouterr().out
+
+    assert len(info["devices"]) == torch.cuda.device_count()
+    assert info["nvcc"] in printed
+    assert ("CUDA: no device" in printed) == (not info["devices"])
+    for device in info["devices"]:
+        assert device["product"] in ("bits", "int8", "float8", "float32")
+        assert f"{device['name']} ({device['capability']}), products of {device['product']}" in printed
 
 
 @native_only

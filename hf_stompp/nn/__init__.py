@@ -6,6 +6,7 @@ from .activation import MaskedBinaryActivation
 from .linear import MaskedBinaryEmbedding, MaskedBinaryLinear
 from .module import MaskedBinaryModule
 from .packed import PackedBinaryActivation, PackedBinaryEmbedding, PackedBinaryLinear
+from .residual_norm import PackedResidualNorm
 
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "PackedBinaryActivation",
     "PackedBinaryEmbedding",
     "PackedBinaryLinear",
+    "PackedResidualNorm",
 ]

@@ -50,6 +50,10 @@ class SharedResult:
 
     A layer that comes again begins anew: in inference mode nothing tells that a tensor was written in place since.
     Nothing is kept once the last reader has had the result, nor used after a backward pass has been through it.
+
+    While torch.compile traces, nothing is kept at all: Dynamo knows no version of a tensor, and what a trace left
+    behind here would be put out by the graph and be a condition of running it again. There,
+    [`~hf_stompp.ops.tracing`] finds what was packed before.
     """
 
     def __init__(self) -> None:
@@ -58,7 +62,7 @@ class SharedResult:
 
     def get(self, input: Tensor, reader: nn.Module, readers: int, compute: Callable[[], Tensor]) -> Tensor:
         """
-        `compute()`, or what it returned to another reader of the same tensor.
+        `compute()`, or what it returned to another reader of the same tensor, or what was kept for it beforehand.
 
         Args:
             input (`Tensor`): what `compute` reads.
@@ -66,20 +70,49 @@ class SharedResult:
             readers (`int`): how many layers read the tensor.
             compute (`Callable`).
         """
-        if readers == 1 or torch.compiler.is_compiling():
-            return compute()
-        # Read once: another thread may be running the same model.
-        last, version, grad = self._last, tensor_version(input), torch.is_grad_enabled()
-        if last is not None and last[0]() is input and last[1:3] == (version, grad) and id(reader) not in last[4]:
-            last[4].add(id(reader))
-            if len(last[4]) == readers:
-                self._last = None
-            return last[3]
+        kept = self.take(input, reader, readers)
+        if kept is not None:
+            return kept
         result = compute()
-        self._last = weakref.ref(input), version, grad, result, {id(reader)}
+        if readers > 1 and not torch.compiler.is_compiling():
+            self._set(input, result, reader)
+        return result
+
+    def take(self, input: Tensor, reader: nn.Module, readers: int) -> Tensor | None:
+        """What was kept for this very tensor, not written in place since; None if nothing was."""
+        if torch.compiler.is_compiling():
+            return None
+        # Read once: another thread may be running the same model.
+        last, key = self._last, (tensor_version(input), torch.is_grad_enabled())
+        if last is None:
+            return None
+        if last[0]() is not input or last[1:3] != key or id(reader) in last[4]:
+            if last[0]() is None:
+                # Nobody can ask for it any more.
+                self._last = None
+            return None
+        last[4].add(id(reader))
+        if len(last[4]) == readers:
+            self._last = None
+        return last[3]
+
+    def keep(self, input: Tensor, result: Tensor) -> None:
+        """
+        Keeps for the readers of a tensor what was computed together with it.
+
+        Args:
+            input (`Tensor`): what they will ask for. One of inference mode is not kept for: nothing would tell that it
+                was written in place meanwhile.
+            result (`Tensor`).
+        """
+        if not (torch.compiler.is_compiling() or input.is_inference()):
+            self._set(input, result)
+
+    def _set(self, input: Tensor, result: Tensor, reader: nn.Module | None = None) -> None:
+        taken = set() if reader is None else {id(reader)}
+        self._last = weakref.ref(input), tensor_version(input), torch.is_grad_enabled(), result, taken
         if result.requires_grad:
             result.register_hook(self._forget)
-        return result
 
     def _forget(self, grad: Tensor) -> None:
         # A second backward pass could not go through the same graph.

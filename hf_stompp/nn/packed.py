@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,23 @@ from ..ops import binary_linear, binary_linear_sign, pack_sign, packed_bytes, pl
 from .module import BinaryInputModule, SharedResult, as_bits, as_integers, identity
 
 
-class PackedBinaryActivation(nn.Module):
+class Float32Buffers(nn.Module):
+    """
+    A module whose float buffers stay float32 when a model is cast, as they do when it is loaded in another dtype: they
+    are few, decide where a sign changes, and to widen them again would cost a call in every forward pass.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            after: Any = self._buffers[name]
+            if buffer.dtype == torch.float32 != after.dtype:
+                self._buffers[name] = buffer.to(after.device)
+        return self
+
+
+class PackedBinaryActivation(Float32Buffers):
     """
     The sign of a tensor minus a threshold. In the place of a feed-forward activation function it replaces that too:
     what it puts out are bits, which the linear layer behind it reads.
@@ -55,15 +72,29 @@ class PackedBinaryActivation(nn.Module):
         Returns:
             `Tensor` of shape `(..., packed_bytes(features))`: uint8.
         """
-        return self._bits.get(
-            input, reader, len(self.readers), lambda: pack_sign(input.detach(), self.threshold.float())[0]
-        )
+        # The sign has no gradient. Not always detached, since that would be another tensor.
+        signed = input.detach() if input.requires_grad else input
+        return self._bits.get(input, reader, len(self.readers), lambda: pack_sign(signed, self.threshold.float())[0])
+
+    def kept_bits(self, input: Tensor, reader: nn.Module) -> Tensor | None:
+        """What [`keep`] was given for this very tensor; None if that was another, or nothing."""
+        return self._bits.take(input, reader, len(self.readers))
+
+    def keep(self, input: Tensor, bits: Tensor) -> None:
+        """
+        Takes the packed signs of a tensor from what has put it out, for the layers that will ask for them.
+
+        Args:
+            input (`Tensor` of shape `(..., features)`).
+            bits (`Tensor` of shape `(..., packed_bytes(features))`): uint8, of the signs relative to the threshold.
+        """
+        self._bits.keep(input, bits)
 
     def extra_repr(self) -> str:
         return f"{self.features}"
 
 
-class PackedBinaryLinear(BinaryInputModule):
+class PackedBinaryLinear(Float32Buffers, BinaryInputModule):
     """
     A linear layer with 1-bit weights: `scale * integer_product + bias` on binary inputs, or a product with `+-scale`
     on float inputs. No gradient passes through it on binary inputs.
@@ -123,8 +154,12 @@ class PackedBinaryLinear(BinaryInputModule):
             bits, dtype = as_bits(input)
             return bits, None, dtype
         activation = self.input_activation
-        if self.binarizes_input and len(activation.readers) > 1:
-            return activation.shared_bits(input, self), None, input.dtype
+        if self.binarizes_input:
+            # A single reader signs floats within its product.
+            signs = activation.shared_bits if len(activation.readers) > 1 else activation.kept_bits
+            bits = signs(input, self)
+            if bits is not None:
+                return bits, None, input.dtype
         # The sign has no gradient.
         input = input.detach() if input.requires_grad else input
         return input, activation.threshold.float() if self.binarizes_input else None, input.dtype

@@ -7,19 +7,32 @@ from __future__ import annotations
 
 import torch
 
-# Importing them registers the implementations of devices.
-from . import cpu, cuda, schema
+# Importing them registers the implementations of devices, and what graphs share.
+from . import cpu, cuda, schema, tracing
 from .reference import SURROGATES, fold, integer_linear, pack_bits, packed_bytes, plus_minus_one, unpack_signs
 
 
 def has_native_kernels(device: torch.device) -> bool:
     """Whether products of bits are faster than products of floats there: not so in plain PyTorch."""
+    if device.type == "cuda":
+        return cuda.device(device).product == "bits"
     return device.type == "cpu" and cpu.native_kernels() is not None
 
+
+def fuses_layer_norm(device: torch.device) -> bool:
+    """Whether `layer_norm_sign` is one kernel there, faster than LayerNorm and `pack_sign` one after the other."""
+    return device.type == "cuda" and cuda.device(device).native is not None
+
+
+for _question in (has_native_kernels, fuses_layer_norm):
+    # What torch.compiler.assume_constant_result does, which would import the compiler. Compiled models ask too,
+    # nothing can be loaded while they are traced, and the answer stays the same.
+    _question._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 pack_sign = torch.ops.hf_stompp.pack_sign.default
 binary_linear = torch.ops.hf_stompp.binary_linear.default
 binary_linear_sign = torch.ops.hf_stompp.binary_linear_sign.default
+layer_norm_sign = torch.ops.hf_stompp.layer_norm_sign.default
 sign_product = torch.ops.hf_stompp.sign_product.default
 masked_weight = torch.ops.hf_stompp.masked_weight.default
 masked_weight_grad = torch.ops.hf_stompp.masked_weight_grad.default
@@ -33,8 +46,10 @@ __all__ = [
     "cpu",
     "cuda",
     "fold",
+    "fuses_layer_norm",
     "has_native_kernels",
     "integer_linear",
+    "layer_norm_sign",
     "masked_activation",
     "masked_activation_grad",
     "masked_weight",
@@ -45,5 +60,6 @@ __all__ = [
     "plus_minus_one",
     "schema",
     "sign_product",
+    "tracing",
     "unpack_signs",
 ]

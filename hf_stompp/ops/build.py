@@ -1,4 +1,7 @@
-"""Compiles the native CPU library with the C compiler at hand. Standard library only: setup.py runs it on its own."""
+"""
+Compiles the native libraries with the compilers at hand: the CPU kernels in C, the CUDA kernels with nvcc. Standard
+library only: setup.py runs it on its own.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,18 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 
 SOURCES = Path(__file__).resolve().parent.parent / "csrc" / "cpu"
 
+CUDA_SOURCES = SOURCES.parent / "cuda"
+
 LIBRARY_NAME = "libhf_stompp_cpu.so"
+
+CUDA_LIBRARY_NAME = "libhf_stompp_cuda.so"
 
 # Products and sums are rounded one after the other, as in the reference: a fused multiply-add would round once.
 COMMON_FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
@@ -39,16 +47,36 @@ KERNEL_FILES: dict[str, dict[str, list[str]]] = {
 ARCHITECTURES = {"amd64": "x86_64", "x86_64": "x86_64", "arm64": "aarch64", "aarch64": "aarch64"}
 
 
+CUDA_FLAGS = [
+    *("-O3", "-std=c++17", "--fmad=false", "--cudart=static"),
+    *("-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"),
+]
+
+CUDA_FILES = ["pack.cu", "mma.cu", "wgmma.cu", "layer_norm.cu", "dispatch.cu"]
+
+RELEASE_ARCHITECTURES = ["80", "86", "89", "90a", "80+PTX"]
+"""Compute capabilities of the library that a release carries; the PTX is compiled by the driver of newer devices."""
+
+
 class BuildError(RuntimeError):
     """The library could not be compiled; the message says what is missing."""
 
 
-def source_hash() -> str:
-    """SHA-256 over names and contents of all sources and the flags: what a library must have been built from."""
-    digest = hashlib.sha256(repr((COMMON_FLAGS, KERNEL_FILES)).encode())
-    for path in sorted(SOURCES.glob("*.[ch]")):
+def _hash_of(flags: object, sources: Iterable[Path]) -> str:
+    digest = hashlib.sha256(repr(flags).encode())
+    for path in sorted(sources):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+def source_hash() -> str:
+    """SHA-256 over names and contents of all sources and the flags: what a CPU library must have been built from."""
+    return _hash_of((COMMON_FLAGS, KERNEL_FILES), SOURCES.glob("*.[ch]"))
+
+
+def cuda_source_hash() -> str:
+    """The same of the CUDA library, for whatever architectures."""
+    return _hash_of((CUDA_FLAGS, CUDA_FILES), CUDA_SOURCES.glob("*.*"))
 
 
 def find_compiler() -> list[str]:
@@ -133,5 +161,80 @@ def build(target: Path, extra_flags: list[str] | None = None, architecture: str 
         message = _run([*compiler, *flags, "-shared", *map(str, objects), "-o", str(library)])
         if message is not None:
             raise BuildError(f"{' '.join(compiler)} cannot link the CPU kernels: {message}")
+        os.replace(library, target)
+    return target
+
+
+def find_nvcc() -> str:
+    """
+    The CUDA compiler: that of `CUDA_HOME` or `CUDA_PATH`, or `nvcc` on the PATH.
+
+    Raises:
+        BuildError: there is none.
+    """
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        home = os.environ.get(variable)
+        if home and shutil.which(str(Path(home, "bin", "nvcc"))):
+            return str(Path(home, "bin", "nvcc"))
+    found = shutil.which("nvcc")
+    if found is None:
+        raise BuildError("there is no nvcc on the PATH nor in CUDA_HOME; install the CUDA toolkit")
+    return found
+
+
+def nvcc_version(nvcc: str) -> str:
+    """What nvcc calls itself, its last line."""
+    output = subprocess.run([nvcc, "--version"], capture_output=True, text=True, errors="replace").stdout
+    return output.strip().splitlines()[-1] if output.strip() else "unknown"
+
+
+def architecture_flags(architectures: Iterable[str]) -> list[str]:
+    """
+    What nvcc is told to compile for.
+
+    Args:
+        architectures (`Iterable[str]`): such as `"90a"`, for the machine code of one; `"80+PTX"` for what the drivers
+            of that and later ones compile.
+    """
+    flags = []
+    for architecture in architectures:
+        number, _, suffix = architecture.partition("+")
+        flags += ["-gencode", f"arch=compute_{number},code={'compute' if suffix else 'sm'}_{number}"]
+    return flags
+
+
+def build_cuda(target: Path, architectures: list[str], extra_flags: list[str] | None = None) -> Path:
+    """
+    Compiles the CUDA library.
+
+    Args:
+        target (`Path`): the file to write. It appears whole or not at all.
+        architectures (`list[str]`): see [`architecture_flags`].
+        extra_flags (`list[str]`, *optional*): for every file.
+
+    Returns:
+        `Path`: `target`.
+
+    Raises:
+        BuildError: no nvcc, or it fails; says what it complained of.
+    """
+    nvcc = find_nvcc()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    flags = [*CUDA_FLAGS, *architecture_flags(architectures), *(extra_flags or [])]
+    flags.append(f'-DHF_STOMPP_SOURCE_HASH="{cuda_source_hash()}"')
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as folder:
+        objects = {name: Path(folder, f"{name}.o") for name in CUDA_FILES}
+        commands = [[nvcc, *flags, "-c", str(CUDA_SOURCES / name), "-o", str(path)] for name, path in objects.items()]
+        with ThreadPoolExecutor() as executor:
+            complaints = list(executor.map(_run, commands))
+        library = Path(folder, target.name)
+        complaints.append(
+            None
+            if any(complaints)
+            else _run([nvcc, "-shared", *flags, *map(str, objects.values()), "-o", str(library)])
+        )
+        for complaint in complaints:
+            if complaint is not None:
+                raise BuildError(f"{nvcc} cannot compile the CUDA kernels for {', '.join(architectures)}: {complaint}")
         os.replace(library, target)
     return target

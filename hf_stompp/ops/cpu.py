@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import platform
 import struct
@@ -12,10 +11,10 @@ import warnings
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from . import build, reference
+from .native import check_origin, open_or_build
 from .schema import FLOATS, empty_output, empty_output_bits, empty_packing, register
 
 
@@ -47,22 +46,6 @@ INSTALLED = Path(__file__).parent / build.LIBRARY_NAME
 """Where the package's installation puts the library."""
 
 
-def cache_folder() -> Path:
-    """
-    Where libraries built on first use are kept: `HF_STOMPP_CACHE`, or `hf_stompp` in the user's cache folder.
-
-    Raises:
-        OSError: the user has no home folder, and the variable names none.
-    """
-    named = os.environ.get("HF_STOMPP_CACHE")
-    try:
-        if named:
-            return Path(named).expanduser()
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_stompp"
-    except RuntimeError as error:
-        raise OSError(f"no folder to compile them in: {error}; name one in HF_STOMPP_CACHE") from error
-
-
 def open_library(path: Path) -> ctypes.CDLL:
     """
     Loads a native library and declares its functions.
@@ -77,13 +60,7 @@ def open_library(path: Path) -> ctypes.CDLL:
         OSError: it cannot be loaded, or was built from other sources than those of this package.
     """
     native = ctypes.CDLL(str(path))
-    try:
-        native.hf_stompp_source_hash.restype = ctypes.c_char_p
-        version, sources = native.hf_stompp_abi_version(), native.hf_stompp_source_hash().decode()
-    except AttributeError as error:
-        raise OSError(f"{path} is no library of hf_stompp ({error})") from error
-    if version != ABI_VERSION or sources != build.source_hash():
-        raise OSError(f"{path} was built from other sources than those of this hf_stompp")
+    check_origin(native, "hf_stompp", ABI_VERSION, build.source_hash())
     native.hf_stompp_unavailable.argtypes = [ctypes.c_int]
     native.hf_stompp_unavailable.restype = ctypes.c_char_p
     native.hf_stompp_chosen.argtypes = [ctypes.c_int, ctypes.c_int64]
@@ -92,14 +69,6 @@ def open_library(path: Path) -> ctypes.CDLL:
     for name in ("pack_sign", "binary_linear", "masked_weight", "masked_activation", "sign_product"):
         getattr(native, f"hf_stompp_{name}").argtypes = [ctypes.c_char_p]
     return native
-
-
-def _open_cached(path: Path) -> ctypes.CDLL:
-    """[`open_library`] for a file that may be damaged: to load half a library would end the process."""
-    digest = path.with_suffix(".sha256").read_text(encoding="ascii")
-    if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
-        raise OSError(f"{path} is damaged")
-    return open_library(path)
 
 
 def _find_or_build() -> ctypes.CDLL:
@@ -116,22 +85,7 @@ def _find_or_build() -> ctypes.CDLL:
         pass
     compiler = build.find_compiler()
     key = " ".join([build.source_hash(), platform.machine(), *compiler, build.compiler_version(compiler)])
-    folder = cache_folder() / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    target = folder / build.LIBRARY_NAME
-    try:
-        # Without the lock, which needs permission to write.
-        return _open_cached(target)
-    except OSError:
-        folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock"):
-        try:
-            # Another process may have built it meanwhile.
-            return _open_cached(target)
-        except OSError:
-            build.build(target)
-            digest = hashlib.sha256(target.read_bytes()).hexdigest()
-            target.with_suffix(".sha256").write_text(digest, encoding="ascii")
-    return open_library(target)
+    return open_or_build("cpu", key, build.LIBRARY_NAME, open_library, build.build)
 
 
 class NativeKernels:
@@ -269,6 +223,9 @@ class NativeKernels:
             0 if output_threshold is None else output_threshold.data_ptr(),
         )
         _check_status(self._binary_linear(arguments))
+
+    # Plain PyTorch: on a CPU, LayerNorm and packing take little of the time that the products take.
+    layer_norm_sign = staticmethod(reference.layer_norm_sign)
 
     def sign_product(self, packed_weight: Tensor, in_features: int, vector: Tensor, transposed: bool) -> Tensor:
         """See [`~hf_stompp.ops.reference.sign_product`]; arguments have been checked."""

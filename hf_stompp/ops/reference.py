@@ -240,6 +240,47 @@ def binary_linear_sign(
     return pack_bools(_above(output, output_threshold))
 
 
+@torch.no_grad()
+def layer_norm_sign(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    epsilon: float,
+    threshold: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """
+    LayerNorm over the last dimension of a sum, and the packed signs of what it puts out. Has no gradient.
+
+    Args:
+        input (`Tensor` of shape `(..., features)`): float32, bfloat16 or float16.
+        residual (`Tensor`, *optional*): is added to the input, of its shape and dtype. The sum is rounded to that
+            dtype, as `+` does.
+        weight, bias (`Tensor` of shape `(features,)`): both float32, or both of the dtype of the input.
+        epsilon (`float`): is added to the variance.
+        threshold (`Tensor` of shape `(features,)`, *optional*): float32, of the signs; 0 when not given.
+
+    Returns:
+        `tuple(Tensor, Tensor)`: what [`~torch.nn.functional.layer_norm`] returns, in the dtype of the input: computed
+            in float32 and rounded once where weight and bias are wider; and its bits from [`pack_sign`].
+    """
+    output = residual_layer_norm(input, residual, weight, bias, epsilon)
+    return output, pack_sign(output, threshold)[0]
+
+
+def residual_layer_norm(
+    input: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, epsilon: float
+) -> Tensor:
+    """The first of what [`layer_norm_sign`] returns."""
+    total = input if residual is None else input + residual
+    # Mixed dtypes are not taken by layer_norm on every device. Half precision alone is, and on a CPU sums in another
+    # order than float32 does: what a model computes is what it gives then.
+    wide = total.to(weight.dtype)
+    # Autocast would put out float32.
+    with torch.autocast(input.device.type, enabled=False):
+        return F.layer_norm(wide, weight.shape, weight, bias, epsilon).to(input.dtype)
+
+
 def _clip(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """`x` where it is not beyond a bound; one that is NaN bounds nothing."""
     return torch.where(x > high, high, torch.where(x < low, low, x))

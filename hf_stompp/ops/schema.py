@@ -25,6 +25,8 @@ SCHEMAS = (
     "Tensor? bias, ScalarType dtype) -> Tensor",
     "binary_linear_sign(Tensor input, Tensor? threshold, Tensor packed_weight, int in_features, Tensor scale, "
     "Tensor? bias, ScalarType dtype, Tensor? output_threshold) -> Tensor",
+    "layer_norm_sign(Tensor input, Tensor? residual, Tensor weight, Tensor bias, float epsilon, Tensor? threshold) -> "
+    "(Tensor output, Tensor bits)",
     "sign_product(Tensor packed_weight, int in_features, Tensor vector, bool transposed) -> Tensor",
     "masked_weight(Tensor weight, Tensor mask, Tensor scale, float clip, ScalarType dtype) -> Tensor",
     "masked_weight_grad(Tensor grad, Tensor weight, Tensor mask, Tensor scale, float clip, str surrogate) -> Tensor",
@@ -119,6 +121,52 @@ def check_binary_linear(
     _check_vector(op, "scale", scale, weight_shape[0], input)
     _check_vector(op, "bias", bias, weight_shape[0], input)
     _check_vector(op, "output_threshold", output_threshold, weight_shape[0], input)
+
+
+def check_layer_norm_sign(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    epsilon: float,
+    threshold: Tensor | None,
+) -> None:
+    """
+    Checks the arguments of `layer_norm_sign`.
+
+    Raises:
+        TypeError: a dtype is not among those allowed.
+        ValueError: a shape does not fit, epsilon is no positive number, or tensors are on different devices.
+    """
+    op = "layer_norm_sign"
+    if input.dtype not in FLOATS:
+        raise TypeError(f"hf_stompp::{op}: input must be float32, bfloat16 or float16, got {input.dtype}")
+    shape = input.shape
+    if not shape or shape[-1] < 1:
+        raise ValueError(
+            f"hf_stompp::{op}: input must have a last dimension of at least one feature, got shape {tuple(shape)}"
+        )
+    if residual is not None:
+        if residual.dtype != input.dtype:
+            raise TypeError(
+                f"hf_stompp::{op}: residual must be of the dtype of the input, {input.dtype}, got {residual.dtype}"
+            )
+        if residual.shape != shape:
+            raise ValueError(f"hf_stompp::{op}: residual must have shape {tuple(shape)}, got {tuple(residual.shape)}")
+        _check_device(op, "residual", residual, input)
+    if weight.dtype not in (torch.float32, input.dtype):
+        raise TypeError(
+            f"hf_stompp::{op}: weight must be float32 or of the dtype of the input, {input.dtype}, got {weight.dtype}"
+        )
+    if bias.dtype != weight.dtype:
+        raise TypeError(f"hf_stompp::{op}: bias must be of the dtype of weight, {weight.dtype}, got {bias.dtype}")
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector.shape != shape[-1:]:
+            raise ValueError(f"hf_stompp::{op}: {name} must have shape ({shape[-1]},), got {tuple(vector.shape)}")
+        _check_device(op, name, vector, input)
+    if not epsilon > 0:
+        raise ValueError(f"hf_stompp::{op}: epsilon must be positive, got {epsilon}")
+    _check_vector(op, "threshold", threshold, shape[-1], input)
 
 
 def check_sign_product(packed_weight: Tensor, in_features: int, vector: Tensor, transposed: bool) -> None:
@@ -294,6 +342,10 @@ class _Shapes:
         return empty_output_bits(layer[0], layer[2])
 
     @staticmethod
+    def layer_norm_sign(input: Tensor, *layer: Any) -> tuple[Tensor, Tensor]:
+        return input.new_empty(input.shape), empty_packing(input)[0]
+
+    @staticmethod
     def sign_product(packed_weight: Tensor, in_features: int, vector: Tensor, transposed: bool) -> Tensor:
         return vector.new_empty(in_features if transposed else packed_weight.shape[0])
 
@@ -330,6 +382,10 @@ def _checked(implementation: Callable[[], Any]) -> dict[str, Callable]:
         check_binary_linear("binary_linear_sign", *layer)
         return implementation().binary_linear_sign(*layer)
 
+    def layer_norm_sign(*layer: Any) -> tuple[Tensor, Tensor]:
+        check_layer_norm_sign(*layer)
+        return implementation().layer_norm_sign(*layer)
+
     def sign_product(*arguments: Any) -> Tensor:
         check_sign_product(*arguments)
         return implementation().sign_product(*arguments)
@@ -353,7 +409,7 @@ def _checked(implementation: Callable[[], Any]) -> dict[str, Callable]:
         check_masked_activation_grad(*arguments)
         return implementation().masked_activation_grad(*arguments)
 
-    functions: list[Callable] = [pack_sign, binary_linear, binary_linear_sign, sign_product]
+    functions: list[Callable] = [pack_sign, binary_linear, binary_linear_sign, layer_norm_sign, sign_product]
     functions += [masked_weight, masked_weight_grad, masked_activation, masked_activation_grad]
     return {function.__name__: function for function in functions}
 

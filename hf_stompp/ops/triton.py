@@ -11,20 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .reference import binary_linear, binary_linear_sign, pack_sign, sign_product
 from .schema import FLOATS, empty_packing
 
 
-__all__ = [
-    "binary_linear",
-    "binary_linear_sign",
-    "masked_activation",
-    "masked_activation_grad",
-    "masked_weight",
-    "masked_weight_grad",
-    "pack_sign",
-    "sign_product",
-]
+__all__ = ["masked_activation", "masked_activation_grad", "masked_weight", "masked_weight_grad"]
 
 _FROZEN_RULES = {"none": 0, "ste": 1, "clipped_ste": 2}
 """Surrogates that the kernels know, see [`~hf_stompp.ops.reference.SURROGATES`]; others run in plain PyTorch."""

@@ -171,6 +171,16 @@ def test_tensor_that_inference_mode_reuses_for_the_next_batch_is_packed_anew() -
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def test_layer_that_comes_again_in_inference_mode_packs_anew() -> None:
+    first, _, _ = shared_pair()
+    with torch.inference_mode():
+        x = torch.randn(4, 24)
+        first(x)
+        x.neg_()
+
+        assert torch.equal(first(x), first(x.clone()))
+
+
 def test_equal_but_different_tensors_do_not_share_bits() -> None:
     first, second, _ = shared_pair()
     x = torch.randn(4, 24)

@@ -6,8 +6,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from hf_stompp.ops import fold, integer_linear, pack_bits, packed_bytes, unpack_signs
+from hf_stompp.ops import fold, integer_linear, layer_norm_sign, pack_bits, pack_sign, packed_bytes, unpack_signs
 
 
 IN_FEATURES = [1, 7, 8, 63, 64, 65, 255, 256, 257, 768]
@@ -141,3 +142,63 @@ def test_scale_and_bias_are_those_of_the_row() -> None:
 def test_no_rows_give_no_rows(shape: tuple[int, ...]) -> None:
     out = integer_linear(torch.ones(shape), draw_signs(4, 65), torch.ones(4), torch.zeros(4))
     assert out.shape == (*shape[:-1], 4)
+
+
+@pytest.mark.parametrize("features", IN_FEATURES)
+@pytest.mark.parametrize("with_residual", [True, False], ids=["residual", "no-residual"])
+def test_layer_norm_equals_a_computation_by_hand_in_float64(features: int, with_residual: bool) -> None:
+    x, residual = draw(3, features), draw(3, features, seed=1) if with_residual else None
+    weight, bias = draw(features, seed=2), draw(features, seed=3)
+    output, _ = layer_norm_sign(x, residual, weight, bias, 1e-3, None)
+    total = x if residual is None else x + residual
+    for found, row in zip(output.tolist(), total.tolist(), strict=True):
+        mean = math.fsum(row) / features
+        deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in row) / features + 1e-3)
+        expected = [
+            (value - mean) / deviation * w + b for value, w, b in zip(row, weight.tolist(), bias.tolist(), strict=True)
+        ]
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_bits_of_layer_norm_are_those_of_the_rounded_output(dtype: torch.dtype) -> None:
+    x, weight, bias = draw(5, 257).to(dtype), draw(257, seed=1), draw(257, seed=2)
+    output, bits = layer_norm_sign(x, None, weight, bias, 1e-5, None)
+    assert torch.equal(bits, pack_sign(output)[0])
+    # Half of the first row lies below its rounding, which is on the threshold and hence has its bit set.
+    threshold = output[0].float()
+    again, bits = layer_norm_sign(x, None, weight, bias, 1e-5, threshold)
+    assert torch.equal(again, output)
+    assert torch.equal(bits, pack_sign(output, threshold)[0])
+    assert torch.equal(bits[0], pack_bits(torch.ones(1, 257))[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_layer_norm_of_one_dtype_is_that_of_torch_bit_for_bit(dtype: torch.dtype) -> None:
+    x, residual = (3 * draw(40, 768)).to(dtype), draw(40, 768, seed=1).to(dtype)
+    weight, bias = draw(768, seed=2).to(dtype), draw(768, seed=3).to(dtype)
+    output, _ = layer_norm_sign(x, residual, weight, bias, 1e-12, None)
+    assert torch.equal(output, F.layer_norm(x + residual, (768,), weight, bias, 1e-12))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_layer_norm_with_float32_weights_is_rounded_once(dtype: torch.dtype) -> None:
+    x, residual = (3 * draw(40, 768)).to(dtype), draw(40, 768, seed=1).to(dtype)
+    weight, bias = draw(768, seed=2), draw(768, seed=3)
+    output, _ = layer_norm_sign(x, residual, weight, bias, 1e-12, None)
+    assert output.dtype == dtype
+    assert torch.equal(output, F.layer_norm((x + residual).float(), (768,), weight, bias, 1e-12).to(dtype))
+
+
+def test_sum_in_front_of_layer_norm_is_rounded_to_the_dtype_of_the_input() -> None:
+    # 256 + 1 is 256 in bfloat16: both elements are the mean.
+    x, residual = torch.tensor([[256.0, 256.0]]).bfloat16(), torch.tensor([[1.0, 0.0]]).bfloat16()
+    output, _ = layer_norm_sign(x, residual, torch.ones(2), torch.tensor([0.5, -0.5]), 1e-5, None)
+    assert output.tolist() == [[0.5, -0.5]]
+
+
+def test_layer_norm_has_no_gradient_of_its_own() -> None:
+    x, weight = draw(2, 8).requires_grad_(), draw(8, seed=1).requires_grad_()
+    output, bits = layer_norm_sign(x, x, weight, weight, 1e-5, None)
+    assert not bits.requires_grad
+    assert not output.detach().requires_grad and "LayerNorm" not in type(output.grad_fn).__name__

@@ -16,16 +16,22 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 
 # Importing them registers the operators.
-from hf_stompp.ops import binary_linear, binary_linear_sign, cpu, pack_sign
+from hf_stompp.ops import binary_linear, binary_linear_sign, cpu, layer_norm_sign, pack_sign
 
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 IN_FEATURES, OUT_FEATURES = 300, 70
 ROW_BYTES, OUTPUT_BYTES = 64, 32
 
-OPS = {"pack_sign": pack_sign, "binary_linear": binary_linear, "binary_linear_sign": binary_linear_sign}
+OPS = {
+    "pack_sign": pack_sign,
+    "binary_linear": binary_linear,
+    "binary_linear_sign": binary_linear_sign,
+    "layer_norm_sign": layer_norm_sign,
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -61,6 +67,9 @@ def expected(op: str, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
     if op == "pack_sign":
         signs = signs_of(arguments["input"], arguments["threshold"], arguments["input"].shape[-1])
         return packed(signs), torch.from_numpy(np.asarray(signs.sum(-1), dtype=np.int32))
+    if op == "layer_norm_sign":
+        output = layer_norm(**{name: value for name, value in arguments.items() if name != "threshold"})
+        return output, packed(signs_of(output, arguments["threshold"], output.shape[-1]))
     features = arguments["in_features"]
     signs = signs_of(arguments["input"], arguments["threshold"], features)
     integers = (2.0 * signs - 1) @ (2.0 * unpacked(arguments["packed_weight"], features) - 1).T
@@ -71,6 +80,12 @@ def expected(op: str, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
     if op == "binary_linear":
         return (rounded,)
     return (packed(signs_of(rounded, arguments["output_threshold"], output.shape[-1])),)
+
+
+def layer_norm(input: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    total = input if residual is None else input + residual
+    wide = total if weight.dtype == input.dtype else total.float()
+    return F.layer_norm(wide.contiguous(), wide.shape[-1:], weight, bias, epsilon).to(input.dtype)
 
 
 def as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -104,6 +119,17 @@ def arguments_of(
     threshold = draw(IN_FEATURES, seed=1) if optional and not is_bits else None
     if op == "pack_sign":
         return {"input": input, "threshold": threshold}
+    if op == "layer_norm_sign":
+        # Weights may be float32 whatever the input is.
+        vectors = [draw(IN_FEATURES, seed=seed).to(torch.float32 if optional else input_dtype) for seed in (3, 4)]
+        return {
+            "input": input,
+            "residual": draw(*shape, IN_FEATURES, seed=2).to(input_dtype) if optional else None,
+            "weight": vectors[0],
+            "bias": vectors[1],
+            "epsilon": 1e-5,
+            "threshold": threshold,
+        }
     arguments = {
         "input": input,
         "threshold": threshold,
@@ -118,12 +144,20 @@ def arguments_of(
     return arguments | {"output_threshold": draw(OUT_FEATURES, seed=5) if optional else None}
 
 
+def transposed(arguments: dict[str, Any]) -> dict[str, Any]:
+    """With the leading dimensions of the input, and of what has its shape, in the other order."""
+    swapped = {
+        name: arguments[name].transpose(0, 1) for name in ("input", "residual") if arguments.get(name) is not None
+    }
+    return arguments | swapped
+
+
 def to(arguments: dict[str, Any], device: str) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
 
 
 # Each op with each dtype of the input it takes.
-SOURCES = [("pack_sign", dtype) for dtype in FLOATS]
+SOURCES = [(op, dtype) for op in ("pack_sign", "layer_norm_sign") for dtype in FLOATS]
 SOURCES += [(op, dtype) for op in ("binary_linear", "binary_linear_sign") for dtype in [*FLOATS, torch.uint8]]
 SHAPES = [(), (1,), (5,), (2, 3), (2, 1, 3), (0,), (2, 0, 3)]
 
@@ -179,8 +213,7 @@ def test_arguments_need_not_be_contiguous(op: str, input_dtype: torch.dtype) -> 
         name: torch.stack([value, value], dim=-1)[..., 0] if isinstance(value, Tensor) else value
         for name, value in arguments.items()
     }
-    transposed = arguments | {"input": arguments["input"].transpose(0, 1)}
-    for variant in (spread, transposed):
+    for variant in (spread, transposed(arguments)):
         assert not variant["input"].is_contiguous()
         outputs = as_tuple(OPS[op](**variant))
         assert_equal(outputs, expected(op, variant))
@@ -267,8 +300,7 @@ def test_opcheck_passes(op: str, input_dtype: torch.dtype, shape: tuple[int, ...
 
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck_passes_on_strided_arguments(op: str) -> None:
-    arguments = arguments_of(op, (2, 3))
-    arguments["input"] = arguments["input"].transpose(0, 1)
+    arguments = transposed(arguments_of(op, (2, 3)))
     result = torch.library.opcheck(OPS[op], (), arguments)
     assert set(result.values()) == {"SUCCESS"}
 
@@ -448,8 +480,27 @@ LINEAR_REFUSES = [
     *vectors_refused("bias", OUT_FEATURES),
     *(Case("dtype", dtype, TypeError) for dtype in [torch.float64, torch.uint8, torch.int32, torch.bool]),
 ]
+LAYER_NORM_REFUSES = [
+    *(Case("input", torch.ones(4, IN_FEATURES, dtype=dtype), TypeError) for dtype in INPUT_DTYPES_REFUSED),
+    *(Case("input", torch.ones(shape), ValueError) for shape in [(), (0,), (4, 0)]),
+    *(
+        Case("residual", torch.ones(4, IN_FEATURES, dtype=dtype), TypeError)
+        for dtype in [torch.float64, torch.bfloat16, torch.float16, torch.int32]
+    ),
+    *(Case("residual", torch.ones(shape), ValueError) for shape in [(), (300,), (1, 300), (4, 299), (1, 4, 300)]),
+    *vectors_refused("weight", IN_FEATURES),
+    *vectors_refused("bias", IN_FEATURES),
+    # float32 goes with every input, and the other half type with none; both vectors are of one dtype.
+    *(
+        Case(name, torch.ones(IN_FEATURES, dtype=dtype), TypeError, input=torch.ones(4, 300).bfloat16(), residual=None)
+        for name, dtype in [("weight", torch.float16), ("bias", torch.bfloat16)]
+    ),
+    *(Case("epsilon", value, ValueError) for value in [0.0, -1e-5, math.nan]),
+    *vectors_refused("threshold", IN_FEATURES),
+]
 REFUSED = [
     *(("pack_sign", case) for case in PACK_SIGN_REFUSES),
+    *(("layer_norm_sign", case) for case in LAYER_NORM_REFUSES),
     *(("binary_linear", case) for case in LINEAR_REFUSES),
     *(("binary_linear_sign", case) for case in LINEAR_REFUSES),
     *(("binary_linear_sign", case) for case in vectors_refused("output_threshold", OUT_FEATURES)),
@@ -510,7 +561,7 @@ def test_value_of_another_type_is_refused_by_the_dispatcher(op: str, argument: s
 
 @pytest.mark.parametrize("op", OPS)
 def test_compiling_a_call_that_does_not_fit_is_refused(op: str, fresh_compiler: None) -> None:
-    argument = "threshold" if op == "pack_sign" else "scale"
+    argument = {"pack_sign": "threshold", "layer_norm_sign": "weight"}.get(op, "scale")
     arguments = arguments_of(op) | {argument: torch.ones(3)}
     with pytest.raises(Exception) as raised:
         torch.compile(lambda: OPS[op](**arguments), fullgraph=True, backend="eager")()

@@ -1,0 +1,101 @@
+/* Residual add, LayerNorm, and the sign bits of what comes out, in one pass over memory. */
+#include "bits.cuh"
+#include "kernels.cuh"
+
+namespace hf_stompp {
+namespace {
+
+constexpr int WARPS = 4;
+constexpr int THREADS = WARPS * WARP;
+
+__device__ __forceinline__ float sum_of_warp(float value) {
+#pragma unroll
+    for (int distance = WARP / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(WHOLE_WARP, value, distance);
+    return value;
+}
+
+template <typename Float>
+__device__ __forceinline__ float rounded(float value) {
+    return FloatType<Float>::to_float(FloatType<Float>::round(value));
+}
+
+/* One warp a row, which stays in registers: up to EIGHTS eights of features a lane. */
+template <typename Float, typename Parameter, int EIGHTS>
+__global__ void __launch_bounds__(THREADS) normalize_rows(const hf_stompp_cuda_layer_norm norm) {
+    const int lane = threadIdx.x % WARP;
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / WARP;
+    if (row >= norm.rows) return;
+    const int features = static_cast<int>(norm.features);
+    const Float *const input = static_cast<const Float *>(norm.input) + row * features;
+    const bool has_residual = norm.residual != nullptr;
+    const Float *const residual = has_residual ? static_cast<const Float *>(norm.residual) + row * features : nullptr;
+
+    float values[EIGHTS][8] = {};
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < EIGHTS; i++) {
+        const int first = 8 * (lane + i * WARP);
+        if (first >= features) continue;
+        load_eight(values[i], input + first);
+        if (has_residual) {
+            float others[8];
+            load_eight(others, residual + first);
+#pragma unroll
+            for (int k = 0; k < 8; k++) values[i][k] = rounded<Float>(values[i][k] + others[k]);
+        }
+#pragma unroll
+        for (int k = 0; k < 8; k++) sum += values[i][k];
+    }
+    const float mean = sum_of_warp(sum) / static_cast<float>(features);
+    float squares = 0;
+#pragma unroll
+    for (int i = 0; i < EIGHTS; i++) {
+        if (8 * (lane + i * WARP) >= features) continue;
+#pragma unroll
+        for (int k = 0; k < 8; k++) squares += (values[i][k] - mean) * (values[i][k] - mean);
+    }
+    const float variance = sum_of_warp(squares) / static_cast<float>(features);
+    const float inverse = 1.0f / sqrtf(variance + static_cast<float>(norm.epsilon));
+
+    Float *const output = static_cast<Float *>(norm.output) + row * features;
+    const int bytes = static_cast<int>(row_bytes(features));
+#pragma unroll
+    for (int i = 0; i < EIGHTS; i++) {
+        const int byte = lane + i * WARP, first = 8 * byte;
+        if (byte >= bytes) continue;
+        unsigned bits = 0;
+        if (first < features) {
+            float weight[8], bias[8], thresholds[8] = {};
+            load_eight(weight, static_cast<const Parameter *>(norm.weight) + first);
+            load_eight(bias, static_cast<const Parameter *>(norm.bias) + first);
+            if (norm.threshold != nullptr) load_eight(thresholds, norm.threshold + first);
+            Eight<Float> eight;
+#pragma unroll
+            for (int k = 0; k < 8; k++) {
+                eight.values[k] = FloatType<Float>::round((values[i][k] - mean) * inverse * weight[k] + bias[k]);
+                bits |= static_cast<unsigned>(FloatType<Float>::to_float(eight.values[k]) >= thresholds[k]) << k;
+            }
+            *reinterpret_cast<Eight<Float> *>(output + first) = eight;
+        }
+        if (norm.bits != nullptr) norm.bits[row * bytes + byte] = static_cast<uint8_t>(bits);
+    }
+}
+
+template <typename Float, typename Parameter>
+int run(const hf_stompp_cuda_layer_norm &norm) {
+    const dim3 grid(static_cast<unsigned>((norm.rows + WARPS - 1) / WARPS));
+    const auto kernel = norm.features <= 1024 ? normalize_rows<Float, Parameter, 4> : normalize_rows<Float, Parameter, 16>;
+    return launch(kernel, grid, THREADS, 0, norm.stream, norm);
+}
+
+}  // namespace
+
+int layer_norm_sign(const hf_stompp_cuda_layer_norm &norm) {
+    if (norm.features > 4096 || norm.features % 8 != 0) return HF_STOMPP_CUDA_TOO_LARGE;
+    return with_dtype(norm.dtype, [&](auto zero) {
+        using Float = decltype(zero);
+        return norm.parameter_dtype == HF_STOMPP_CUDA_F32 ? run<Float, float>(norm) : run<Float, Float>(norm);
+    });
+}
+
+}  // namespace hf_stompp

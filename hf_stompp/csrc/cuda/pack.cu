@@ -1,0 +1,138 @@
+/* Floats to bits, bits to signs, and the product of bits with one vector of doubles. */
+#include "bits.cuh"
+#include "kernels.cuh"
+
+namespace hf_stompp {
+namespace {
+
+constexpr int WARPS = 8;
+constexpr int THREADS = WARPS * WARP;
+
+/* One warp a row, a byte of bits a lane. VECTORS: all eights of input and threshold begin at multiples of 16 bytes. */
+template <typename Float, bool VECTORS>
+__global__ void __launch_bounds__(THREADS)
+    pack_rows(const Float *__restrict__ input, const float *__restrict__ threshold, int64_t rows, int features,
+              uint8_t *__restrict__ bits, int32_t *__restrict__ popcounts) {
+    const int lane = threadIdx.x % WARP;
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / WARP;
+    if (row >= rows) return;
+    const Float *const source = input + row * features;
+    const int bytes = static_cast<int>(row_bytes(features));
+    int popcount = 0;
+    for (int byte = lane; byte < bytes; byte += WARP) {
+        const int first = 8 * byte;
+        unsigned value = 0;
+        if (VECTORS && first + 8 <= features) {
+            float elements[8], thresholds[8] = {};
+            load_eight(elements, source + first);
+            if (threshold != nullptr) load_eight(thresholds, threshold + first);
+#pragma unroll
+            for (int i = 0; i < 8; i++) value |= static_cast<unsigned>(elements[i] >= thresholds[i]) << i;
+        } else {
+            for (int i = 0; i < 8 && first + i < features; i++) {
+                const float element = FloatType<Float>::to_float(source[first + i]);
+                const float bound = threshold != nullptr ? threshold[first + i] : 0.0f;
+                value |= static_cast<unsigned>(element >= bound) << i;
+            }
+        }
+        bits[row * bytes + byte] = static_cast<uint8_t>(value);
+        popcount += __popc(value);
+    }
+    if (popcounts != nullptr) {
+        popcount = __reduce_add_sync(WHOLE_WARP, popcount);
+        if (lane == 0) popcounts[row] = popcount;
+    }
+}
+
+__device__ __forceinline__ unsigned four_signs(unsigned bits, int live, unsigned plus, unsigned minus) {
+    unsigned word = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        if (i < live) word |= (bits >> i & 1 ? plus : minus) << 8 * i;
+    return word;
+}
+
+/* One byte of bits a thread. */
+__global__ void __launch_bounds__(THREADS)
+    unpack_rows(const uint8_t *__restrict__ bits, int64_t bytes, int features, unsigned plus, unsigned minus,
+                uint2 *__restrict__ signs) {
+    const int64_t byte = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
+    if (byte >= bytes) return;
+    const int live = features - static_cast<int>(byte % row_bytes(features)) * 8;
+    const unsigned value = bits[byte];
+    signs[byte] = make_uint2(four_signs(value, live, plus, minus), four_signs(value >> 4, live - 4, plus, minus));
+}
+
+/* One warp a row of the weight. */
+__global__ void __launch_bounds__(THREADS)
+    multiply_rows(const uint8_t *__restrict__ weight, int out_features, int in_features,
+                  const double *__restrict__ vector, double *__restrict__ output) {
+    const int lane = threadIdx.x % WARP;
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / WARP;
+    if (row >= out_features) return;
+    const uint8_t *const source = weight + row * row_bytes(in_features);
+    double sum = 0;
+    for (int k = lane; k < in_features; k += WARP) sum += source[k / 8] >> k % 8 & 1 ? vector[k] : -vector[k];
+#pragma unroll
+    for (int distance = WARP / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(WHOLE_WARP, sum, distance);
+    if (lane == 0) output[row] = sum;
+}
+
+/* One lane a column of the weight, the rows shared out among the warps. */
+__global__ void __launch_bounds__(THREADS)
+    multiply_columns(const uint8_t *__restrict__ weight, int out_features, int in_features,
+                     const double *__restrict__ vector, double *__restrict__ output) {
+    __shared__ double sums[WARPS][WARP];
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, column = blockIdx.x * WARP + lane;
+    const int64_t bytes = row_bytes(in_features);
+    double sum = 0;
+    if (column < in_features) {
+        for (int row = warp; row < out_features; row += WARPS)
+            sum += weight[row * bytes + column / 8] >> column % 8 & 1 ? vector[row] : -vector[row];
+    }
+    sums[warp][lane] = sum;
+    __syncthreads();
+    if (warp == 0 && column < in_features) {
+        for (int other = 1; other < WARPS; other++) sum += sums[other][lane];
+        output[column] = sum;
+    }
+}
+
+bool is_aligned(const void *pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+unsigned blocks(int64_t count, int64_t per_block) { return static_cast<unsigned>((count + per_block - 1) / per_block); }
+
+}  // namespace
+
+const void *probe_kernel() { return reinterpret_cast<const void *>(&unpack_rows); }
+
+int pack_sign(const hf_stompp_cuda_packing &packing) {
+    return with_dtype(packing.input_dtype, [&](auto zero) {
+        using Float = decltype(zero);
+        const Float *const input = static_cast<const Float *>(packing.input);
+        const bool vectors = packing.features % 8 == 0 && is_aligned(input) && is_aligned(packing.threshold);
+        const auto kernel = vectors ? pack_rows<Float, true> : pack_rows<Float, false>;
+        return launch(kernel, dim3(blocks(packing.rows, WARPS)), THREADS, 0, packing.stream, input, packing.threshold,
+                      packing.rows, static_cast<int>(packing.features), packing.bits, packing.popcounts);
+    });
+}
+
+int unpack_signs(const hf_stompp_cuda_unpacking &unpacking) {
+    // +1 and -1 as int8, and in sign, four bits of exponent with bias 7, three of mantissa.
+    const bool is_integer = unpacking.signs_type == HF_STOMPP_CUDA_INT8;
+    const unsigned plus = is_integer ? 0x01 : 0x38, minus = is_integer ? 0xff : 0xb8;
+    const int64_t bytes = unpacking.rows * row_bytes(unpacking.features);
+    return launch(unpack_rows, dim3(blocks(bytes, THREADS)), THREADS, 0, unpacking.stream, unpacking.bits, bytes,
+                  static_cast<int>(unpacking.features), plus, minus, reinterpret_cast<uint2 *>(unpacking.signs));
+}
+
+int sign_product(const hf_stompp_cuda_vector_product &product) {
+    const int rows = static_cast<int>(product.out_features), columns = static_cast<int>(product.in_features);
+    if (product.transposed)
+        return launch(multiply_columns, dim3(blocks(columns, WARP)), THREADS, 0, product.stream, product.weight, rows,
+                      columns, product.vector, product.output);
+    return launch(multiply_rows, dim3(blocks(rows, WARPS)), THREADS, 0, product.stream, product.weight, rows, columns,
+                  product.vector, product.output);
+}
+
+}  // namespace hf_stompp

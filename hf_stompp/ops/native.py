@@ -1,0 +1,91 @@
+"""Native libraries: where those that are built on first use are kept, and how they come there."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+
+def cache_folder() -> Path:
+    """
+    Where libraries built on first use are kept: `HF_STOMPP_CACHE`, or `hf_stompp` in the user's cache folder.
+
+    Raises:
+        OSError: the user has no home folder, and the variable names none.
+    """
+    named = os.environ.get("HF_STOMPP_CACHE")
+    try:
+        if named:
+            return Path(named).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_stompp"
+    except RuntimeError as error:
+        raise OSError(f"no folder to compile them in: {error}; name one in HF_STOMPP_CACHE") from error
+
+
+def check_origin(native: ctypes.CDLL, prefix: str, abi_version: int, source_hash: str) -> None:
+    """
+    Checks that a library was built from the sources of this package.
+
+    Args:
+        native (`ctypes.CDLL`).
+        prefix (`str`): of the names of its functions.
+        abi_version (`int`), source_hash (`str`): what it must tell.
+
+    Raises:
+        OSError: it was built from others, or is no library of ours.
+    """
+    try:
+        hash_of = getattr(native, f"{prefix}_source_hash")
+        hash_of.restype = ctypes.c_char_p
+        version, sources = getattr(native, f"{prefix}_abi_version")(), hash_of().decode()
+    except AttributeError as error:
+        raise OSError(f"{native._name} is no library of hf_stompp ({error})") from error
+    if version != abi_version or sources != source_hash:
+        raise OSError(f"{native._name} was built from other sources than those of this hf_stompp")
+
+
+def _open_whole(path: Path, open_library: Callable[[Path], ctypes.CDLL]) -> ctypes.CDLL:
+    """Opens a file that may be damaged: to load half a library would end the process."""
+    digest = path.with_suffix(".sha256").read_text(encoding="ascii")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        raise OSError(f"{path} is damaged")
+    return open_library(path)
+
+
+def open_or_build(
+    kind: str, key: str, name: str, open_library: Callable[[Path], ctypes.CDLL], build: Callable[[Path], object]
+) -> ctypes.CDLL:
+    """
+    A library from the cache, built there where it is missing.
+
+    Args:
+        kind (`str`): what its folder's name begins with.
+        key (`str`): all that it depends on.
+        name (`str`): of the file.
+        open_library (`Callable`): loads it; raises OSError for one that does not fit.
+        build (`Callable`): writes it to a path.
+
+    Raises:
+        OSError: the cache cannot be written, or what was built cannot be loaded. Also what `build` raises.
+    """
+    folder = cache_folder() / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    target = folder / name
+    try:
+        # Without the lock, which needs permission to write.
+        return _open_whole(target, open_library)
+    except OSError:
+        folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):
+        try:
+            # Another process may have built it meanwhile.
+            return _open_whole(target, open_library)
+        except OSError:
+            build(target)
+            digest = hashlib.sha256(target.read_bytes()).hexdigest()
+            target.with_suffix(".sha256").write_text(digest, encoding="ascii")
+    return open_library(target)

@@ -1,0 +1,263 @@
+"""`ops/cuda.py`: its calls of the library, and what it does without; on the emulated device of emulated_cuda.h."""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_stompp.ops import build, cuda, eight_bit, reference
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def native(emulated_cuda: Path) -> cuda.NativeKernels:
+    return emulated(emulated_cuda)
+
+
+def emulated(path: Path, kernel: str | None = None, stream: int = 0) -> cuda.NativeKernels:
+    return cuda.NativeKernels(cuda.open_library(path), 0, kernel, stream=lambda device: stream)
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> Callable[..., cuda.Operators]:
+    """`use(device)`: the operators, for tensors of the processor, on a device of one's choice."""
+
+    def choose(device: cuda.Device) -> cuda.Operators:
+        monkeypatch.setattr(cuda, "device", lambda of: device)
+        return cuda.Operators()
+
+    return choose
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def draw_layer(in_features: int, out_features: int, bias: bool = True) -> tuple[Any, ...]:
+    weight = reference.pack_bits(draw(out_features, in_features))
+    return weight, in_features, draw(out_features).abs(), draw(out_features) if bias else None
+
+
+class TestCallsOfTheLibrary:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("shape", [(5,), (3, 7), (2, 3, 264)], ids=str)
+    def test_pack_sign(self, native: cuda.NativeKernels, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        input, threshold = draw(*shape, dtype=dtype), draw(shape[-1])
+        for bound in (None, threshold):
+            found, expected = native.pack_sign(input, bound), reference.pack_sign(input, bound)
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("kernel", [None, *cuda.KERNELS])
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_products(self, emulated_cuda: Path, dtype: torch.dtype, kernel: str | None, bias: bool) -> None:
+        native = emulated(emulated_cuda, kernel)
+        bits, layer, threshold = reference.pack_bits(draw(9, 300)).view(3, 3, -1), draw_layer(300, 41, bias), draw(41)
+        assert torch.equal(
+            native.binary_linear(bits, *layer, dtype), reference.binary_linear(bits, None, *layer, dtype)
+        )
+        for bound in (None, threshold):
+            found = native.binary_linear_sign(bits, *layer, dtype, bound)
+            assert torch.equal(found, reference.binary_linear_sign(bits, None, *layer, dtype, bound))
+
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+    def test_unpack(self, native: cuda.NativeKernels, dtype: torch.dtype) -> None:
+        bits = reference.pack_bits(draw(5, 300))
+        found, expected = (run(bits, 300, dtype) for run in (native.unpack, eight_bit.unpack))
+        assert torch.equal(found.float(), expected.float())
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_layer_norm_sign(self, native: cuda.NativeKernels, dtype: torch.dtype) -> None:
+        input, residual = draw(2, 3, 264, dtype=dtype), draw(3, 2, 264, dtype=dtype).view(2, 3, 264)
+        weight, bias, threshold = (draw(264 + i)[:264].clone() for i in range(3))
+        for parameters in ((weight, bias), (weight.to(dtype), bias.to(dtype))):
+            for other, bound in ((residual, threshold), (None, None)):
+                output, bits = native.layer_norm_sign(input, other, *parameters, 1e-5, bound)
+                expected, _ = reference.layer_norm_sign(input, other, *parameters, 1e-5, bound)
+                torch.testing.assert_close(output, expected)
+                assert torch.equal(bits, reference.pack_sign(output, bound)[0])
+
+    @pytest.mark.parametrize("transposed", [False, True])
+    def test_sign_product(self, native: cuda.NativeKernels, transposed: bool) -> None:
+        weight, vector = reference.pack_bits(draw(70, 300)), draw(70 if transposed else 300).double()
+        found = native.sign_product(weight, 300, vector, transposed)
+        torch.testing.assert_close(found, reference.sign_product(weight, 300, vector, transposed))
+
+    def test_tensors_that_are_not_dense_or_begin_anywhere_are_copied(self, native: cuda.NativeKernels) -> None:
+        layer = draw_layer(300, 41)
+        bits = reference.pack_bits(draw(9, 300))
+        scattered = bits.repeat(1, 2)[:, : bits.shape[1]]
+        shifted = torch.cat([torch.zeros(1, dtype=torch.uint8), bits.flatten()])[1:].view(bits.shape)
+        expected = reference.binary_linear(bits, None, *layer, torch.float32)
+        for input in (scattered, shifted):
+            assert torch.equal(native.binary_linear(input, *layer, torch.float32), expected)
+        values = draw(300, 9)
+        assert torch.equal(native.pack_sign(values.T)[0], reference.pack_sign(values.T)[0])
+
+    def test_work_is_enqueued_on_the_stream_of_the_tensors_device(self, emulated_cuda: Path) -> None:
+        native = emulated(emulated_cuda, stream=0x1234)
+        asked = native.native.emulated_cuda_launch_stream
+        asked.restype = ctypes.c_void_p
+        native.pack_sign(draw(2, 3))
+        assert asked() == 0x1234
+
+    def test_the_kernel_of_a_product_can_be_asked_for(self, native: cuda.NativeKernels, emulated_cuda: Path) -> None:
+        assert native.chosen(1, 64) == "mma_64x64" and native.chosen(4096, 3072) == "wgmma_128x256"
+        assert emulated(emulated_cuda, "mma_128x128").chosen(1, 64) == "mma_128x128"
+
+
+class TestDevices:
+    @pytest.fixture
+    def capability(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+        return lambda value: monkeypatch.setenv("HF_STOMPP_EMULATED_CAPABILITY", value)
+
+    def test_kernel_that_a_device_lacks_is_refused_by_name(
+        self, emulated_cuda: Path, capability: Callable[[str], None]
+    ) -> None:
+        capability("8.6")
+        assert emulated(emulated_cuda).multiplies_bits
+        with pytest.raises(cuda.CudaError, match="wgmma_128x128 cannot run on device 0"):
+            emulated(emulated_cuda, "wgmma_128x128")
+
+    def test_device_with_emulated_bit_products_has_none_of_its_own(
+        self, emulated_cuda: Path, capability: Callable[[str], None]
+    ) -> None:
+        capability("10.0")
+        native = emulated(emulated_cuda)
+        assert not native.multiplies_bits and native.chosen(64, 64) is None
+
+
+class TestOperators:
+    @pytest.fixture(params=["bits", "int8", "float8", "int8 without library", "float32 without library"])
+    def operators(
+        self, request: Any, native: cuda.NativeKernels, use: Callable[..., cuda.Operators]
+    ) -> cuda.Operators:
+        product, _, without = request.param.partition(" ")
+        return use(cuda.Device(None if without else native, product))
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_products_of_every_kind_are_the_reference(self, operators: cuda.Operators, dtype: torch.dtype) -> None:
+        input, threshold, layer = draw(3, 300, dtype=dtype), draw(300), draw_layer(300, 41)
+        bits, bound = reference.pack_sign(input, threshold)[0], draw(41)
+        expected = reference.binary_linear(bits, None, *layer, dtype)
+        assert torch.equal(operators.binary_linear(input, threshold, *layer, dtype), expected)
+        assert torch.equal(operators.binary_linear(bits, None, *layer, dtype), expected)
+        expected = reference.binary_linear_sign(bits, None, *layer, dtype, bound)
+        assert torch.equal(operators.binary_linear_sign(input, threshold, *layer, dtype, bound), expected)
+
+    def test_the_rest_too(self, operators: cuda.Operators) -> None:
+        input, weight = draw(4, 300), reference.pack_bits(draw(7, 300))
+        assert torch.equal(operators.pack_sign(input)[1], reference.pack_sign(input)[1])
+        vector = draw(300).double()
+        found, expected = (o.sign_product(weight, 300, vector, False) for o in (operators, reference))
+        torch.testing.assert_close(found, expected)
+
+    @pytest.mark.parametrize("features", [264, 300, 4104])
+    def test_layer_norm_of_any_width(self, operators: cuda.Operators, features: int) -> None:
+        # Neither a multiple of 8 nor above 4096 has a kernel.
+        arguments = draw(2, features), draw(2, features), draw(features), draw(features + 1)[1:].clone(), 1e-5, None
+        output, bits = operators.layer_norm_sign(*arguments)
+        torch.testing.assert_close(output, reference.layer_norm_sign(*arguments)[0])
+        assert torch.equal(bits, reference.pack_sign(output)[0])
+
+
+class TestFailures:
+    @pytest.fixture
+    def broken(self, emulated_cuda: Path) -> cuda.NativeKernels:
+        """Loaded, and then its device is gone."""
+        native = emulated(emulated_cuda)
+        native.index = 99
+        return native
+
+    def test_a_launch_that_fails_is_one_warning_and_the_right_result(
+        self, broken: cuda.NativeKernels, use: Callable[..., cuda.Operators]
+    ) -> None:
+        device, layer = cuda.Device(broken, "bits"), draw_layer(300, 41)
+        operators, input = use(device), draw(3, 300)
+        with pytest.warns(RuntimeWarning, match="goes on without its CUDA kernels") as caught:
+            found = operators.binary_linear(input, None, *layer, torch.float32)
+        assert len(caught) == 1
+        expected = reference.binary_linear(input, None, *layer, torch.float32)
+        assert torch.equal(found, expected)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(operators.binary_linear(input, None, *layer, torch.float32), expected)
+        assert device.native is None and device.product == "int8" and device.why_not
+
+    def test_a_launch_that_fails_is_an_error_if_the_kernel_was_asked_for_by_name(
+        self, broken: cuda.NativeKernels, use: Callable[..., cuda.Operators]
+    ) -> None:
+        operators = use(cuda.Device(broken, "bits", forced=True))
+        with pytest.raises(cuda.CudaError):
+            operators.pack_sign(draw(2, 3))
+
+
+class TestLoading:
+    """What is chosen on a machine whose GPU only PyTorch is told of."""
+
+    @pytest.fixture(autouse=True)
+    def gpu(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(eight_bit, "choose", lambda device: "int8")
+        yield
+
+    @pytest.fixture
+    def library(self, monkeypatch: pytest.MonkeyPatch, emulated_cuda: Path) -> None:
+        monkeypatch.setattr(cuda, "find_or_build", lambda capability: cuda.open_library(emulated_cuda))
+
+    @pytest.fixture
+    def no_library(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(capability: tuple[int, int]) -> None:
+            raise build.BuildError("there is no nvcc")
+
+        monkeypatch.setattr(cuda, "find_or_build", fail)
+
+    def test_kernels_multiply_bits_where_the_device_does(self, library: None) -> None:
+        device = cuda._load(0, None)
+        assert device.product == "bits" and device.native is not None and not device.forced
+
+    def test_eight_bit_product_where_the_device_emulates_bits(
+        self, library: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HF_STOMPP_EMULATED_CAPABILITY", "10.0")
+        device = cuda._load(0, None)
+        assert device.product == "int8" and device.native is not None and device.why_not is None
+
+    def test_kernel_is_forced_by_name(self, library: None) -> None:
+        device = cuda._load(0, "mma_64x64")
+        assert device.native is not None and device.native.kernel == "mma_64x64" and device.forced
+
+    def test_eight_bit_product_is_forced_by_name(self, library: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(eight_bit, "why_not", lambda product, device: None)
+        assert cuda._load(0, "float8").product == "float8"
+        monkeypatch.setattr(eight_bit, "why_not", lambda product, device: "no such tensor cores")
+        with pytest.raises(RuntimeError, match="HF_STOMPP_CUDA=float8 cannot run on cuda:0: no such tensor cores"):
+            cuda._load(0, "float8")
+
+    def test_reference_is_forced_by_name(self) -> None:
+        device = cuda._load(0, "reference")
+        assert device.product == "float32" and device.native is None
+
+    def test_without_compiler_there_is_one_warning_that_says_why(self, no_library: None) -> None:
+        with pytest.warns(RuntimeWarning, match="cuda:0 without CUDA kernels .*there is no nvcc"):
+            device = cuda._load(0, None)
+        assert device.product == "int8" and device.native is None and device.why_not == "there is no nvcc"
+
+    def test_without_compiler_a_kernel_asked_for_by_name_is_an_error(self, no_library: None) -> None:
+        with pytest.raises(RuntimeError, match="HF_STOMPP_CUDA=mma_64x64: there is no nvcc"):
+            cuda._load(0, "mma_64x64")
+
+    def test_another_name_is_an_error_that_lists_them(self) -> None:
+        with pytest.raises(ValueError, match="one of mma_64x64, .*, int8, float8 or reference, got 'xor'"):
+            cuda._load(0, "xor")
