@@ -111,6 +111,9 @@ def run_cases(cuda: Any, native: Any) -> int:
         vector = torch.randn(out_features if transposed else in_features, generator=generator, dtype=torch.float64)
         native.sign_product(draw_bits(out_features, in_features), in_features, vector.to(DEVICE), transposed)
         count += 1
+        levels = draw(out_features, 1), draw(in_features), draw(1)[0], draw(out_features)
+        native.fold(draw_bits(out_features, in_features), *levels, in_features)
+        count += 1
     return count
 
 

@@ -9,7 +9,7 @@ import torch
 
 # Importing them registers the implementations of devices, and what graphs share.
 from . import cpu, cuda, schema, tracing
-from .reference import SURROGATES, fold, integer_linear, pack_bits, packed_bytes, plus_minus_one, unpack_signs
+from .reference import SURROGATES, integer_linear, pack_bits, packed_bytes, plus_minus_one, unpack_signs
 
 
 def has_native_kernels(device: torch.device) -> bool:
@@ -34,6 +34,7 @@ binary_linear = torch.ops.hf_stompp.binary_linear.default
 binary_linear_sign = torch.ops.hf_stompp.binary_linear_sign.default
 layer_norm_sign = torch.ops.hf_stompp.layer_norm_sign.default
 sign_product = torch.ops.hf_stompp.sign_product.default
+fold = torch.ops.hf_stompp.fold.default
 masked_weight = torch.ops.hf_stompp.masked_weight.default
 masked_weight_grad = torch.ops.hf_stompp.masked_weight_grad.default
 masked_activation = torch.ops.hf_stompp.masked_activation.default

@@ -245,6 +245,18 @@ class NativeKernels:
         _check_status(self.native.hf_stompp_sign_product(arguments))
         return output
 
+    def fold(
+        self,
+        packed_weight: Tensor,
+        row_scale: Tensor,
+        offset: Tensor,
+        amplitude: Tensor,
+        bias: Tensor | None,
+        in_features: int,
+    ) -> tuple[Tensor, Tensor]:
+        """See [`~hf_stompp.ops.reference.fold`]; arguments have been checked."""
+        return reference.fold(packed_weight, row_scale, offset, amplitude, bias, in_features, self.sign_product)
+
     def masked_weight(self, weight: Tensor, mask: Tensor, scale: Tensor, clip: float, dtype: torch.dtype) -> Tensor:
         """See [`~hf_stompp.ops.reference.masked_weight`]; arguments have been checked."""
         if not {weight.dtype, dtype} <= set(FLOATS) or scale.dtype != torch.float32:

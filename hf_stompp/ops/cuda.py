@@ -44,6 +44,7 @@ _unpacking = struct.Struct("7q").pack
 _product = struct.Struct("14q").pack
 _layer_norm = struct.Struct("8qd5q").pack
 _vector_product = struct.Struct("8q").pack
+_folding = struct.Struct("12q").pack
 
 _LARGEST_LAYER_NORM = 4096
 
@@ -76,7 +77,7 @@ def open_library(path: Path) -> ctypes.CDLL:
     native.hf_stompp_cuda_check.argtypes = [ctypes.c_int64]
     native.hf_stompp_cuda_has_kernel.argtypes = [ctypes.c_int64] * 2
     native.hf_stompp_cuda_chosen.argtypes = [ctypes.c_int64] * 3
-    for name in ("pack_sign", "unpack_signs", "binary_linear", "layer_norm_sign", "sign_product"):
+    for name in ("pack_sign", "unpack_signs", "binary_linear", "layer_norm_sign", "sign_product", "fold"):
         getattr(native, f"hf_stompp_cuda_{name}").argtypes = [ctypes.c_char_p]
     return native
 
@@ -288,6 +289,30 @@ class NativeKernels:
         self._check(self.native.hf_stompp_cuda_sign_product(record))
         return output
 
+    def fold(
+        self,
+        packed_weight: Tensor,
+        row_scale: Tensor,
+        offset: Tensor,
+        amplitude: Tensor,
+        bias: Tensor | None,
+        in_features: int,
+    ) -> tuple[Tensor, Tensor]:
+        """See [`~hf_stompp.ops.reference.fold`]; arguments have been checked, floats are float32 or narrower."""
+        # Names, so that a copy made here lives until the call returns.
+        packed_weight, amplitude = packed_weight.contiguous(), amplitude.float()
+        row_scale, offset = (tensor.float().contiguous() for tensor in (row_scale, offset))
+        bias = None if bias is None else bias.float().contiguous()
+        rows = packed_weight.shape[0]
+        scale, constant = (row_scale.new_empty(rows) for _ in range(2))
+        record = _folding(
+            *(self.index, self._stream(packed_weight.device), packed_weight.data_ptr(), rows, in_features),
+            *(row_scale.data_ptr(), offset.data_ptr(), offset.dim(), amplitude.data_ptr(), _pointer(bias)),
+            *(scale.data_ptr(), constant.data_ptr()),
+        )
+        self._check(self.native.hf_stompp_cuda_fold(record))
+        return scale, constant
+
 
 class Device:
     """
@@ -391,6 +416,25 @@ class Operators:
         return device(vector.device).attempt(
             lambda native: native.sign_product(*arguments), lambda: reference.sign_product(*arguments)
         )
+
+    def fold(
+        self,
+        packed_weight: Tensor,
+        row_scale: Tensor,
+        offset: Tensor,
+        amplitude: Tensor,
+        bias: Tensor | None,
+        in_features: int,
+    ) -> tuple[Tensor, Tensor]:
+        arguments = packed_weight, row_scale, offset, amplitude, bias, in_features
+
+        def in_parts() -> tuple[Tensor, Tensor]:
+            return reference.fold(*arguments, self.sign_product)
+
+        if any(t is not None and t.dtype == torch.float64 for t in (row_scale, offset, amplitude, bias)):
+            # The kernel reads float32.
+            return in_parts()
+        return device(packed_weight.device).attempt(lambda native: native.fold(*arguments), in_parts)
 
     def masked_weight(self, *arguments: Any) -> Tensor:
         return masked_kernels().masked_weight(*arguments)

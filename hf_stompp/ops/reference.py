@@ -127,29 +127,36 @@ def sign_product(packed_weight: Tensor, in_features: int, vector: Tensor, transp
 
 
 def fold(
-    packed_weight: Tensor, row_scale: Tensor, offset: Tensor, amplitude: Tensor, bias: Tensor | None, in_features: int
+    packed_weight: Tensor,
+    row_scale: Tensor,
+    offset: Tensor,
+    amplitude: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    product: Callable[[Tensor, int, Tensor, bool], Tensor] = sign_product,
 ) -> tuple[Tensor, Tensor]:
     """
     Scale and bias of the integer product that equals a linear layer on two-level inputs and two-level weights.
 
     With inputs `offset + amplitude * s` (`s` = +-1), `sum_k row_scale * v_k * (offset_k + amplitude * s_k) + bias` is
     `(row_scale * amplitude) * sum_k v_k s_k + (bias + row_scale * sum_k v_k offset_k)`. Sums are in float64 and
-    rounded once. Differentiable in all but the weight.
+    rounded once. As an operator differentiable in offset, amplitude and bias.
 
     Args:
         packed_weight (`Tensor` of shape `(out_features, packed_bytes(in_features))`): uint8, the bits of `v`.
-        row_scale (`Tensor` of shape `(out_features, 1)`).
-        offset (`Tensor` of shape `(in_features,)` or `()`).
-        amplitude (`Tensor` of shape `()`).
-        bias (`Tensor` of shape `(out_features,)`, *optional*).
+        row_scale (`Tensor` of shape `(out_features, 1)`): floating.
+        offset (`Tensor` of shape `(in_features,)` or `()`): floating.
+        amplitude (`Tensor` of shape `()`): floating.
+        bias (`Tensor` of shape `(out_features,)`, *optional*): floating.
         in_features (`int`).
+        product (`Callable`, *optional*): [`sign_product`], or a kernel for it. No argument of the operator.
 
     Returns:
         `tuple(Tensor, Tensor)`: scale and bias, both float32 of shape `(out_features,)`.
     """
     row_scale = row_scale.double().flatten()
     offset = offset.double().expand(in_features).contiguous()
-    constant = row_scale * torch.ops.hf_stompp.sign_product(packed_weight, in_features, offset, False)
+    constant = row_scale * product(packed_weight, in_features, offset, False)
     if bias is not None:
         constant = constant + bias.double()
     return (row_scale * amplitude.double()).float(), constant.float()

@@ -28,6 +28,8 @@ SCHEMAS = (
     "layer_norm_sign(Tensor input, Tensor? residual, Tensor weight, Tensor bias, float epsilon, Tensor? threshold) -> "
     "(Tensor output, Tensor bits)",
     "sign_product(Tensor packed_weight, int in_features, Tensor vector, bool transposed) -> Tensor",
+    "fold(Tensor packed_weight, Tensor row_scale, Tensor offset, Tensor amplitude, Tensor? bias, int in_features) -> "
+    "(Tensor scale, Tensor constant)",
     "masked_weight(Tensor weight, Tensor mask, Tensor scale, float clip, ScalarType dtype) -> Tensor",
     "masked_weight_grad(Tensor grad, Tensor weight, Tensor mask, Tensor scale, float clip, str surrogate) -> Tensor",
     "masked_activation(Tensor value, Tensor pre_activation, Tensor mask, Tensor threshold, Tensor offset, "
@@ -169,6 +171,17 @@ def check_layer_norm_sign(
     _check_vector(op, "threshold", threshold, shape[-1], input)
 
 
+def _check_packed_weight(op: str, packed_weight: Tensor, in_features: int) -> None:
+    if packed_weight.dtype != torch.uint8:
+        raise TypeError(f"hf_stompp::{op}: packed_weight must be uint8, got {packed_weight.dtype}")
+    shape = packed_weight.shape
+    if in_features < 1 or len(shape) != 2 or shape[1] != packed_bytes(in_features):
+        raise ValueError(
+            f"hf_stompp::{op}: packed_weight must have shape (out_features, packed bytes of in_features="
+            f"{in_features}), got {tuple(shape)}"
+        )
+
+
 def check_sign_product(packed_weight: Tensor, in_features: int, vector: Tensor, transposed: bool) -> None:
     """
     Checks the arguments of `sign_product`.
@@ -177,21 +190,44 @@ def check_sign_product(packed_weight: Tensor, in_features: int, vector: Tensor, 
         TypeError: a dtype is not among those allowed.
         ValueError: a shape does not fit, or tensors are on different devices.
     """
-    if packed_weight.dtype != torch.uint8 or vector.dtype != torch.float64:
-        raise TypeError(
-            f"hf_stompp::sign_product: packed_weight must be uint8 and vector float64, got {packed_weight.dtype} and "
-            f"{vector.dtype}"
-        )
+    _check_packed_weight("sign_product", packed_weight, in_features)
+    if vector.dtype != torch.float64:
+        raise TypeError(f"hf_stompp::sign_product: vector must be float64, got {vector.dtype}")
     shape = packed_weight.shape
-    if in_features < 1 or len(shape) != 2 or shape[1] != packed_bytes(in_features):
-        raise ValueError(
-            f"hf_stompp::sign_product: packed_weight must have shape (out_features, packed bytes of in_features="
-            f"{in_features}), got {tuple(shape)}"
-        )
     expected = shape[0] if transposed else in_features
     if vector.shape != (expected,):
         raise ValueError(f"hf_stompp::sign_product: vector must have shape ({expected},), got {tuple(vector.shape)}")
     _check_device("sign_product", "vector", vector, packed_weight)
+
+
+def check_fold(
+    packed_weight: Tensor, row_scale: Tensor, offset: Tensor, amplitude: Tensor, bias: Tensor | None, in_features: int
+) -> None:
+    """
+    Checks the arguments of `fold`.
+
+    Raises:
+        TypeError: a dtype is not among those allowed.
+        ValueError: a shape does not fit, or tensors are on different devices.
+    """
+    _check_packed_weight("fold", packed_weight, in_features)
+    rows = packed_weight.shape[0]
+    shapes: dict[str, tuple[Tensor | None, list[tuple[int, ...]]]] = {
+        "row_scale": (row_scale, [(rows, 1)]),
+        "offset": (offset, [(), (in_features,)]),
+        "amplitude": (amplitude, [()]),
+        "bias": (bias, [(rows,)]),
+    }
+    for name, (tensor, allowed) in shapes.items():
+        if tensor is None:
+            continue
+        if not tensor.is_floating_point():
+            raise TypeError(f"hf_stompp::fold: {name} must be floating, got {tensor.dtype}")
+        if tensor.shape not in allowed:
+            raise ValueError(
+                f"hf_stompp::fold: {name} must have shape {' or '.join(map(str, allowed))}, got {tuple(tensor.shape)}"
+            )
+        _check_device("fold", name, tensor, packed_weight)
 
 
 def check_masked_weight(
@@ -350,6 +386,11 @@ class _Shapes:
         return vector.new_empty(in_features if transposed else packed_weight.shape[0])
 
     @staticmethod
+    def fold(packed_weight: Tensor, *levels: Any) -> tuple[Tensor, Tensor]:
+        rows = packed_weight.shape[0]
+        return packed_weight.new_empty(rows, dtype=torch.float32), packed_weight.new_empty(rows, dtype=torch.float32)
+
+    @staticmethod
     def masked_weight(weight: Tensor, mask: Tensor, scale: Tensor, clip: float, dtype: torch.dtype) -> Tensor:
         return weight.new_empty(weight.shape, dtype=dtype)
 
@@ -390,6 +431,10 @@ def _checked(implementation: Callable[[], Any]) -> dict[str, Callable]:
         check_sign_product(*arguments)
         return implementation().sign_product(*arguments)
 
+    def fold(*arguments: Any) -> tuple[Tensor, Tensor]:
+        check_fold(*arguments)
+        return implementation().fold(*arguments)
+
     def masked_weight(weight: Tensor, mask: Tensor, scale: Tensor, clip: float, dtype: torch.dtype) -> Tensor:
         check_masked_weight("masked_weight", weight, mask, scale, clip, dtype=dtype)
         return implementation().masked_weight(weight, mask, scale, clip, dtype)
@@ -409,7 +454,7 @@ def _checked(implementation: Callable[[], Any]) -> dict[str, Callable]:
         check_masked_activation_grad(*arguments)
         return implementation().masked_activation_grad(*arguments)
 
-    functions: list[Callable] = [pack_sign, binary_linear, binary_linear_sign, layer_norm_sign, sign_product]
+    functions: list[Callable] = [pack_sign, binary_linear, binary_linear_sign, layer_norm_sign, sign_product, fold]
     functions += [masked_weight, masked_weight_grad, masked_activation, masked_activation_grad]
     return {function.__name__: function for function in functions}
 
@@ -444,3 +489,29 @@ def _sign_product_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("hf_stompp::sign_product", _sign_product_grad, setup_context=_keep_weight, lib=library)
+
+
+def _keep_levels(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    packed_weight, row_scale, offset, amplitude, bias, ctx.in_features = inputs
+    ctx.save_for_backward(packed_weight, row_scale)
+    ctx.offset_shape = offset.shape
+    ctx.dtypes = offset.dtype, amplitude.dtype, None if bias is None else bias.dtype
+
+
+def _fold_grad(ctx: Any, grad_scale: Tensor, grad_constant: Tensor) -> tuple[Tensor | None, ...]:
+    packed_weight, row_scale = ctx.saved_tensors
+    offset_dtype, amplitude_dtype, bias_dtype = ctx.dtypes
+    row_scale = row_scale.double().flatten()
+    grad_offset = grad_amplitude = grad_bias = None
+    if ctx.needs_input_grad[2]:
+        product = torch.ops.hf_stompp.sign_product
+        grad_offset = product(packed_weight, ctx.in_features, grad_constant.double() * row_scale, True)
+        grad_offset = grad_offset.sum_to_size(ctx.offset_shape).to(offset_dtype)
+    if ctx.needs_input_grad[3]:
+        grad_amplitude = (grad_scale.double() * row_scale).sum().to(amplitude_dtype)
+    if ctx.needs_input_grad[4]:
+        grad_bias = grad_constant.to(bias_dtype)
+    return None, None, grad_offset, grad_amplitude, grad_bias, None
+
+
+torch.library.register_autograd("hf_stompp::fold", _fold_grad, setup_context=_keep_levels, lib=library)

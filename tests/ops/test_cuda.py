@@ -347,6 +347,20 @@ def test_product_with_a_vector_is_exact(transposed: bool) -> None:
         assert torch.equal(found.cpu(), vector @ matrix if transposed else matrix @ vector), (rows, features)
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_folded_levels_are_exact(with_bias: bool) -> None:
+    for rows, features in itertools.product([1, 9, 130], IN_FEATURES):
+        weight = draw(rows, features) >= 0
+        # Whole numbers, of which every order of additions gives the same sum.
+        offset, bias = torch.randint(-1000, 1000, (features,)).float(), torch.randint(-1000, 1000, (rows,)).float()
+        for levels in (offset, torch.tensor(3.0)):
+            given = packed(weight), torch.full((rows, 1), 0.5), levels, torch.tensor(0.7), bias if with_bias else None
+            scale, constant = ops.fold(*on_gpu(*given), features)
+            expected = 0.5 * ((2.0 * weight - 1) @ levels.expand(features)) + (bias if with_bias else 0)
+            assert torch.equal(constant.cpu(), expected), (rows, features)
+            assert torch.equal(scale.cpu(), torch.full((rows,), 0.5) * torch.tensor(0.7))
+
+
 # ----- Nothing is written beside the outputs -----
 
 UNTOUCHED, GUARD = 0x5A, 4096
@@ -455,6 +469,7 @@ def simple_arguments() -> dict[str, tuple[Any, ...]]:
         "binary_linear_sign": (bits, None, *layer, bias),
         "layer_norm_sign": norm,
         "sign_product": (weight, 300, draw(300).double(), False),
+        "fold": (weight, draw(70, 1).abs(), draw(300), torch.tensor(0.7), bias, 300),
         "masked_weight": (*masked, torch.float32),
         "masked_weight_grad": (draw(5, 300), *masked, "none"),
         "masked_activation": (x, x, mask, *vectors, "none"),
@@ -490,6 +505,10 @@ OPERATORS: dict[str, tuple[Call, tuple[int, ...]]] = {
         (65, 768),
     ),
     "sign_product": (lambda x, other: ops.sign_product(other, 768, x.double(), False), (768,)),
+    "fold": (
+        lambda x, other: ops.fold(other, other.new_ones(300, 1).float(), x, x.new_ones(()), None, 768)[1],
+        (768,),
+    ),
 }
 """Each with an input and a packed weight, and the shape of the input."""
 

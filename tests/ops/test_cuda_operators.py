@@ -93,6 +93,21 @@ class TestCallsOfTheLibrary:
         found = native.sign_product(weight, 300, vector, transposed)
         torch.testing.assert_close(found, reference.sign_product(weight, 300, vector, transposed))
 
+    @pytest.mark.parametrize("in_features", [1, 7, 300, 1024])
+    @pytest.mark.parametrize("bias", [None, torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("one_offset", [False, True])
+    def test_fold(
+        self, native: cuda.NativeKernels, in_features: int, bias: torch.dtype | None, one_offset: bool
+    ) -> None:
+        weight, row_scale = reference.pack_bits(draw(41, in_features)), draw(41, 1).abs()
+        offset = torch.tensor(0.3) if one_offset else draw(in_features)
+        given = None if bias is None else draw(41, dtype=bias)
+        arguments = weight, row_scale, offset, torch.tensor(0.7), given, in_features
+        found, expected = native.fold(*arguments), reference.fold(*arguments)
+        assert torch.equal(found[0], expected[0])
+        # Sums of doubles in another order, rounded to float32.
+        torch.testing.assert_close(found[1], expected[1], rtol=2**-23, atol=1e-12)
+
     def test_tensors_that_are_not_dense_or_begin_anywhere_are_copied(self, native: cuda.NativeKernels) -> None:
         layer = draw_layer(300, 41)
         bits = reference.pack_bits(draw(9, 300))
@@ -161,6 +176,11 @@ class TestOperators:
         vector = draw(300).double()
         found, expected = (o.sign_product(weight, 300, vector, False) for o in (operators, reference))
         torch.testing.assert_close(found, expected)
+        for dtype in (torch.float32, torch.float64):
+            levels = draw(7, 1).abs(), draw(300).to(dtype), torch.tensor(0.7), None
+            found, expected = (o.fold(weight, *levels, 300) for o in (operators, reference))
+            assert torch.equal(found[0], expected[0])
+            torch.testing.assert_close(found[1], expected[1])
 
     @pytest.mark.parametrize("features", [264, 300, 4104])
     def test_layer_norm_of_any_width(self, operators: cuda.Operators, features: int) -> None:

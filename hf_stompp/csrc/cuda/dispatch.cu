@@ -134,4 +134,11 @@ int hf_stompp_cuda_sign_product(const hf_stompp_cuda_vector_product *product) {
     return guard.status() ? guard.status() : hf_stompp::sign_product(*product);
 }
 
+int hf_stompp_cuda_fold(const hf_stompp_cuda_folding *folding) {
+    if (folding->out_features == 0) return HF_STOMPP_CUDA_OK;
+    if (!fits(folding->out_features, folding->in_features)) return HF_STOMPP_CUDA_TOO_LARGE;
+    const DeviceGuard guard(folding->device);
+    return guard.status() ? guard.status() : hf_stompp::fold(*folding);
+}
+
 }  // extern "C"

@@ -165,6 +165,30 @@ struct hf_stompp_cuda_vector_product {
 
 HF_STOMPP_CUDA_EXPORT int hf_stompp_cuda_sign_product(const struct hf_stompp_cuda_vector_product *);
 
+/* Scale and bias of the integer product that equals a layer on inputs offset[k] +- amplitude and weights +-row_scale[n]:
+ * scale[n] = row_scale[n] * amplitude, constant[n] = row_scale[n] * sum_k v[n][k] offset[k] + bias[n], in double,
+ * rounded once.
+ */
+struct hf_stompp_cuda_folding {
+    int64_t device;
+    void *stream;
+    /* out_features rows of bits of in_features. */
+    const uint8_t *weight;
+    int64_t out_features, in_features;
+    /* out_features */
+    const float *row_scale;
+    /* in_features, or one if offset_stride is 0. */
+    const float *offset;
+    int64_t offset_stride;
+    const float *amplitude;
+    /* out_features, or NULL. */
+    const float *bias;
+    /* out_features each. */
+    float *scale, *constant;
+};
+
+HF_STOMPP_CUDA_EXPORT int hf_stompp_cuda_fold(const struct hf_stompp_cuda_folding *);
+
 #ifdef __cplusplus
 }
 #endif

@@ -9,6 +9,7 @@ namespace hf_stompp {
 int pack_sign(const hf_stompp_cuda_packing &packing);
 int unpack_signs(const hf_stompp_cuda_unpacking &unpacking);
 int sign_product(const hf_stompp_cuda_vector_product &product);
+int fold(const hf_stompp_cuda_folding &folding);
 int layer_norm_sign(const hf_stompp_cuda_layer_norm &norm);
 int binary_linear_mma(const hf_stompp_cuda_product &product, int64_t kernel);
 int binary_linear_wgmma(const hf_stompp_cuda_product &product, int64_t kernel);

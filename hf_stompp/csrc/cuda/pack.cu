@@ -1,4 +1,4 @@
-/* Floats to bits, bits to signs, and the product of bits with one vector of doubles. */
+/* Floats to bits, bits to signs, and products of bits with one vector. */
 #include "bits.cuh"
 #include "kernels.cuh"
 
@@ -63,37 +63,62 @@ __global__ void __launch_bounds__(THREADS)
     signs[byte] = make_uint2(four_signs(value, live, plus, minus), four_signs(value >> 4, live - 4, plus, minus));
 }
 
+/* The sum of a row of signs times a vector, by one warp; every lane gets it. */
+template <typename Vector>
+__device__ __forceinline__ double multiply_row(const uint8_t *__restrict__ row, int features, Vector vector) {
+    double sum = 0;
+    for (int k = threadIdx.x % WARP; k < features; k += WARP) sum += row[k / 8] >> k % 8 & 1 ? vector(k) : -vector(k);
+#pragma unroll
+    for (int distance = WARP / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(WHOLE_WARP, sum, distance);
+    return sum;
+}
+
 /* One warp a row of the weight. */
 __global__ void __launch_bounds__(THREADS)
     multiply_rows(const uint8_t *__restrict__ weight, int out_features, int in_features,
                   const double *__restrict__ vector, double *__restrict__ output) {
-    const int lane = threadIdx.x % WARP;
     const int64_t row = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / WARP;
     if (row >= out_features) return;
-    const uint8_t *const source = weight + row * row_bytes(in_features);
-    double sum = 0;
-    for (int k = lane; k < in_features; k += WARP) sum += source[k / 8] >> k % 8 & 1 ? vector[k] : -vector[k];
-#pragma unroll
-    for (int distance = WARP / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(WHOLE_WARP, sum, distance);
-    if (lane == 0) output[row] = sum;
+    const double sum =
+        multiply_row(weight + row * row_bytes(in_features), in_features, [&](int k) { return vector[k]; });
+    if (threadIdx.x % WARP == 0) output[row] = sum;
 }
 
-/* One lane a column of the weight, the rows shared out among the warps. */
-__global__ void __launch_bounds__(THREADS)
+/* One warp a row of the weight. */
+__global__ void __launch_bounds__(THREADS) fold_rows(const hf_stompp_cuda_folding folding) {
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / WARP;
+    if (row >= folding.out_features) return;
+    const int features = static_cast<int>(folding.in_features);
+    const double sum = multiply_row(folding.weight + row * row_bytes(features), features, [&](int k) {
+        return static_cast<double>(folding.offset[k * folding.offset_stride]);
+    });
+    if (threadIdx.x % WARP != 0) return;
+    const double row_scale = folding.row_scale[row];
+    const double constant = row_scale * sum;
+    folding.scale[row] = static_cast<float>(row_scale * static_cast<double>(*folding.amplitude));
+    folding.constant[row] = static_cast<float>(
+        folding.bias == nullptr ? constant : constant + static_cast<double>(folding.bias[row]));
+}
+
+/* Warps that share the rows of the weight: a column is a chain of dependent sums, so many short ones. */
+constexpr int COLUMN_WARPS = 32;
+
+/* One lane a column of the weight. */
+__global__ void __launch_bounds__(COLUMN_WARPS *WARP)
     multiply_columns(const uint8_t *__restrict__ weight, int out_features, int in_features,
                      const double *__restrict__ vector, double *__restrict__ output) {
-    __shared__ double sums[WARPS][WARP];
+    __shared__ double sums[COLUMN_WARPS][WARP];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, column = blockIdx.x * WARP + lane;
     const int64_t bytes = row_bytes(in_features);
     double sum = 0;
     if (column < in_features) {
-        for (int row = warp; row < out_features; row += WARPS)
+        for (int row = warp; row < out_features; row += COLUMN_WARPS)
             sum += weight[row * bytes + column / 8] >> column % 8 & 1 ? vector[row] : -vector[row];
     }
     sums[warp][lane] = sum;
     __syncthreads();
     if (warp == 0 && column < in_features) {
-        for (int other = 1; other < WARPS; other++) sum += sums[other][lane];
+        for (int other = 1; other < COLUMN_WARPS; other++) sum += sums[other][lane];
         output[column] = sum;
     }
 }
@@ -129,10 +154,14 @@ int unpack_signs(const hf_stompp_cuda_unpacking &unpacking) {
 int sign_product(const hf_stompp_cuda_vector_product &product) {
     const int rows = static_cast<int>(product.out_features), columns = static_cast<int>(product.in_features);
     if (product.transposed)
-        return launch(multiply_columns, dim3(blocks(columns, WARP)), THREADS, 0, product.stream, product.weight, rows,
+        return launch(multiply_columns, dim3(blocks(columns, WARP)), COLUMN_WARPS * WARP, 0, product.stream, product.weight, rows,
                       columns, product.vector, product.output);
     return launch(multiply_rows, dim3(blocks(rows, WARPS)), THREADS, 0, product.stream, product.weight, rows, columns,
                   product.vector, product.output);
+}
+
+int fold(const hf_stompp_cuda_folding &folding) {
+    return launch(fold_rows, dim3(blocks(folding.out_features, WARPS)), THREADS, 0, folding.stream, folding);
 }
 
 }  // namespace hf_stompp
