@@ -37,8 +37,8 @@ class StoMPPTrainingArguments(TrainingArguments):
             Seed of the freeze masks; `seed` when not given.
         train_committed (`bool`, *optional*, defaults to `True`):
             STE-free only: whether LayerNorm, biases, activation scales and shifts of a committed unit go on learning
-            (ours). Its latent weights never do. On by default, as in the paper: over three seeds on SST-2 the two could
-            not be told apart (docs/training.md).
+            (ours). Its latent weights never do. On by default, as in the paper: over three seeds on SST-2 the two
+            could not be told apart (docs/training.md).
 
     > Parameters that control evaluation
 
