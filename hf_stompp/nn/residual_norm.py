@@ -77,7 +77,7 @@ class PackedResidualNorm(nn.Module):
     def _fuses(self, hidden_states: Tensor, input_tensor: Tensor) -> bool:
         """Whether the fused operator may stand for the children, and puts out what they would."""
         following, norm, dropout = self._following, self.LayerNorm, self.dropout
-        if following is None or self.training or torch.is_grad_enabled() or torch.compiler.is_exporting():
+        if following is None or self.training or torch.is_grad_enabled():
             return False
         device, dtype = hidden_states.device, hidden_states.dtype
         if not fuses_layer_norm(device) or torch.is_autocast_enabled(device.type):
