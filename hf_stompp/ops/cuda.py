@@ -9,6 +9,7 @@ kernels cannot be compiled, as 8-bit products of +-1 (`eight_bit.py`).
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import struct
 import threading
@@ -24,6 +25,8 @@ from . import build, eight_bit, reference
 from .native import check_origin, open_or_build
 from .schema import empty_output, empty_output_bits, empty_packing, register
 
+
+logger = logging.getLogger(__name__)
 
 ABI_VERSION = 1
 
@@ -106,9 +109,13 @@ def find_or_build(capability: tuple[int, int]) -> ctypes.CDLL:
         pass
     nvcc, target = build.find_nvcc(), architecture(capability)
     key = " ".join([build.cuda_source_hash(), target, nvcc, build.nvcc_version(nvcc)])
-    return open_or_build(
-        "cuda", key, build.CUDA_LIBRARY_NAME, open_library, lambda path: build.build_cuda(path, [target])
-    )
+
+    def compile_kernels(path: Path) -> None:
+        # Half a minute without a word would look like a hang.
+        logger.warning("compiling the CUDA kernels for compute capability %s.%s with nvcc, this once", *capability)
+        build.build_cuda(path, [target])
+
+    return open_or_build("cuda", key, build.CUDA_LIBRARY_NAME, open_library, compile_kernels)
 
 
 def _current_stream(device: torch.device) -> int:

@@ -136,7 +136,9 @@ def test_spilled_registers_would_be_an_error(tmp_path: Path) -> None:
 
 @needs_nvcc
 @pytest.mark.slow
-def test_is_built_on_first_use_into_the_cache_and_found_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_is_built_on_first_use_into_the_cache_and_found_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("HF_STOMPP_CACHE", str(tmp_path))
     monkeypatch.setattr(cuda, "INSTALLED", tmp_path / "nothing")
     first = Path(cuda.find_or_build((8, 0))._name)
@@ -144,6 +146,9 @@ def test_is_built_on_first_use_into_the_cache_and_found_there(tmp_path: Path, mo
     written = first.stat().st_mtime_ns
     assert Path(cuda.find_or_build((8, 0))._name) == first and first.stat().st_mtime_ns == written
     assert [path.name for path in tmp_path.iterdir()] == [first.parent.name]
+    assert [record.getMessage() for record in caplog.records if record.name == "hf_stompp.ops.cuda"] == [
+        "compiling the CUDA kernels for compute capability 8.0 with nvcc, this once"
+    ]
 
 
 def test_device_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
