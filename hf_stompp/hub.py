@@ -1,31 +1,156 @@
-"""The model card: what a reader of the Hub must know to load a packed model."""
+"""The Hub: the model card of a binary model, and what to do when a push fails."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.modelcard import TASK_TAG_TO_NAME_MAPPING, TrainingSummary, make_markdown_table
+
+from .config import StoMPPConfig
+from .integrity import METADATA_PREFIX, verify_files
+from .patching import packed_modules, report
 
 
 TAGS = ["stompp", "binary", "1-bit"]
 
+LATENT_REVISION = "latent"
+"""Branch of the latent model in the repository whose `main` holds the packed one."""
 
-def usage_section(model_class: str, name: str) -> str:
+PIPELINE_TASKS = ("text-classification", "token-classification", "fill-mask", "question-answering")
+"""Tasks whose pipeline needs no more than a model and its tokenizer."""
+
+# What an evaluation logs beside the measures of the model.
+NO_MEASURES = (
+    "loss",
+    "runtime",
+    "samples",
+    "samples_per_second",
+    "steps_per_second",
+    "model_preparation_time",
+)
+
+SURROGATE_WORDS = {
+    "none": "without a straight-through estimator: a frozen entry has no gradient",
+    "ste": "with a straight-through estimator for the frozen entries",
+    "clipped_ste": "with a clipped straight-through estimator for the frozen entries",
+}
+
+CITATION = """\
+```bibtex
+@article{smith2026stompp,
+  title  = {Stochastic Masked Partial Progressive Binarization},
+  author = {Evan Gibson Smith and Bashima Islam},
+  year   = {2026},
+  eprint = {2606.27759},
+  archivePrefix = {arXiv},
+  url    = {https://arxiv.org/abs/2606.27759}
+}
+```"""
+
+TEMPLATE = """\
+---
+{{ card_data }}
+---
+
+# {{ name }}
+
+{{ introduction }}
+
+{{ usage }}
+{% if metrics_table %}
+## Results
+
+Of the fully binary model, on the evaluation set:
+
+{{ metrics_table }}
+{% endif %}
+## What is binary, and what is not
+
+{{ what_is_binary }}
+
+{{ sizes_table }}
+
+Bytes of all tensors: {{ bytes_before }} as a float model, {{ bytes_packed }} packed ({{ ratio }} times fewer).
+
+## Training procedure
+
+{{ method }}
+{% if progression_table %}
+### Progression
+
+{{ progression_table }}
+{% endif %}{% if hyperparameters_table %}
+### Training hyperparameters
+
+{{ hyperparameters_table }}
+{% endif %}{% if training_table %}
+### Training results
+
+{{ training_table }}
+{% endif %}
+### Framework versions
+
+{{ versions }}
+
+## Citation
+
+{{ citation }}
+"""
+
+
+# --- the card --------------------------------------------------------------------------------------------------------
+
+
+def usage_section(
+    model_class: str, name: str, state: str = "packed", revision: str | None = None, task: str | None = None
+) -> str:
     """
     The card's section on loading.
 
     Args:
-        model_class (`str`): class of the packed model, e.g. `"BertForSequenceClassification"`.
+        model_class (`str`): class of the model, e.g. `"BertForSequenceClassification"`.
         name (`str`): repository or folder to load it from.
+        state (`str`, *optional*, defaults to `"packed"`): `"packed"` or `"latent"`.
+        revision (`str`, *optional*): branch that holds the model, if not `main`.
+        task (`str`, *optional*): the Hub's name of the task; where it has a pipeline for text, its lines are shown.
     """
-    return (
-        "## How to load it\n\n"
-        "The encoder of this model has 1-bit weights. `pip install hf_stompp`; the import registers the loader. "
-        "Without it Transformers only warns and leaves the encoder at random weights.\n\n"
-        "```python\n"
-        "import hf_stompp\n"
-        f"from transformers import {model_class}\n\n"
-        f'model = {model_class}.from_pretrained("{name}")\n'
-        "```\n"
-    )
+    where = f'"{name}"' if revision in (None, "main") else f'"{name}", revision="{revision}"'
+    if state == "packed":
+        why = (
+            "The encoder of this model has 1-bit weights. `pip install hf_stompp`; the import registers the loader. "
+            "Without it `from_pretrained` stops and speaks of `ignore_mismatched_sizes`: add the import, and leave "
+            "that option alone, which would give the encoder random weights."
+        )
+    else:
+        why = (
+            "This is the latent model: float weights with freeze masks, to train on or to pack. `pip install "
+            "hf_stompp`; the import registers the loader. Without it Transformers warns, and loads a float model that "
+            "computes something else."
+        )
+    lines = ["import hf_stompp", f"from transformers import {model_class}", ""]
+    lines += [f"model = {model_class}.from_pretrained({where})"]
+    if state == "latent":
+        lines += ["packed = hf_stompp.pack(model)  # once every unit is committed"]
+    section = f"## How to load it\n\n{why}\n\n" + _code(lines)
+    if state == "packed" and task in PIPELINE_TASKS:
+        lines = ["import hf_stompp", "from transformers import pipeline", ""]
+        lines += [f'pipe = pipeline("{task}", model={where})']
+        section += "\nor, with the tokenizer of this repository:\n\n" + _code(lines)
+    return section
+
+
+def _code(lines: Sequence[str]) -> str:
+    return "\n".join(["```python", *lines, "```", ""])
 
 
 def add_section(card: Path, section: str) -> None:
@@ -33,3 +158,355 @@ def add_section(card: Path, section: str) -> None:
     text = card.read_text(encoding="utf-8")
     before, heading, after = text.partition("\n## ")
     card.write_text(f"{before}\n{section}{heading}{after}", encoding="utf-8")
+
+
+def is_repository(name: str | None) -> bool:
+    """Whether a name may be that of a model on the Hub, and is no folder here."""
+    if not name or Path(name).is_dir():
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def measures(evaluation: Mapping[str, Any] | None) -> dict[str, float]:
+    """The measures in what a Trainer logs of an evaluation: without loss, speeds and the mixed network's."""
+    found = {}
+    for key, value in (evaluation or {}).items():
+        name = key.removeprefix("eval_")
+        if key.startswith("eval_") and not name.startswith("mixed_") and name not in NO_MEASURES:
+            found[name] = float(value)
+    return found
+
+
+def final_evaluation(log_history: Sequence[Mapping[str, Any]], step: int, best_step: int | None) -> dict[str, Any]:
+    """
+    What a Trainer logged of the evaluation of the model that it holds now; empty if that was never evaluated.
+
+    Args:
+        log_history (`list[dict]`): of the Trainer's state.
+        step (`int`): optimizer steps done.
+        best_step (`int`, *optional*): the step whose weights were loaded at the end of training, if any were.
+    """
+    ends = [index for index, entry in enumerate(log_history) if "train_runtime" in entry]
+    evaluations = [(index, entry) for index, entry in enumerate(log_history) if "eval_loss" in entry]
+    if ends and evaluations and evaluations[-1][0] > ends[-1]:
+        return dict(evaluations[-1][1])
+    wanted = step if best_step is None else best_step
+    return next((dict(entry) for _, entry in reversed(evaluations) if entry.get("step") == wanted), {})
+
+
+def model_card(
+    model: PreTrainedModel,
+    name: str,
+    repository: str,
+    summary: TrainingSummary | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+    progression: Mapping[str, Any] | None = None,
+    tags: Sequence[str] = (),
+    revision: str | None = None,
+) -> ModelCard:
+    """
+    The card of a latent or packed model.
+
+    Args:
+        model (`PreTrainedModel`): after [`binarize`] or [`pack`].
+        name (`str`): title.
+        repository (`str`): repository or folder to load it from.
+        summary (`TrainingSummary`, *optional*): what a Trainer knows of the run: base model, data set, task,
+            hyperparameters, losses.
+        evaluation (`dict`, *optional*): what a Trainer logged of the evaluation of this model, with `eval_*` keys.
+        progression (`dict`, *optional*): settings of the progression, by name.
+        tags (`list[str]`, *optional*): beside those of every binary model.
+        revision (`str`, *optional*): branch that will hold it, if not `main`.
+
+    Returns:
+        `ModelCard`: metadata with `model-index` where data set, task and measures are known, and the text.
+    """
+    config: StoMPPConfig = model.config.quantization_config
+    state = "packed" if packed_modules(model) else "latent"
+    found = measures(evaluation)
+    base = summary.finetuned_from if summary else getattr(model.config, "_name_or_path", None)
+    base = base if is_repository(base) and base != repository else None
+    task = _first(summary.tasks) if summary else None
+    total = report(model, config).total
+    results = _eval_results(summary, task, found)
+    data = ModelCardData(
+        language=summary.language if summary else None,
+        license=summary.license if summary else None,
+        library_name="transformers",
+        base_model=base,
+        tags=list(dict.fromkeys([*(_several(summary.tags) if summary else []), *tags, *TAGS])),
+        datasets=_several(summary.dataset_tags) or None if summary else None,
+        metrics=list(found) or None,
+        pipeline_tag=task,
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    return ModelCard.from_template(
+        data,
+        template_str=TEMPLATE,
+        name=name,
+        introduction=_introduction(model, config, state, base, summary),
+        usage=usage_section(type(model).__name__, repository, state, revision, task).strip(),
+        metrics_table=_table("measure", "value", {key: f"{value:.4f}" for key, value in found.items()}),
+        what_is_binary=_what_is_binary(config),
+        sizes_table=_sizes(model, config),
+        bytes_before=f"{total.bytes_before:,}",
+        bytes_packed=f"{total.bytes_packed:,}",
+        ratio=f"{total.bytes_before / total.bytes_packed:.1f}",
+        method=_method(config),
+        progression_table=_table("setting", "value", progression or {}),
+        hyperparameters_table=_table("hyperparameter", "value", (summary.hyperparameters if summary else None) or {}),
+        training_table=make_markdown_table(summary.eval_lines) if summary else "",
+        versions=f"- hf_stompp {_version()}\n- Transformers {transformers.__version__}\n- PyTorch {torch.__version__}",
+        citation=CITATION,
+    )
+
+
+def _version() -> str:
+    # The package is not complete yet where this module is imported.
+    import hf_stompp
+
+    return hf_stompp.__version__
+
+
+def _several(value: Any) -> list[str]:
+    values = [value] if isinstance(value, str) else list(value or [])
+    return [item for item in values if item]
+
+
+def _first(value: Any) -> str | None:
+    return next(iter(_several(value)), None)
+
+
+def _first_dict(value: Any) -> dict[str, Any]:
+    return next(iter([value] if isinstance(value, dict) else value or []), {})
+
+
+def _eval_results(summary: TrainingSummary | None, task: str | None, found: Mapping[str, float]) -> list[EvalResult]:
+    """Entries of the `model-index`, which may not be without a data set and a task."""
+    tag = _first(summary.dataset_tags) if summary else None
+    if summary is None or task is None or tag is None:
+        return []
+    metadata = _first_dict(summary.dataset_metadata)
+    return [
+        EvalResult(
+            task_type=task,
+            task_name=TASK_TAG_TO_NAME_MAPPING.get(task),
+            dataset_type=tag,
+            dataset_name=_first(summary.dataset) or tag,
+            dataset_config=_first(summary.dataset_args) or metadata.get("config"),
+            dataset_split=metadata.get("split"),
+            metric_type=name,
+            metric_name=name.replace("_", " ").capitalize(),
+            metric_value=value,
+        )
+        for name, value in found.items()
+    ]
+
+
+def _introduction(
+    model: PreTrainedModel, config: StoMPPConfig, state: str, base: str | None, summary: TrainingSummary | None
+) -> str:
+    what = "weights and activations" if config.mode == "bnn" else "weights"
+    origin = f"[{base}](https://huggingface.co/{base})" if base else f"a `{model.config.model_type}` model"
+    data = " and ".join(f"the {name} data set" for name in _several(summary.dataset)) if summary else ""
+    where = f" on {data}" if data else ""
+    text = f"{origin[0].upper()}{origin[1:]}, made binary{where}: the encoder's {what} are 1-bit."
+    if state == "latent":
+        text = f"The latent (trainable) state of a binary model. {text}"
+    return text
+
+
+def _what_is_binary(config: StoMPPConfig) -> str:
+    kinds = [entry["kind"] for entry in config.modules or []]
+    lines = [f"- binary: the weights of {kinds.count('linear')} linear layers, with a float scale for each output row"]
+    if config.mode == "bnn":
+        lines += ["- binary: the activations that enter them, with a threshold for each feature"]
+    else:
+        lines += ["- float: all activations (mode `bwn`, binary weights only)"]
+    if "embedding" in kinds:
+        lines += ["- binary: the word embeddings, with a scale for each row"]
+    lines += ["- float: LayerNorm, biases, scales, attention scores and softmax, the residual stream"]
+    kept = ", ".join(f"`{pattern}`" for pattern in config.modules_to_not_convert)
+    return "\n".join([*lines, f"- float: what matches {kept}" + (", else" if "embedding" in kinds else "")])
+
+
+def _sizes(model: PreTrainedModel, config: StoMPPConfig) -> str:
+    sizes = report(model, config)
+    rows = [
+        {
+            "unit": row.unit,
+            "binary weights": f"{row.binary_weights:,}",
+            "float weights": f"{row.float_weights:,}",
+            "bytes, float model": f"{row.bytes_before:,}",
+            "bytes, packed": f"{row.bytes_packed:,}",
+        }
+        for row in [*sizes.units, sizes.total]
+    ]
+    return make_markdown_table(rows).strip()
+
+
+def _method(config: StoMPPConfig) -> str:
+    what = "weights and activations are" if config.mode == "bnn" else "weights are"
+    return (
+        "StoMPP, Stochastic Masked Partial Progressive Binarization ([arXiv "
+        f"2606.27759](https://arxiv.org/abs/2606.27759)): {what} replaced by their signs through "
+        f"random masks that grow through the encoder, {SURROGATE_WORDS[config.surrogate]} "
+        f"(`surrogate={config.surrogate!r}`). Settings of the binarization: `mode={config.mode!r}`, "
+        f"`unit={config.unit!r}`, `weight_scale={config.weight_scale!r}`, `weight_clip={config.weight_clip}`, "
+        f"`activation_scale={config.activation_scale!r}`, `activation_shift={config.activation_shift!r}`, "
+        f"`activation_clip={config.activation_clip}`."
+    )
+
+
+def _table(left: str, right: str, values: Mapping[str, Any]) -> str:
+    lines = [f"| {name} | {value} |" for name, value in values.items()]
+    return "\n".join([f"| {left} | {right} |", "|---|---|", *lines]) if lines else ""
+
+
+# --- pushing ---------------------------------------------------------------------------------------------------------
+
+
+def _upload_modified_files(model: PreTrainedModel, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+    # Both ways of pushing a model by itself, push_to_hub and save_pretrained(push_to_hub=True), end here. Named like
+    # the method that it stands in for, which is what a pickled model finds when it is read.
+    complete_card(model, Path(working_dir) / "README.md", repo_id, kwargs.get("revision"))
+    return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
+
+
+upload_modified_files = _upload_modified_files
+
+
+def complete_card(model: PreTrainedModel, card: Path, repository: str, revision: str | None = None) -> None:
+    """
+    Makes a card say how to load a binary model, in place.
+
+    Transformers' empty form is replaced by a card of ours; a card that somebody wrote keeps its text.
+    """
+    if not card.is_file():
+        return
+    text = card.read_text(encoding="utf-8")
+    written = ModelCard(text)
+    data: Any = written.data
+    tags = _several(data.tags)
+    if "automatically generated" in text and "[More Information Needed]" in text:
+        model_card(model, repository.split("/")[-1], repository, tags=tags, revision=revision).save(card)
+        return
+    data.tags = list(dict.fromkeys([*tags, *TAGS]))
+    written.save(card)
+    if "import hf_stompp" not in text:
+        state = "packed" if packed_modules(model) else "latent"
+        add_section(card, usage_section(type(model).__name__, repository, state, revision))
+
+
+def create_branch(repository: str, revision: str | None, token: str | bool | None) -> None:
+    """Creates a branch that is not there yet; `upload_folder` needs one that is."""
+    if revision not in (None, "main") and not str(revision).startswith("refs/"):
+        HfApi().create_branch(repository, branch=str(revision), token=token, exist_ok=True)
+
+
+@contextmanager
+def same_weights_kept(folder: Path) -> Iterator[None]:
+    """
+    Keeps the file of weights in a folder where the block saves the same tensors again.
+
+    The order of the digests in a file differs from one save to the next, and the client would upload again what had
+    arrived before a push failed. It also keeps the file that a loaded model may be mapped to.
+    """
+    weights, earlier = folder / "model.safetensors", folder / "_earlier.safetensors"
+    if weights.is_file():
+        weights.replace(earlier)
+    try:
+        yield
+    except BaseException:
+        if earlier.is_file():
+            earlier.replace(weights)
+        raise
+    if not earlier.is_file():
+        return
+    # Weights that are gone were saved in several files.
+    if weights.is_file() and _digests_in(earlier) == _digests_in(weights) and _is_whole(earlier):
+        earlier.replace(weights)
+    else:
+        earlier.unlink()
+
+
+def _digests_in(file: Path) -> dict[str, str]:
+    try:
+        with safe_open(file, framework="pt") as handle:
+            metadata = handle.metadata() or {}
+            return {key: value for key, value in metadata.items() if key.startswith(METADATA_PREFIX)}
+    except SafetensorError:
+        return {}
+
+
+def _is_whole(file: Path) -> bool:
+    try:
+        verify_files([file])
+    except ValueError:
+        return False
+    return True
+
+
+@contextmanager
+def explained(repository: str, folder: Path | str) -> Iterator[None]:
+    """
+    Adds to every error of the Hub in the block what to do about it, and where the files are.
+
+    Args:
+        repository (`str`): what is pushed to.
+        folder (`Path`): what is pushed; it stays.
+
+    Raises:
+        HfHubHTTPError: what the Hub answered, with the advice at the end of its message.
+        ConnectionError: the Hub could not be reached, or the connection broke.
+    """
+    try:
+        yield
+    except (HTTPError, OSError, RuntimeError) as error:
+        # An upload in a thread of its own fails with a RuntimeError that has the answer behind it.
+        answer = next((cause for cause in _causes(error) if isinstance(cause, HfHubHTTPError)), None)
+        kept = f"Nothing is lost: the files are in {folder}. Push again, or `hf upload {repository} {folder}`."
+        if answer is not None:
+            answer.append_to_message(f"\n{_advice(answer.response.status_code, repository)} {kept}")
+            if answer is error:
+                raise
+            raise answer from error
+        if not any(isinstance(cause, HTTPError | ConnectionError) for cause in _causes(error)):
+            raise
+        raise ConnectionError(
+            f"the Hub could not be reached, or the connection broke: {error}. Check the network (and HF_HUB_OFFLINE, "
+            f"HF_ENDPOINT). {kept}"
+        ) from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _advice(status: int, repository: str) -> str:
+    if status == 401:
+        return (
+            "There is no token, or the Hub does not know it: log in with `hf auth login`, or set HF_TOKEN, or pass "
+            "token=..., with one of the role 'write' from https://huggingface.co/settings/tokens."
+        )
+    if status == 403:
+        return (
+            f"The token may not write to {repository}: take one of the role 'write' from "
+            "https://huggingface.co/settings/tokens, or push to a repository of your own (hub_model_id)."
+        )
+    if status == 404:
+        return (
+            f"{repository}, or its branch, is not there or not visible to this token: check hub_model_id and revision."
+        )
+    if status in (409, 412):
+        return f"Somebody else changed {repository} meanwhile: look at its last commit, then push again."
+    if status == 429 or status >= 500:
+        return "The Hub is busy or has a fault: wait a little."
+    return "The Hub refused the push."

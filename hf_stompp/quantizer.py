@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Iterable
+from types import MethodType
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from .config import QUANT_METHOD, StoMPPConfig
+from .hub import upload_modified_files
 from .integrity import digests, start_verification
 from .nn import MaskedBinaryModule, PackedBinaryActivation, PackedBinaryEmbedding, PackedBinaryLinear
 from .patching import masked_modules, packed_modules, swap_in_masked, swap_in_packed
@@ -43,12 +48,15 @@ class StoMPPQuantizer(HfQuantizer):
             return
         _follow_prefix(model, config)
         # Hashing takes as long as the rest of loading; it is waited for before the model is handed out.
-        self._verification = start_verification(kwargs.get("checkpoint_files") or [])
+        files = kwargs.get("checkpoint_files") or []
+        self._verification = start_verification(files)
         if config.state == "latent":
+            _refuse_packed(files)
             swap_in_masked(model, config)
         else:
             swap_in_packed(model, config, dtype=kwargs.get("dtype"))
             _skip_initialization(model)
+            _expect_guard(model)
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
@@ -63,9 +71,14 @@ class StoMPPQuantizer(HfQuantizer):
         _check_loaded(model)
         for module in masked_modules(model).values():
             module.refresh_flags()
+        _complete_cards(model)
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
-        return None, digests(model.state_dict())
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        state_dict = dict(model.state_dict())
+        guard = _guard_name(model)
+        if guard is not None:
+            state_dict[guard] = torch.empty(0, dtype=torch.uint8)
+        return state_dict, digests(state_dict)
 
     def is_serializable(self) -> bool:
         return True
@@ -114,6 +127,53 @@ def _follow_prefix(model: nn.Module, config: StoMPPConfig) -> None:
         return
     for entry in config.modules or []:
         entry.update({key: rename(entry[key]) for key in ("name", "unit", "input") if key in entry})
+
+
+def _guard_name(model: nn.Module) -> str | None:
+    """
+    Name of the empty tensor in packed files that keeps a process without hf_stompp from loading them.
+
+    It is that of a weight of the float model, whose shape it does not have. Transformers does not know the
+    quantization there, warns, and would leave every packed weight random; a tensor of another shape is what it raises
+    for.
+    """
+    names = (name for name, module in packed_modules(model).items() if not isinstance(module, PackedBinaryActivation))
+    return next((f"{name}.weight" for name in names), None)
+
+
+def _refuse_packed(files: Iterable[str]) -> None:
+    """
+    Refuses to load a latent model from packed files; the guard in them would do so without an explanation.
+
+    Raises:
+        ValueError: names the first packed tensor.
+    """
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            name = next((key for key in handle.keys() if key.endswith(".packed_weight")), None)
+        if name is not None:
+            raise ValueError(
+                f"{file} holds the packed tensor {name!r}, but its config.json says 'latent': they are not of one "
+                "model; download or copy the folder again"
+            )
+
+
+def _expect_guard(model: nn.Module) -> None:
+    """Keeps the empty tensor of packed files out of the list of unexpected ones."""
+    name = _guard_name(model)
+    if name is not None:
+        holder: Any = model
+        # The file may be that of a model with a head, or without.
+        inside = name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
+        known = holder._keys_to_ignore_on_load_unexpected or ()
+        holder._keys_to_ignore_on_load_unexpected = {*known, rf"(^|\.){re.escape(inside)}$"}
+
+
+def _complete_cards(model: nn.Module) -> None:
+    """Makes `push_to_hub` of a model by itself write a card that says how to load it."""
+    holder: Any = model
+    # On the object: its class is Transformers', and stays.
+    holder._upload_modified_files = MethodType(upload_modified_files, model)
 
 
 def _skip_initialization(model: nn.Module) -> None:
@@ -203,6 +263,7 @@ def attach_quantizer(model: nn.Module, config: StoMPPConfig) -> None:
     # Checkpoints with LayerNorm.gamma/beta are renamed on loading, and save_pretrained would rename them back; Trainer
     # resumes with load_state_dict, which would then silently skip those tensors.
     holder._weight_conversions = None
+    _complete_cards(model)
 
 
 def _check_float(model: nn.Module) -> None:

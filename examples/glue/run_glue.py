@@ -411,6 +411,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if training_args.should_save:
         (run.output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         print(summary_table(summary))
+    # Last: whatever the Hub answers, the results are written.
+    if results.trainer is not None and results.folder is not None:
+        share(run, results.trainer, results.folder)
     return summary
 
 
@@ -824,13 +827,18 @@ def bytes_when_saved(run: Run, model: PreTrainedModel) -> int:
 
 @dataclass
 class Results:
-    """What a run measured; `None` for what it did not do."""
+    """
+    What a run measured, `None` for what it did not do, and what of it is shared: a trainer's model, and the folder
+    that it lies in.
+    """
 
     steps: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, dict[str, float] | None] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
     milliseconds: dict[str, float] = field(default_factory=dict)
     packed_weights: str | None = None
+    trainer: Trainer | None = None
+    folder: Path | None = None
 
 
 def evaluate_only(run: Run) -> Results:
@@ -874,7 +882,7 @@ def train_float_only(run: Run) -> Results:
     results.milliseconds = milliseconds_per_batch(run, float=trainer.model)
     results.bytes["float"] = bytes_of_weights(run.output_dir)
     predict(run, trainer)
-    share(run, trainer, run.output_dir)
+    results.trainer, results.folder = trainer, run.output_dir
     return results
 
 
@@ -905,7 +913,7 @@ def train_binary(run: Run, config: StoMPPConfig) -> Results:
         float_model, _ = load_model(run, float_model_path(run))
         results.milliseconds = milliseconds_per_batch(run, float=float_model, packed=packed_trainer.model)
     predict(run, packed_trainer)
-    share(run, trainer, run.output_dir / "packed")
+    results.trainer, results.folder = trainer, run.output_dir / "packed"
     return results
 
 
@@ -1015,6 +1023,8 @@ def share(run: Run, trainer: Trainer, folder: Path) -> None:
         details.update(language="en", dataset_tags="glue", dataset_args=task, dataset=f"GLUE {task.upper()}")
     name = (run.training_args.hub_model_id or run.output_dir.name).split("/")[-1]
     if run.training_args.push_to_hub:
+        # Created at the start of the run, with the name that the Hub gave it.
+        trainer.hub_model_id = run.training_args.hub_model_id
         # A StoMPPTrainer pushes its packed model, from the folder `packed` of the run's.
         trainer.push_to_hub(model_name=name, token=run.hub_token, **details)
     else:
