@@ -244,7 +244,7 @@ def plan_modules(
             f"pass, so there is no depth "
             "for a progression to follow, and one weight would be frozen for several depths at once. Models with "
             "shared layers "
-            "(ALBERT with num_hidden_layers > num_hidden_groups) are not supported"
+            "(ALBERT with num_hidden_layers > num_hidden_groups) are not supported: choose one such as BERT or RoBERTa"
         )
     plan: dict[str, dict[str, Any]] = {}
     if config.binary_word_embeddings:

@@ -81,7 +81,7 @@ def test_forced_kernel_that_cannot_run_is_an_error_with_the_reason() -> None:
         text=True,
     )
 
-    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.returncode == 2 and "Traceback" not in result.stderr
     assert f"hf-stompp: the {missing} kernel cannot run here: " in result.stderr
     assert cpu.native_kernels().unavailable(missing) in result.stderr
 
@@ -101,6 +101,6 @@ def test_output_that_cannot_be_written_is_refused_before_anything_is_measured(
     (tmp_path / "file").write_text("")
 
     # All levels, which take ten minutes.
-    assert cli.main(["bench", "--output", str(tmp_path / name)]) == 1
+    assert cli.main(["bench", "--output", str(tmp_path / name)]) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("hf-stompp: ") and "Traceback" not in printed.err and printed.out == ""

@@ -1,0 +1,275 @@
+"""The `hf-stompp` command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from .. import benchmark
+from ..config import CHOICES
+from ..ops import cpu
+from . import conversion, evaluation, information, inspection
+from .errors import explain
+from .models import quiet_transformers
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    levels = ["op", "model", "loading"] if arguments.level == "all" else [arguments.level]
+    # A path would tell whose machine it was.
+    command = shlex.join(["hf-stompp", *(Path(word).name if "/" in word else word for word in arguments.words)])
+    if arguments.output is not None:
+        # Now, not when ten minutes of measuring are done.
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    result = benchmark.run(levels, arguments.threads, arguments.kernels, command, arguments.quick)
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=2) if arguments.json else benchmark.table(result))
+
+
+def _count(text: str) -> int:
+    try:
+        count = int(text)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
+    return count
+
+
+def _option(parser: argparse.ArgumentParser, name: str, **options: Any) -> None:
+    """An option in both spellings that Transformers' scripts take: `--max_length` and `--max-length`."""
+    parser.add_argument(*dict.fromkeys([name, f"--{name[2:].replace('_', '-')}"]), **options)
+
+
+def _add(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], summary: str, description: str, *examples: str
+) -> argparse.ArgumentParser:
+    """A command whose help has a paragraph and examples."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=textwrap.fill(description, 88),
+        epilog="\n".join(["examples:", *(f"  {example}" for example in examples)]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
+    # SUPPRESS: what was given before the command's name counts as well.
+    parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks of errors")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    root = argparse.ArgumentParser(
+        prog="hf-stompp",
+        description="1-bit BERT for Transformers: what a model would become, packing, accuracy, and how fast it is.",
+        epilog="examples:\n"
+        "  hf-stompp inspect google-bert/bert-base-uncased   # before training: what would be 1-bit\n"
+        "  hf-stompp pack output/model output/packed         # after training: 1-bit weights\n"
+        "  hf-stompp eval output/packed --file dev.csv       # how often it is right, and how fast\n"
+        "  hf-stompp COMMAND --help                          # more on each\n\n"
+        "exit status: 0, or 2 after an error, which is one line on stderr; 130 after Ctrl-C",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    root.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add(
+        commands,
+        "info",
+        information.run,
+        "versions, the kernel that runs, and why the others do not",
+        "Tells the versions of what matters, which kernel multiplies the bits on this machine's processor and GPUs, "
+        "and of every other kernel why it does not run here.",
+        "hf-stompp info",
+        "hf-stompp info --json",
+    )
+    _add_inspect(commands)
+    _add_pack(commands)
+    _add_unpack(commands)
+    _add_eval(commands)
+    _add_bench(commands)
+    return root
+
+
+def _add_inspect(commands: Any) -> None:
+    inspect = _add(
+        commands,
+        "inspect",
+        inspection.run,
+        "what is or would be 1-bit in a model, unit by unit, with sizes",
+        "Prints the units of a model in the order that they freeze in, what is 1-bit in each, and its size as a float "
+        "model, in training (latent) and packed. For a float model it shows what binarize() would do; that reads "
+        "config.json alone and downloads no weights. A latent or packed model is loaded, and thereby checked.",
+        "hf-stompp inspect google-bert/bert-base-uncased",
+        "hf-stompp inspect google-bert/bert-base-uncased --unit sublayer --binary_word_embeddings",
+        "hf-stompp inspect my-folder/model --modules_to_not_convert classifier pooler 'layer\\.0'",
+        "hf-stompp inspect output/packed --json",
+    )
+    inspect.add_argument("model", metavar="MODEL", help="a folder or a name on the Hub; float, latent or packed")
+    group = inspect.add_argument_group("what to binarize in a float model, as in StoMPPConfig")
+    choose: Any = group
+    _option(choose, "--mode", choices=CHOICES["mode"], help="bnn: 1-bit weights and activations; bwn: weights alone")
+    _option(choose, "--unit", choices=CHOICES["unit"], help="what freezes together (default: layer)")
+    _option(
+        choose,
+        "--binary_word_embeddings",
+        action=argparse.BooleanOptionalAction,
+        help="whether the word embedding table becomes 1-bit as well (default: no)",
+    )
+    _option(
+        choose,
+        "--modules_to_not_convert",
+        nargs="*",
+        metavar="PATTERN",
+        help="what stays float: regular expressions for parts of module names (default: embeddings pooler classifier)",
+    )
+    _option(choose, "--layer_stack", metavar="NAME", help="the list of encoder layers, where it cannot be found")
+
+
+def _add_output(parser: argparse.ArgumentParser, model: str) -> None:
+    parser.add_argument("model", metavar="MODEL", help=model)
+    parser.add_argument("output", metavar="OUTPUT", help="the folder to write; must be empty or new")
+    parser.add_argument(
+        "--force", action="store_true", help="replace the model in OUTPUT; files that are not the model's stay"
+    )
+
+
+def _add_pack(commands: Any) -> None:
+    pack = _add(
+        commands,
+        "pack",
+        conversion.run_pack,
+        "a trained, committed model -> 1-bit weights",
+        "Packs a latent model whose units are all frozen into 1-bit weights, and copies its tokenizer. The packed "
+        "model gives the same answers. OUTPUT appears when it is complete; an interrupted run leaves nothing.",
+        "hf-stompp pack output/model output/packed",
+    )
+    _add_output(pack, "a committed latent model: a folder or a name on the Hub")
+
+
+def _add_unpack(commands: Any) -> None:
+    unpack = _add(
+        commands,
+        "unpack",
+        conversion.run_unpack,
+        "1-bit weights -> a latent model to train on, or a plain float one",
+        "Turns a packed model into a committed latent one, in plain PyTorch operations: trainable, and it packs to "
+        "the same bits. Its weights are +-scale; what training knew beyond the signs is gone. With --float, a model "
+        "of mode bwn becomes a plain Transformers model that needs no hf_stompp to load.",
+        "hf-stompp unpack output/packed output/latent",
+        "hf-stompp unpack output/packed output/float --float",
+    )
+    _add_output(unpack, "a packed model: a folder or a name on the Hub")
+    unpack.add_argument("--float", action="store_true", help="a plain float model of +-scale weights (mode bwn only)")
+
+
+def _add_eval(commands: Any) -> None:
+    evaluate = _add(
+        commands,
+        "eval",
+        evaluation.run,
+        "accuracy of a text classifier on a labelled file, and its speed",
+        "Measures how often a text classification model (float, latent or packed) is right on labelled examples, and "
+        "how many it answers a second. The text is found in the columns that GLUE uses, or in the only one or two "
+        "text columns; labels are names of the model's classes, or ids. Needs datasets: "
+        "pip install 'hf_stompp[glue]'.",
+        "hf-stompp eval output/packed --file dev.csv",
+        "hf-stompp eval output/packed --file dev.jsonl --text_columns title body --label_column topic",
+        "hf-stompp eval output/packed --task sst2",
+        "hf-stompp eval output/packed --task sst2 --dataset_dir glue --json",
+    )
+    evaluate.add_argument("model", metavar="MODEL", help="a folder or a name on the Hub; float, latent or packed")
+    source = evaluate.add_mutually_exclusive_group(required=True)
+    source.add_argument("--file", type=Path, help=f"a file that ends in {', '.join(evaluation.READERS)}")
+    source.add_argument("--task", help="the validation set of a GLUE task, from the Hub or from --dataset_dir")
+    _option(
+        evaluate,
+        "--dataset_dir",
+        type=Path,
+        metavar="DIR",
+        help="where to read --task instead: DIR/TASK/validation.parquet, or the Hub's validation-*.parquet",
+    )
+    _option(evaluate, "--text_columns", nargs="+", metavar="NAME", help="one or two columns that hold the text")
+    _option(evaluate, "--label_column", default="label", metavar="NAME", help="default: label")
+    _option(evaluate, "--batch_size", type=_count, default=32, metavar="N", help="default: 32")
+    _option(evaluate, "--max_length", type=_count, default=128, metavar="N", help="tokens of a text (default: 128)")
+    evaluate.add_argument("--device", help="default: cuda where there is one, otherwise cpu")
+
+
+def _add_bench(commands: Any) -> None:
+    bench = _add(
+        commands,
+        "bench",
+        _bench,
+        "time packed layers and models against torch's fp32, bf16 and int8",
+        "Times packed layers and models against torch's fp32, bf16 and dynamic int8 in one process, in turn. Takes "
+        "about ten minutes; --quick takes seconds and shows that it works. Close what else runs on the machine.",
+        "hf-stompp bench --quick",
+        "hf-stompp bench --level model --threads 1 4 --output bench.json",
+    )
+    bench.add_argument(
+        "--level",
+        choices=["op", "model", "loading", "all"],
+        default="all",
+        help="single linear layers, whole encoders, loading time and memory, or all (default)",
+    )
+    bench.add_argument(
+        "--threads",
+        type=_count,
+        nargs="+",
+        default=[1],
+        help="numbers of threads for whole encoders; single layers run on the first (default: 1)",
+    )
+    bench.add_argument(
+        "--kernels",
+        nargs="*",
+        choices=cpu.KERNELS,
+        default=[],
+        help="kernels to time beside the one that is chosen automatically",
+    )
+    bench.add_argument("--output", type=Path, help="write the result to this JSON file")
+    bench.add_argument("--quick", action="store_true", help="a few small cases")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """
+    Runs a command.
+
+    Args:
+        words (`Sequence[str]`, *optional*): the command line without the program's name; that of the process when not
+            given.
+
+    Returns:
+        `int`: the exit status: 0, 2 after an error, 130 after Ctrl-C.
+    """
+    words = sys.argv[1:] if words is None else list(words)
+    arguments = parser().parse_args(words, argparse.Namespace(words=words))
+    try:
+        with nullcontext() if arguments.debug else quiet_transformers():
+            arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # `hf-stompp info | head -1`. Python would complain when it flushes on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        if arguments.debug:
+            traceback.print_exc()
+        print("\nhf-stompp: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if arguments.debug:
+            traceback.print_exc()
+        print(f"hf-stompp: {explain(error)}", file=sys.stderr)
+        return 2
+    return 0

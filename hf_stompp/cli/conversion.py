@@ -1,0 +1,203 @@
+"""`hf-stompp pack` and `hf-stompp unpack`."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..nn import MaskedBinaryEmbedding, MaskedBinaryLinear
+from ..packing import pack, unpack
+from ..patching import masked_modules
+from .errors import CommandError
+from .models import TOKENIZER_FILES, load, local_folder, megabytes, read_config, state_of
+
+
+OLD_WEIGHTS = (
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model*.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+@contextmanager
+def output_folder(output: str, force: bool, model: str) -> Iterator[Path]:
+    """
+    A new folder that takes the place of `output` when the block ends well, and vanishes when it does not: whoever
+    reads `output` never finds half a model.
+
+    Args:
+        output (`str`): the folder that the user named.
+        force (`bool`): replace a model that is there. Files that are not the model's stay.
+        model (`str`): the model that is read.
+
+    Raises:
+        CommandError: `output` is a file, holds something, is the model itself, or cannot be written to.
+    """
+    folder = Path(output).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise CommandError(f"{output} is a file: name a folder")
+    if folder.is_dir() and Path(model).expanduser().is_dir() and folder.samefile(Path(model).expanduser()):
+        raise CommandError(f"{output} is the model that is read: choose another folder for the result")
+    if folder.is_dir() and any(folder.iterdir()) and not force:
+        raise CommandError(f"{output} is not empty: choose another folder, or replace the model in it with --force")
+    # Within it where it is there: that is what may be written to, and moving a file stays a renaming.
+    partial = (folder if folder.is_dir() else folder.parent) / f".{folder.name}.{os.getpid()}.partial"
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise CommandError(
+            f"cannot write to {partial.parent} ({error.strerror}): choose another folder, or change its permissions"
+        ) from error
+    try:
+        yield partial
+        if folder.is_dir():
+            for pattern in OLD_WEIGHTS:
+                for old in folder.glob(pattern):
+                    old.unlink()
+            for path in partial.iterdir():
+                path.replace(folder / path.name)
+        else:
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _convert(
+    arguments: argparse.Namespace,
+    wanted: str,
+    advice: dict[str, str],
+    make: Callable[[Any], PreTrainedModel],
+    verb: str,
+) -> None:
+    """
+    Reads a model, makes another of it and saves that with the tokenizer.
+
+    Args:
+        arguments (`argparse.Namespace`).
+        wanted (`str`): the state that the model must have.
+        advice (`dict[str, str]`): what to say of a model in another state.
+        make (`Callable`).
+        verb (`str`): what is done, for the progress bar.
+    """
+    config = read_config(arguments.model)
+    state = state_of(config, arguments.model)
+    if state != wanted:
+        raise CommandError(f"{arguments.model} is {advice[state]}")
+    with (
+        output_folder(arguments.output, arguments.force, arguments.model) as partial,
+        tqdm(total=3, desc="reading", unit="step", leave=False, disable=None) as bar,
+    ):
+        source = local_folder(arguments.model)
+        model = load(str(source), config)
+        stompp: Any = model.config.quantization_config
+        mode = stompp.mode
+        bar.update()
+        bar.set_description(verb)
+        made = make(model)
+        bar.update()
+        bar.set_description("writing")
+        made.save_pretrained(partial)
+        for pattern in TOKENIZER_FILES:
+            for path in source.glob(pattern):
+                # Through the links of the Hub's cache.
+                shutil.copyfile(path, partial / path.name)
+        result = {
+            "model": arguments.model,
+            "output": arguments.output,
+            "class": type(made).__name__,
+            "mode": mode,
+            "bytes_before": _weight_bytes(source),
+            "bytes_after": _weight_bytes(partial),
+            "files": sorted(path.name for path in partial.iterdir()),
+        }
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+        return
+    before, after = result["bytes_before"], result["bytes_after"]
+    change = f"{before / after:.1f} times smaller" if after < before else f"{after / before:.1f} times larger"
+    print(f"{result['class']}, mode {mode}")
+    print(f"before: {megabytes(before)}  {arguments.model}")
+    print(f"after:  {megabytes(after)}  {arguments.output}, {change}")
+    print(f"files:  {', '.join(result['files'])}")
+
+
+def run_pack(arguments: argparse.Namespace) -> None:
+    """Runs `hf-stompp pack`."""
+    advice = {
+        "float": "a float model, and pack takes a committed latent one: train it with StoMPPTrainer first; "
+        f"`hf-stompp inspect {arguments.model}` shows what would be binary",
+        "packed": f"packed already: use it as it is, or `hf-stompp unpack {arguments.model} OUTPUT` to train on",
+    }
+    _convert(arguments, "latent", advice, pack, "packing")
+
+
+def run_unpack(arguments: argparse.Namespace) -> None:
+    """Runs `hf-stompp unpack`."""
+    advice = {
+        "float": "a float model: there is nothing to unpack, use it as it is",
+        "latent": "latent already: use it as it is, train on, or `hf-stompp pack` it",
+    }
+
+    def make(model: PreTrainedModel) -> PreTrainedModel:
+        return plain_float(unpack(model)) if arguments.float else unpack(model)
+
+    _convert(arguments, "packed", advice, make, "unpacking")
+
+
+def plain_float(model: PreTrainedModel) -> PreTrainedModel:
+    """
+    Turns an unpacked model into a plain Transformers model with weights of +-scale, in place: what any tool can read.
+
+    Args:
+        model (`PreTrainedModel`): from [`unpack`].
+
+    Returns:
+        `PreTrainedModel`: the same object.
+
+    Raises:
+        CommandError: its activations are binary, which no plain model computes.
+    """
+    config: Any = model.config.quantization_config
+    if config.mode != "bwn":
+        raise CommandError(
+            "--float is for models of mode bwn: this one has binary activations too, which no plain float model "
+            "computes; unpack it without --float"
+        )
+    modules: dict[str, Any] = dict(masked_modules(model))
+    for name, module in modules.items():
+        plain: nn.Module
+        if isinstance(module, MaskedBinaryLinear):
+            plain = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+            plain.bias = module.bias
+        else:
+            assert isinstance(module, MaskedBinaryEmbedding)
+            plain = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx, device="meta")
+        plain.weight = module.weight
+        model.set_submodule(name, plain)
+    holder: Any = model
+    bare = copy.deepcopy(model.config)
+    del bare.quantization_config
+    old = model.config
+    part: Any
+    for part in model.modules():
+        if getattr(part, "config", None) is old:
+            part.config = bare
+    holder.hf_quantizer, holder.is_quantized = None, False
+    del holder.quantization_method
+    return model

@@ -1,0 +1,130 @@
+"""`hf-stompp inspect`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..config import StoMPPConfig
+from ..nn import (
+    MaskedBinaryActivation,
+    MaskedBinaryEmbedding,
+    MaskedBinaryLinear,
+    PackedBinaryActivation,
+    PackedBinaryEmbedding,
+    PackedBinaryLinear,
+)
+from ..patching import BinarizationReport, report, swap_in_masked
+from ..structure import plan_modules
+from .errors import CommandError
+from .models import empty_model, frozen_fractions, load, megabytes, read_config, state_of
+
+
+CONFIG_OPTIONS = ("mode", "unit", "binary_word_embeddings", "modules_to_not_convert", "layer_stack")
+"""The fields of `StoMPPConfig` that change what becomes binary, and how it is counted."""
+
+BINARY = (
+    MaskedBinaryActivation,
+    MaskedBinaryEmbedding,
+    MaskedBinaryLinear,
+    PackedBinaryActivation,
+    PackedBinaryEmbedding,
+    PackedBinaryLinear,
+)
+
+
+def _planned(config: PreTrainedConfig, model: str, options: dict[str, Any]) -> tuple[PreTrainedModel, StoMPPConfig]:
+    """What a float model would become, without its weights."""
+    stompp = StoMPPConfig(**options)
+    planned = empty_model(config, model, "meta")
+    try:
+        plan = plan_modules(planned, stompp)
+    except (RuntimeError, NotImplementedError):
+        # Some models (DeBERTa) read values on their way, which the meta device does not have.
+        planned = empty_model(config, model, "cpu")
+        plan = plan_modules(planned, stompp)
+    stompp.modules = [{"name": name, **entry} for name, entry in plan.items()]
+    swap_in_masked(planned, stompp)
+    return planned, stompp
+
+
+def _float_bytes(model: PreTrainedModel) -> dict[str, int]:
+    """Bytes of what stays float, by module, the largest first."""
+    sizes = {
+        name: sum(parameter.numel() * parameter.element_size() for parameter in module.parameters(recurse=False))
+        for name, module in model.named_modules()
+        if not isinstance(module, BINARY)
+    }
+    return {name: size for name, size in sorted(sizes.items(), key=lambda item: -item[1]) if size}
+
+
+def inspect(model: str, options: dict[str, Any]) -> dict[str, Any]:
+    """
+    What `hf-stompp inspect` tells.
+
+    Args:
+        model (`str`): a folder, or a name on the Hub.
+        options (`dict[str, Any]`): fields of [`StoMPPConfig`], for a float model.
+
+    Raises:
+        CommandError: there is no such model, or options were given for one that is binarized already.
+        ValueError: see [`binarize`].
+    """
+    config = read_config(model)
+    state = state_of(config, model)
+    if state == "float":
+        found, stompp = _planned(config, model, options)
+    elif options:
+        raise CommandError(
+            f"{model} is {state}: what is binary in it was decided before, and --{next(iter(options))} is for float "
+            "models; leave it out"
+        )
+    else:
+        found = load(model, config)
+        stompp = found.config.quantization_config
+    sizes: BinarizationReport = report(found, stompp)
+    return {
+        "model": model,
+        "class": type(found).__name__,
+        "state": state,
+        "options": {name: getattr(stompp, name) for name in CONFIG_OPTIONS},
+        "units": [asdict(unit) for unit in sizes.units],
+        "total": asdict(sizes.total),
+        "frozen_fractions": frozen_fractions(found) if state == "latent" else {},
+        "float_modules": _float_bytes(found),
+        "modules": stompp.modules,
+        "table": str(sizes),
+    }
+
+
+def _print(result: dict[str, Any]) -> None:
+    options, total, state = result["options"], result["total"], result["state"]
+    what = "float; what binarize() would make of it" if state == "float" else state
+    print(f"{result['model']}: {result['class']}, {what} (mode {options['mode']}, unit {options['unit']})\n")
+    print(result["table"] + "\n")
+    binary, weights = total["binary_weights"], total["binary_weights"] + total["float_weights"]
+    print(f"1-bit: {binary:,} of {weights:,} weights ({binary / weights:.1%})")
+    ratio = total["bytes_before"] / total["bytes_packed"]
+    print(
+        f"size: {megabytes(total['bytes_before'])} float, {megabytes(total['bytes_packed'])} packed, "
+        f"{ratio:.1f} times smaller"
+    )
+    largest = [f"{name} {megabytes(size)}" for name, size in list(result["float_modules"].items())[:3]]
+    print(f"stays float: {', '.join(largest)}, and {max(0, len(result['float_modules']) - 3)} smaller modules")
+    if state == "latent":
+        free = [unit for unit, fraction in result["frozen_fractions"].items() if fraction < 1.0]
+        print(f"frozen: {'everything, it can be packed' if not free else 'not yet all of ' + ', '.join(free)}")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs `hf-stompp inspect`."""
+    given = {name: getattr(arguments, name) for name in CONFIG_OPTIONS}
+    result = inspect(arguments.model, {name: value for name, value in given.items() if value is not None})
+    if arguments.json:
+        print(json.dumps({name: value for name, value in result.items() if name != "table"}, indent=2))
+    else:
+        _print(result)

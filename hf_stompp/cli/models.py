@@ -1,0 +1,207 @@
+"""Reads models for the commands: what they are, without their weights where that will do."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from ..config import QUANT_METHOD, StoMPPConfig
+from ..patching import masked_modules, unit_modules
+from .errors import CommandError, hub_errors
+
+
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+"""What turns texts or images into inputs: copied from model to model as it is."""
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """
+    Within the block, keeps the notes of Transformers off stderr, where a command's only line is its error. Where
+    nobody is watching, also what the Hub's client says while it tries again, and progress bars.
+    """
+    loggers = [transformers.logging] if sys.stderr.isatty() else [transformers.logging, huggingface_hub.logging]
+    before = [logger.get_verbosity() for logger in loggers]
+
+    def bar(factory: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        return factory(*args, **{**options, "delay": 2, "leave": False, "disable": None})
+
+    # Older ones have no such hook, and show their bars.
+    set_hook: Callable[[Any], Any] = getattr(transformers.logging, "set_tqdm_hook", lambda hook: None)
+    hook = set_hook(bar)
+    try:
+        for logger in loggers:
+            logger.set_verbosity_error()
+        yield
+    finally:
+        set_hook(hook)
+        for logger, verbosity in zip(loggers, before, strict=True):
+            logger.set_verbosity(verbosity)
+
+
+def read_config(model: str) -> PreTrainedConfig:
+    """
+    The configuration of a model.
+
+    Args:
+        model (`str`): a folder, or a name on the Hub.
+
+    Raises:
+        CommandError: there is none.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise CommandError(f"{model} has no config.json: name a folder that save_pretrained wrote")
+        for path in [folder / "config.json", *folder.glob("*.safetensors")]:
+            if not os.access(path, os.R_OK):
+                # The readers would call it missing or damaged.
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    elif folder.is_file():
+        raise CommandError(f"{model} is a file: name the folder it is in")
+    elif folder.is_absolute() or model.count("/") > 1 or model.startswith((".", "~")):
+        raise CommandError(f"there is no folder {model}: check the path, or give a name on the Hub, user/model")
+    with hub_errors("model", model):
+        return AutoConfig.from_pretrained(folder if folder.is_dir() else model)
+
+
+def state_of(config: PreTrainedConfig, model: str) -> str:
+    """
+    `"float"`, `"latent"` or `"packed"`.
+
+    Args:
+        config (`PreTrainedConfig`).
+        model (`str`): what the user called it.
+
+    Raises:
+        CommandError: it is quantized by another method.
+    """
+    quantization: Any = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return "float"
+    fields = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    if fields.get("quant_method") != QUANT_METHOD:
+        raise CommandError(
+            f"{model} is quantized by {fields.get('quant_method')}: name the float model that it was made from"
+        )
+    return StoMPPConfig(**fields).state
+
+
+def model_class(config: PreTrainedConfig, model: str) -> type[PreTrainedModel]:
+    """
+    The class that a checkpoint was saved from.
+
+    Args:
+        config (`PreTrainedConfig`).
+        model (`str`): what the user called it.
+
+    Raises:
+        CommandError: Transformers has no such class.
+    """
+    names = config.architectures or []
+    if not names:
+        raise CommandError(
+            f"the config.json of {model} names no model class: save the model with save_pretrained, or add "
+            '"architectures", such as ["BertForSequenceClassification"]'
+        )
+    found = getattr(transformers, names[0], None)
+    if found is None:
+        raise CommandError(
+            f"{model} is a {names[0]}, which this Transformers does not have: upgrade transformers, or load it in "
+            "Python (this command runs no code from a repository)"
+        )
+    return found
+
+
+def load(model: str, config: PreTrainedConfig) -> PreTrainedModel:
+    """
+    A model with its weights, each of which the checkpoint must hold.
+
+    Args:
+        model (`str`): a folder, or a name on the Hub.
+        config (`PreTrainedConfig`): its configuration.
+
+    Raises:
+        CommandError: a weight is missing; names it.
+    """
+    made_by: Any = model_class(config, model)
+    with hub_errors("model", model):
+        loaded, report = made_by.from_pretrained(
+            Path(model).expanduser() if Path(model).expanduser().is_dir() else model, output_loading_info=True
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise CommandError(
+            f"{model} lacks {missing[0]}{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}, which a "
+            f"{type(loaded).__name__} has: train it first, or name another checkpoint"
+        )
+    return loaded.eval()
+
+
+def empty_model(config: PreTrainedConfig, model: str, device: str) -> PreTrainedModel:
+    """
+    A float model of a checkpoint's shapes and dtype, with none of its weights.
+
+    Args:
+        config (`PreTrainedConfig`).
+        model (`str`): what the user called it.
+        device (`str`): on `"meta"`, nothing is computed or allocated.
+    """
+    with torch.device(device):
+        made: Any = model_class(config, model)(config)
+    dtype: Any = config.dtype
+    return made.eval().to(dtype if isinstance(dtype, torch.dtype) else torch.float32)
+
+
+def local_folder(model: str) -> Path:
+    """
+    A model's folder: itself, or the one in the cache that its weights and tokenizer are downloaded to.
+
+    Args:
+        model (`str`): a folder, or a name on the Hub.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    with hub_errors("model", model):
+        return Path(snapshot_download(model, allow_patterns=["config.json", *WEIGHT_FILES, *TOKENIZER_FILES]))
+
+
+def frozen_fractions(model: PreTrainedModel) -> dict[str, float]:
+    """Share of a latent model's entries that are frozen, by unit; empty for a float or packed model."""
+    if not masked_modules(model):
+        return {}
+    config: Any = model.config.quantization_config
+    fractions = {}
+    for unit, modules in unit_modules(model, config).items():
+        masks = [module.freeze_mask for module in modules.values()]
+        fractions[unit] = sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+    return fractions
+
+
+def megabytes(count: float) -> str:
+    """A size for people: 10^6 bytes are 1 MB."""
+    return f"{count / 1e6:,.2f} MB"
