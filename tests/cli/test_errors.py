@@ -167,6 +167,8 @@ def test_control_c_ends_a_running_command_without_a_traceback() -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=Path(hf_stompp.__file__).parent.parent,
+        # A shell makes what it runs in the background ignore it, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     # Its progress bar shows that it is at work.
     started = process.stderr.read(1)
