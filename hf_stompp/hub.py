@@ -18,7 +18,7 @@ from transformers.modelcard import TASK_TAG_TO_NAME_MAPPING, TrainingSummary, ma
 
 from .config import StoMPPConfig
 from .integrity import METADATA_PREFIX, verify_files
-from .patching import packed_modules, report
+from .patching import BinarizationReport, packed_modules, report
 
 
 TAGS = ["stompp", "binary", "1-bit"]
@@ -231,7 +231,8 @@ def model_card(
     base = summary.finetuned_from if summary else getattr(model.config, "_name_or_path", None)
     base = base if is_repository(base) and base != repository else None
     task = _first(summary.tasks) if summary else None
-    total = report(model, config).total
+    sizes = report(model, config)
+    total = sizes.total
     results = _eval_results(summary, task, found)
     data = ModelCardData(
         language=summary.language if summary else None,
@@ -253,7 +254,7 @@ def model_card(
         usage=usage_section(type(model).__name__, repository, state, revision, task).strip(),
         metrics_table=_table("measure", "value", {key: f"{value:.4f}" for key, value in found.items()}),
         what_is_binary=_what_is_binary(config),
-        sizes_table=_sizes(model, config),
+        sizes_table=_sizes_table(sizes),
         bytes_before=f"{total.bytes_before:,}",
         bytes_packed=f"{total.bytes_packed:,}",
         ratio=f"{total.bytes_before / total.bytes_packed:.1f}",
@@ -335,8 +336,7 @@ def _what_is_binary(config: StoMPPConfig) -> str:
     return "\n".join([*lines, f"- float: what matches {kept}" + (", else" if "embedding" in kinds else "")])
 
 
-def _sizes(model: PreTrainedModel, config: StoMPPConfig) -> str:
-    sizes = report(model, config)
+def _sizes_table(sizes: BinarizationReport) -> str:
     rows = [
         {
             "unit": row.unit,

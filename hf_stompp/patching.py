@@ -49,6 +49,20 @@ def unit_modules(model: nn.Module, config: StoMPPConfig) -> dict[str, dict[str, 
     return units
 
 
+def frozen_counts(model: nn.Module, config: StoMPPConfig) -> dict[str, tuple[int, int]]:
+    """How many entries of each unit are frozen, and how many it has, units from input to output."""
+    counts = {}
+    for unit, modules in unit_modules(model, config).items():
+        sizes = [module.freeze_mask.numel() for module in modules.values()]
+        # A full mask need not be read.
+        frozen = [
+            size if module.committed else int(module.freeze_mask.sum())
+            for size, module in zip(sizes, modules.values(), strict=True)
+        ]
+        counts[unit] = sum(frozen), sum(sizes)
+    return counts
+
+
 def unit_parameters(model: nn.Module, config: StoMPPConfig) -> list[list[nn.Parameter]]:
     """The parameters that lie in each unit, units from input to output, latent weights included."""
     found = []

@@ -27,7 +27,7 @@ from .hub import LATENT_REVISION, create_branch, explained, final_evaluation, mo
 from .integrity import checkpoint_files, tensor_digest, verify_files
 from .nn import MaskedBinaryActivation
 from .packing import pack
-from .patching import fully_binary, masked_modules, packed_modules, unit_modules
+from .patching import frozen_counts, fully_binary, masked_modules, packed_modules
 from .progression import Progression, plan_progression
 from .training_args import StoMPPTrainingArguments
 
@@ -376,16 +376,10 @@ class StoMPPTrainer(Trainer):
         super().log(logs, start_time)
 
     def _frozen_fractions(self) -> dict[str, float]:
-        fractions: dict[str, float] = {}
-        frozen, entries = 0, 0
-        for unit, modules in unit_modules(self.model, config_of(self.model)).items():
-            sizes = [m.freeze_mask.numel() for m in modules.values()]
-            counts = [
-                n if m.committed else int(m.freeze_mask.sum()) for n, m in zip(sizes, modules.values(), strict=True)
-            ]
-            fractions[f"frozen_fraction/{unit}"] = sum(counts) / sum(sizes)
-            frozen, entries = frozen + sum(counts), entries + sum(sizes)
-        return {"frozen_fraction": frozen / entries} | fractions
+        counts = frozen_counts(self.model, config_of(self.model))
+        frozen, entries = (sum(column) for column in zip(*counts.values(), strict=True))
+        units = {f"frozen_fraction/{unit}": count / size for unit, (count, size) in counts.items()}
+        return {"frozen_fraction": frozen / entries} | units
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
 

@@ -10,15 +10,8 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..config import StoMPPConfig
-from ..nn import (
-    MaskedBinaryActivation,
-    MaskedBinaryEmbedding,
-    MaskedBinaryLinear,
-    PackedBinaryActivation,
-    PackedBinaryEmbedding,
-    PackedBinaryLinear,
-)
-from ..patching import BinarizationReport, report, swap_in_masked
+from ..nn import MaskedBinaryModule
+from ..patching import BinarizationReport, PackedModule, report, swap_in_masked
 from ..structure import plan_modules
 from .errors import CommandError
 from .models import empty_model, frozen_fractions, load, megabytes, read_config, state_of
@@ -26,15 +19,6 @@ from .models import empty_model, frozen_fractions, load, megabytes, read_config,
 
 CONFIG_OPTIONS = ("mode", "unit", "binary_word_embeddings", "modules_to_not_convert", "layer_stack")
 """The fields of `StoMPPConfig` that change what becomes binary, and how it is counted."""
-
-BINARY = (
-    MaskedBinaryActivation,
-    MaskedBinaryEmbedding,
-    MaskedBinaryLinear,
-    PackedBinaryActivation,
-    PackedBinaryEmbedding,
-    PackedBinaryLinear,
-)
 
 
 def _planned(config: PreTrainedConfig, model: str, options: dict[str, Any]) -> tuple[PreTrainedModel, StoMPPConfig]:
@@ -57,7 +41,7 @@ def _float_bytes(model: PreTrainedModel) -> dict[str, int]:
     sizes = {
         name: sum(parameter.numel() * parameter.element_size() for parameter in module.parameters(recurse=False))
         for name, module in model.named_modules()
-        if not isinstance(module, BINARY)
+        if not isinstance(module, MaskedBinaryModule | PackedModule)
     }
     return {name: size for name, size in sorted(sizes.items(), key=lambda item: -item[1]) if size}
 

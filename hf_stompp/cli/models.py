@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..config import QUANT_METHOD, StoMPPConfig
-from ..patching import masked_modules, unit_modules
+from ..patching import frozen_counts, masked_modules
 from .errors import CommandError, hub_errors
 
 
@@ -192,14 +192,10 @@ def local_folder(model: str) -> Path:
 
 def frozen_fractions(model: PreTrainedModel) -> dict[str, float]:
     """Share of a latent model's entries that are frozen, by unit; empty for a float or packed model."""
-    if not masked_modules(model):
+    config: Any = getattr(model.config, "quantization_config", None)
+    if config is None or not masked_modules(model):
         return {}
-    config: Any = model.config.quantization_config
-    fractions = {}
-    for unit, modules in unit_modules(model, config).items():
-        masks = [module.freeze_mask for module in modules.values()]
-        fractions[unit] = sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
-    return fractions
+    return {unit: frozen / entries for unit, (frozen, entries) in frozen_counts(model, config).items()}
 
 
 def megabytes(count: float) -> str:

@@ -203,48 +203,29 @@ class NativeKernels:
         self._check(self.native.hf_stompp_cuda_unpack_signs(record))
         return signs
 
-    def binary_linear(
-        self,
-        bits: Tensor,
-        packed_weight: Tensor,
-        in_features: int,
-        scale: Tensor,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
+    def binary_linear(self, bits: Tensor, packed_weight: Tensor, *layer: Any) -> Tensor:
         """See [`~hf_stompp.ops.reference.binary_linear`], on packed bits; arguments have been checked."""
-        output = empty_output(bits, packed_weight, dtype)
-        self._multiply(bits, packed_weight, in_features, scale, bias, dtype, output.data_ptr(), 0, None)
+        output = empty_output(bits, packed_weight, layer[-1])
+        self._multiply(output.data_ptr(), 0, bits, packed_weight, *layer)
         return output
 
-    def binary_linear_sign(
-        self,
-        bits: Tensor,
-        packed_weight: Tensor,
-        in_features: int,
-        scale: Tensor,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-        output_threshold: Tensor | None,
-    ) -> Tensor:
+    def binary_linear_sign(self, bits: Tensor, packed_weight: Tensor, *layer: Any) -> Tensor:
         """See [`~hf_stompp.ops.reference.binary_linear_sign`], on packed bits; arguments have been checked."""
         output_bits = empty_output_bits(bits, packed_weight)
-        self._multiply(
-            *(bits, packed_weight, in_features, scale, bias, dtype, 0, output_bits.data_ptr(), output_threshold)
-        )
+        self._multiply(0, output_bits.data_ptr(), bits, packed_weight, *layer)
         return output_bits
 
     def _multiply(
         self,
+        output: int,
+        output_bits: int,
         bits: Tensor,
         packed_weight: Tensor,
         in_features: int,
         scale: Tensor,
         bias: Tensor | None,
         dtype: torch.dtype,
-        output: int,
-        output_bits: int,
-        output_threshold: Tensor | None,
+        output_threshold: Tensor | None = None,
     ) -> None:
         # Names, so that a copy made here lives until the call returns.
         bits, packed_weight, scale = _aligned(bits), _aligned(packed_weight), scale.contiguous()
@@ -257,10 +238,9 @@ class NativeKernels:
         )
         self._check(self.native.hf_stompp_cuda_binary_linear(record))
 
-    def takes_layer_norm(self, input: Tensor, weight: Tensor) -> bool:
-        """Whether [`layer_norm_sign`] has a kernel for these."""
-        features = input.shape[-1]
-        return features % 8 == 0 and features <= _LARGEST_LAYER_NORM and weight.dtype in (torch.float32, input.dtype)
+    def takes_layer_norm(self, input: Tensor) -> bool:
+        """Whether [`layer_norm_sign`] has a kernel for rows of this width."""
+        return input.shape[-1] % 8 == 0 and input.shape[-1] <= _LARGEST_LAYER_NORM
 
     def layer_norm_sign(
         self,
@@ -399,24 +379,16 @@ class Operators:
         return in_two_steps()
 
     @torch.no_grad()
-    def layer_norm_sign(
-        self,
-        input: Tensor,
-        residual: Tensor | None,
-        weight: Tensor,
-        bias: Tensor,
-        epsilon: float,
-        threshold: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        norm, on = (input, residual, weight, bias, epsilon), device(input.device)
+    def layer_norm_sign(self, input: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+        on = device(input.device)
 
         def in_two_steps() -> tuple[Tensor, Tensor]:
-            output = reference.residual_layer_norm(*norm)
-            return output, self.pack_sign(output, threshold)[0]
+            output = reference.residual_layer_norm(input, *settings[:-1])
+            return output, self.pack_sign(output, settings[-1])[0]
 
-        if on.native is None or not on.native.takes_layer_norm(input, weight):
+        if on.native is None or not on.native.takes_layer_norm(input):
             return in_two_steps()
-        return on.attempt(lambda native: native.layer_norm_sign(*norm, threshold), in_two_steps)
+        return on.attempt(lambda native: native.layer_norm_sign(input, *settings), in_two_steps)
 
     def sign_product(self, packed_weight: Tensor, in_features: int, vector: Tensor, transposed: bool) -> Tensor:
         arguments = packed_weight, in_features, vector, transposed
@@ -438,7 +410,7 @@ class Operators:
         def in_parts() -> tuple[Tensor, Tensor]:
             return reference.fold(*arguments, self.sign_product)
 
-        if any(t is not None and t.dtype == torch.float64 for t in (row_scale, offset, amplitude, bias)):
+        if any(isinstance(argument, Tensor) and argument.dtype == torch.float64 for argument in arguments):
             # The kernel reads float32.
             return in_parts()
         return device(packed_weight.device).attempt(lambda native: native.fold(*arguments), in_parts)

@@ -63,6 +63,40 @@ def test_takes_leading_dimensions_and_no_rows_at_all(product: str) -> None:
     assert eight_bit.binary_linear(product, eight_bit.unpack, empty, *layer).shape == (0, 4)
 
 
+@pytest.mark.parametrize("product", eight_bit.PRODUCTS)
+@pytest.mark.parametrize("shape", [(1, 7, 1), (16, 300, 17), (33, 257, 770)], ids=str)
+def test_products_get_no_sizes_that_a_gpu_refuses(
+    product: str, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The processor takes any. A GPU wants more than 16 rows, and the other two sizes in multiples of 16.
+    dtype, multiply = eight_bit.PRODUCTS[product]
+    sizes: list[tuple[int, int, int]] = []
+
+    def recorded(signs: Tensor, weight_signs: Tensor) -> Tensor:
+        sizes.append((signs.shape[0], signs.shape[1], weight_signs.shape[0]))
+        assert signs.dtype == weight_signs.dtype == dtype and signs.is_contiguous() and weight_signs.is_contiguous()
+        return multiply(signs, weight_signs)
+
+    monkeypatch.setitem(eight_bit.PRODUCTS, product, (dtype, recorded))
+    input, weight, scale, bias = draw(*shape)
+    eight_bit.binary_linear(
+        product, eight_bit.unpack, pack_bits(input), pack_bits(weight), shape[1], scale, bias, torch.float32
+    )
+    ((rows, in_features, columns),) = sizes
+    assert rows > 16 and in_features % 16 == 0 and columns % 16 == 0
+
+
+def test_sums_longer_than_those_that_were_tried_out_are_taken_in_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(signs: Tensor, weight_signs: Tensor) -> Tensor:
+        raise AssertionError("float8 was not tried with so many terms")
+
+    monkeypatch.setitem(eight_bit.PRODUCTS, "float8", (torch.float8_e4m3fn, refuse))
+    input, weight, scale, bias = draw(2, 4097, 3)
+    layer = pack_bits(weight), 4097, scale, bias, torch.float32
+    found = eight_bit.binary_linear("float8", eight_bit.unpack, pack_bits(input), *layer)
+    assert torch.equal(found, by_hand(input, weight, scale, bias, torch.float32))
+
+
 def test_signs_are_zero_beyond_the_features() -> None:
     signs = eight_bit.unpack(pack_bits(torch.tensor([[0.5, -0.5, 0.0]])), 3, torch.int8)
     assert signs.shape == (1, 256)
