@@ -104,6 +104,21 @@ constexpr std::common_type_t<Left, Right> max(Left left, Right right) {
 }
 
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
+inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
+    const uint64_t both = static_cast<uint64_t>(high) << 32 | low;
+    return static_cast<unsigned>(both << (shift & 31) >> 32);
+}
+inline unsigned __byte_perm(unsigned first, unsigned second, unsigned selector) {
+    const uint64_t both = static_cast<uint64_t>(second) << 32 | first;
+    unsigned result = 0;
+    for (int i = 0; i < 4; i++) {
+        const unsigned choice = selector >> 4 * i & 15;
+        const unsigned byte = static_cast<unsigned>(both >> 8 * (choice & 7)) & 0xff;
+        // The fourth bit of a choice replicates the sign of the byte.
+        result |= (choice & 8 ? (byte & 0x80 ? 0xffu : 0u) : byte) << 8 * i;
+    }
+    return result;
+}
 inline int __popcll(unsigned long long value) { return __builtin_popcountll(value); }
 
 template <typename Value>
@@ -164,6 +179,18 @@ inline float __half2float(__half value) {
         magnitude = std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
     return value.bits & 0x8000 ? -magnitude : magnitude;
 }
+
+struct __nv_bfloat162 {
+    __nv_bfloat16 x, y;
+};
+struct __half2 {
+    __half x, y;
+};
+
+inline __nv_bfloat162 __float22bfloat162_rn(float2 values) {
+    return {__float2bfloat16_rn(values.x), __float2bfloat16_rn(values.y)};
+}
+inline __half2 __float22half2_rn(float2 values) { return {__float2half_rn(values.x), __float2half_rn(values.y)}; }
 
 /* ---- The runtime: two devices, of which nothing but the numbers differ ---- */
 

@@ -140,15 +140,18 @@ __device__ __forceinline__ void multiply_tiles(int (&sums)[32][4], uint64_t a, u
 #endif
 }
 
-/* Enqueues a kernel.
+/* Shared memory that a kernel declares, at most. */
+constexpr size_t MOST_STATIC_SHARED_BYTES = 8 * 1024;
+
+/* Enqueues a kernel; `shared_bytes` are those beside what it declares.
  *
  * Returns a cudaError.
  */
 template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, void *stream,
            Arguments... arguments) {
-    // The size up to which no permission is needed.
-    if (shared_bytes > 48 * 1024) {
+    // The size, all in all, up to which no permission is needed.
+    if (shared_bytes > 48 * 1024 - MOST_STATIC_SHARED_BYTES) {
         const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),
                                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                        static_cast<int>(shared_bytes));

@@ -14,10 +14,8 @@ __device__ __forceinline__ float sum_of_warp(float value) {
     return value;
 }
 
-template <typename Float>
-__device__ __forceinline__ float rounded(float value) {
-    return FloatType<Float>::to_float(FloatType<Float>::round(value));
-}
+/* Eights of features that a lane asks for before it looks at the first of them. */
+constexpr int AT_ONCE = 4;
 
 /* One warp a row, which stays in registers: up to EIGHTS eights of features a lane. */
 template <typename Float, typename Parameter, int EIGHTS>
@@ -33,18 +31,28 @@ __global__ void __launch_bounds__(THREADS) normalize_rows(const hf_stompp_cuda_l
     float values[EIGHTS][8] = {};
     float sum = 0;
 #pragma unroll
-    for (int i = 0; i < EIGHTS; i++) {
-        const int first = 8 * (lane + i * WARP);
-        if (first >= features) continue;
-        load_eight(values[i], input + first);
-        if (has_residual) {
-            float others[8];
-            load_eight(others, residual + first);
+    for (int start = 0; start < EIGHTS; start += AT_ONCE) {
+        Eight<Float> inputs[AT_ONCE], residuals[AT_ONCE];
 #pragma unroll
-            for (int k = 0; k < 8; k++) values[i][k] = rounded<Float>(values[i][k] + others[k]);
+        for (int i = 0; i < AT_ONCE; i++) {
+            const int first = 8 * (lane + (start + i) * WARP);
+            if (first >= features) continue;
+            inputs[i] = eight_at(input + first);
+            if (has_residual) residuals[i] = eight_at(residual + first);
         }
 #pragma unroll
-        for (int k = 0; k < 8; k++) sum += values[i][k];
+        for (int i = 0; i < AT_ONCE; i++) {
+            if (8 * (lane + (start + i) * WARP) >= features) continue;
+            float(&row_values)[8] = values[start + i];
+#pragma unroll
+            for (int k = 0; k < 8; k++) row_values[k] = inputs[i][k] + (has_residual ? residuals[i][k] : 0.0f);
+            const Eight<Float> rounded = round_eight<Float>(row_values);
+#pragma unroll
+            for (int k = 0; k < 8; k++) {
+                row_values[k] = rounded[k];
+                sum += row_values[k];
+            }
+        }
     }
     const float mean = sum_of_warp(sum) / static_cast<float>(features);
     float squares = 0;
@@ -69,12 +77,11 @@ __global__ void __launch_bounds__(THREADS) normalize_rows(const hf_stompp_cuda_l
             load_eight(weight, static_cast<const Parameter *>(norm.weight) + first);
             load_eight(bias, static_cast<const Parameter *>(norm.bias) + first);
             if (norm.threshold != nullptr) load_eight(thresholds, norm.threshold + first);
-            Eight<Float> eight;
 #pragma unroll
-            for (int k = 0; k < 8; k++) {
-                eight.values[k] = FloatType<Float>::round((values[i][k] - mean) * inverse * weight[k] + bias[k]);
-                bits |= static_cast<unsigned>(FloatType<Float>::to_float(eight.values[k]) >= thresholds[k]) << k;
-            }
+            for (int k = 0; k < 8; k++) values[i][k] = (values[i][k] - mean) * inverse * weight[k] + bias[k];
+            const Eight<Float> eight = round_eight<Float>(values[i]);
+#pragma unroll
+            for (int k = 0; k < 8; k++) bits |= static_cast<unsigned>(eight[k] >= thresholds[k]) << k;
             *reinterpret_cast<Eight<Float> *>(output + first) = eight;
         }
         if (norm.bits != nullptr) norm.bits[row * bytes + byte] = static_cast<uint8_t>(bits);

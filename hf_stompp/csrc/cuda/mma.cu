@@ -13,10 +13,8 @@ __global__ void __launch_bounds__(ROWS / WARP_ROWS *(COLUMNS / WARP_COLUMNS) * W
     multiply_mma(const hf_stompp_cuda_product product) {
     constexpr int THREADS = ROWS / WARP_ROWS * (COLUMNS / WARP_COLUMNS) * WARP;
     constexpr int ROW_FRAGMENTS = WARP_ROWS / 16, COLUMN_FRAGMENTS = WARP_COLUMNS / 8;
-    constexpr int STAGE_BYTES = (ROWS + COLUMNS) * STEP_BYTES;
-    constexpr int COUNTED = (ROWS + COLUMNS) / THREADS;
-    static_assert((ROWS + COLUMNS) % THREADS == 0, "every thread counts the bits of as many rows");
-    __shared__ ColumnParameters<COLUMNS> parameters;
+    using Tiles = hf_stompp::Tiles<ROWS, COLUMNS, THREADS>;
+    __shared__ typename Output::Parameters parameters;
     __shared__ int row_popcounts[ROWS];
     uint8_t *const shared = dynamic_shared();
 
@@ -25,32 +23,25 @@ __global__ void __launch_bounds__(ROWS / WARP_ROWS *(COLUMNS / WARP_COLUMNS) * W
     const int warp_column = warp % (COLUMNS / WARP_COLUMNS) * WARP_COLUMNS;
     const int64_t first_row = static_cast<int64_t>(blockIdx.x) * ROWS;
     const int64_t first_column = static_cast<int64_t>(blockIdx.y) * COLUMNS;
-    const int64_t bytes = row_bytes(product.in_features);
-    const int steps = static_cast<int>(bytes / STEP_BYTES);
-    const TileRows input_rows(product.input, first_row, product.rows, bytes);
-    const TileRows weight_rows(product.weight, first_column, product.out_features, bytes);
+    const int steps = static_cast<int>(row_bytes(product.in_features) / STEP_BYTES);
+    Tiles tiles(product, first_row, first_column);
 
     const auto copy_step = [&](int step) {
-        if (step < steps) {
-            uint8_t *const stage = shared + step % STAGES * STAGE_BYTES;
-            copy_tile<ROWS, THREADS>(stage, input_rows, step);
-            copy_tile<COLUMNS, THREADS>(stage + ROWS * STEP_BYTES, weight_rows, step);
-        }
+        if (step < steps) tiles.copy(shared + step % STAGES * Tiles::BYTES, step);
         // Also without copies: what is waited for is counted in groups.
         commit_copies();
     };
 
-    load_parameters<COLUMNS, THREADS>(parameters, product, first_column);
-    int sums[ROW_FRAGMENTS][COLUMN_FRAGMENTS][4] = {};
-    int counts[COUNTED] = {};
 #pragma unroll
     for (int step = 0; step < STAGES - 1; step++) copy_step(step);
+    parameters.template load<Tiles>(product, first_column);
+    int sums[ROW_FRAGMENTS][COLUMN_FRAGMENTS][4] = {};
     for (int step = 0; step < steps; step++) {
         wait_for_copies<STAGES - 2>();
         // All have waited for this stage, and have done with the one that is filled next.
         __syncthreads();
         copy_step(step + STAGES - 1);
-        const uint8_t *const inputs = shared + step % STAGES * STAGE_BYTES;
+        const uint8_t *const inputs = shared + step % STAGES * Tiles::BYTES;
         const uint8_t *const weights = inputs + ROWS * STEP_BYTES;
         uint32_t a[ROW_FRAGMENTS][4];
 #pragma unroll
@@ -66,15 +57,9 @@ __global__ void __launch_bounds__(ROWS / WARP_ROWS *(COLUMNS / WARP_COLUMNS) * W
                 multiply_fragments(sums[i][j + 1], a[i], b[2], b[3]);
             }
         }
-#pragma unroll
-        for (int i = 0; i < COUNTED; i++)
-            counts[i] += popcount_of_row(inputs + (threadIdx.x + i * THREADS) * STEP_BYTES);
+        tiles.count(inputs);
     }
-#pragma unroll
-    for (int i = 0; i < COUNTED; i++) {
-        const int row = threadIdx.x + i * THREADS;
-        (row < ROWS ? row_popcounts[row] : parameters.popcounts[row - ROWS]) = counts[i];
-    }
+    tiles.finish(row_popcounts, parameters);
     // All have done with the stages, which may be overwritten by results. No copy is under way.
     __syncthreads();
     Output::template write<THREADS>(sums, warp_row, warp_column, row_popcounts, parameters, product, first_row,
@@ -86,7 +71,7 @@ int run(const hf_stompp_cuda_product &product) {
     return with_output<ROWS, COLUMNS>(product, [&](auto output) {
         using Output = decltype(output);
         constexpr int THREADS = ROWS / WARP_ROWS * (COLUMNS / WARP_COLUMNS) * WARP;
-        constexpr int STAGES_BYTES = STAGES * (ROWS + COLUMNS) * STEP_BYTES;
+        constexpr int STAGES_BYTES = STAGES * Tiles<ROWS, COLUMNS, THREADS>::BYTES;
         constexpr int SHARED_BYTES = STAGES_BYTES > Output::SHARED_BYTES ? STAGES_BYTES : Output::SHARED_BYTES;
         return launch(multiply_mma<ROWS, COLUMNS, WARP_ROWS, WARP_COLUMNS, Output>, grid_of<ROWS, COLUMNS>(product),
                       THREADS, SHARED_BYTES, product.stream, product);

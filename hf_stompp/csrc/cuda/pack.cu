@@ -8,7 +8,12 @@ namespace {
 constexpr int WARPS = 8;
 constexpr int THREADS = WARPS * WARP;
 
-/* One warp a row, a byte of bits a lane. VECTORS: all eights of input and threshold begin at multiples of 16 bytes. */
+/* Bytes of bits whose floats a lane asks for before it looks at the first of them. */
+constexpr int AT_ONCE = 4;
+
+/* One warp a row, neighbouring bytes of bits by neighbouring lanes. VECTORS: all eights of input and threshold begin at
+ * multiples of 16 bytes.
+ */
 template <typename Float, bool VECTORS>
 __global__ void __launch_bounds__(THREADS)
     pack_rows(const Float *__restrict__ input, const float *__restrict__ threshold, int64_t rows, int features,
@@ -19,24 +24,36 @@ __global__ void __launch_bounds__(THREADS)
     const Float *const source = input + row * features;
     const int bytes = static_cast<int>(row_bytes(features));
     int popcount = 0;
-    for (int byte = lane; byte < bytes; byte += WARP) {
-        const int first = 8 * byte;
-        unsigned value = 0;
-        if (VECTORS && first + 8 <= features) {
-            float elements[8], thresholds[8] = {};
-            load_eight(elements, source + first);
-            if (threshold != nullptr) load_eight(thresholds, threshold + first);
+    for (int start = lane; start < bytes; start += AT_ONCE * WARP) {
+        Eight<Float> eights[AT_ONCE];
+        if (VECTORS) {
 #pragma unroll
-            for (int i = 0; i < 8; i++) value |= static_cast<unsigned>(elements[i] >= thresholds[i]) << i;
-        } else {
-            for (int i = 0; i < 8 && first + i < features; i++) {
-                const float element = FloatType<Float>::to_float(source[first + i]);
-                const float bound = threshold != nullptr ? threshold[first + i] : 0.0f;
-                value |= static_cast<unsigned>(element >= bound) << i;
+            for (int i = 0; i < AT_ONCE; i++) {
+                const int first = 8 * (start + i * WARP);
+                if (first < features) eights[i] = eight_at(source + first);
             }
         }
-        bits[row * bytes + byte] = static_cast<uint8_t>(value);
-        popcount += __popc(value);
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            const int byte = start + i * WARP, first = 8 * byte;
+            if (byte >= bytes) continue;
+            unsigned value = 0;
+            if (VECTORS) {
+                float thresholds[8] = {};
+                if (first < features && threshold != nullptr) load_eight(thresholds, threshold + first);
+#pragma unroll
+                for (int k = 0; k < 8; k++) value |= static_cast<unsigned>(eights[i][k] >= thresholds[k]) << k;
+                if (first >= features) value = 0;
+            } else {
+                for (int k = 0; k < 8 && first + k < features; k++) {
+                    const float element = FloatType<Float>::to_float(source[first + k]);
+                    const float bound = threshold != nullptr ? threshold[first + k] : 0.0f;
+                    value |= static_cast<unsigned>(element >= bound) << k;
+                }
+            }
+            bits[row * bytes + byte] = static_cast<uint8_t>(value);
+            popcount += __popc(value);
+        }
     }
     if (popcounts != nullptr) {
         popcount = __reduce_add_sync(WHOLE_WARP, popcount);

@@ -27,74 +27,49 @@ template <int COLUMNS, int STEPS, int STAGES, typename Output>
 __global__ void __launch_bounds__(THREADS, COLUMNS == 128 ? 2 : 1)
     multiply_wgmma(const hf_stompp_cuda_product product) {
 #if HF_STOMPP_WGMMA
+    using Tiles = hf_stompp::Tiles<ROWS, COLUMNS, THREADS>;
     constexpr int COLUMN_FRAGMENTS = COLUMNS / 8;
-    constexpr int INPUT_BYTES = ROWS * STEP_BYTES, WEIGHT_BYTES = COLUMNS * STEP_BYTES;
-    constexpr int STAGE_BYTES = STEPS * (INPUT_BYTES + WEIGHT_BYTES);
-    // Columns that a thread counts the bits of; of rows, every other thread one.
-    constexpr int COUNTED = (COLUMNS + THREADS - 1) / THREADS;
-    __shared__ ColumnParameters<COLUMNS> parameters;
+    __shared__ typename Output::Parameters parameters;
     __shared__ int row_popcounts[ROWS];
     uint8_t *const shared = dynamic_shared();
 
     const int warp = threadIdx.x / WARP, warpgroup = threadIdx.x / 128;
     const int64_t first_row = static_cast<int64_t>(blockIdx.x) * ROWS;
     const int64_t first_column = static_cast<int64_t>(blockIdx.y) * COLUMNS;
-    const int64_t bytes = row_bytes(product.in_features);
-    const int groups = static_cast<int>(bytes / STEP_BYTES) / STEPS;
-    const TileRows input_rows(product.input, first_row, product.rows, bytes);
-    const TileRows weight_rows(product.weight, first_column, product.out_features, bytes);
+    const int groups = static_cast<int>(row_bytes(product.in_features) / STEP_BYTES) / STEPS;
+    Tiles tiles(product, first_row, first_column);
 
     const auto copy_group = [&](int group) {
         if (group < groups) {
-            uint8_t *const stage = shared + group % STAGES * STAGE_BYTES;
+            uint8_t *const stage = shared + group % STAGES * STEPS * Tiles::BYTES;
 #pragma unroll
-            for (int step = 0; step < STEPS; step++) {
-                copy_tile<ROWS, THREADS>(stage + step * INPUT_BYTES, input_rows, group * STEPS + step);
-                copy_tile<COLUMNS, THREADS>(stage + STEPS * INPUT_BYTES + step * WEIGHT_BYTES, weight_rows,
-                                            group * STEPS + step);
-            }
+            for (int step = 0; step < STEPS; step++) tiles.copy(stage + step * Tiles::BYTES, group * STEPS + step);
         }
         commit_copies();
     };
 
-    load_parameters<COLUMNS, THREADS>(parameters, product, first_column);
-    int sums[1][COLUMN_FRAGMENTS][4] = {};
-    int row_count = 0, column_counts[COUNTED] = {};
 #pragma unroll
     for (int group = 0; group < STAGES - 1; group++) copy_group(group);
+    parameters.template load<Tiles>(product, first_column);
+    int sums[1][COLUMN_FRAGMENTS][4] = {};
     for (int group = 0; group < groups; group++) {
         wait_for_copies<STAGES - 2>();
         fence_shared_for_wgmma();
         // All have waited for this stage, and have done with the one that is filled next.
         __syncthreads();
         copy_group(group + STAGES - 1);
-        const uint8_t *const inputs = shared + group % STAGES * STAGE_BYTES;
-        const uint8_t *const weights = inputs + STEPS * INPUT_BYTES;
+        const uint8_t *const stage = shared + group % STAGES * STEPS * Tiles::BYTES;
         begin_wgmma(sums[0]);
 #pragma unroll
         for (int step = 0; step < STEPS; step++)
-            multiply_tiles(sums[0], describe(inputs + step * INPUT_BYTES + warpgroup * 64 * STEP_BYTES),
-                           describe(weights + step * WEIGHT_BYTES));
+            multiply_tiles(sums[0], describe(stage + step * Tiles::BYTES + warpgroup * 64 * STEP_BYTES),
+                           describe(stage + step * Tiles::BYTES + ROWS * STEP_BYTES));
         commit_wgmma();
 #pragma unroll
-        for (int step = 0; step < STEPS; step++) {
-            if (threadIdx.x < ROWS) row_count += popcount_of_row(inputs + step * INPUT_BYTES + threadIdx.x * STEP_BYTES);
-#pragma unroll
-            for (int i = 0; i < COUNTED; i++) {
-                // From the far end: the first threads have a row already.
-                const int column = COLUMNS - 1 - static_cast<int>(THREADS - 1 - threadIdx.x) - i * THREADS;
-                if (column >= 0)
-                    column_counts[i] += popcount_of_row(weights + step * WEIGHT_BYTES + column * STEP_BYTES);
-            }
-        }
+        for (int step = 0; step < STEPS; step++) tiles.count(stage + step * Tiles::BYTES);
         wait_for_wgmma(sums[0]);
     }
-    if (threadIdx.x < ROWS) row_popcounts[threadIdx.x] = row_count;
-#pragma unroll
-    for (int i = 0; i < COUNTED; i++) {
-        const int column = COLUMNS - 1 - static_cast<int>(THREADS - 1 - threadIdx.x) - i * THREADS;
-        if (column >= 0) parameters.popcounts[column] = column_counts[i];
-    }
+    tiles.finish(row_popcounts, parameters);
     // All have done with the stages, which may be overwritten by results. No copy is under way.
     __syncthreads();
     Output::template write<THREADS>(sums, warp * 16, 0, row_popcounts, parameters, product, first_row, first_column);
@@ -105,7 +80,7 @@ template <int COLUMNS, int STEPS, int STAGES>
 int run_steps(const hf_stompp_cuda_product &product) {
     return with_output<ROWS, COLUMNS>(product, [&](auto output) {
         using Output = decltype(output);
-        constexpr int STAGES_BYTES = STAGES * STEPS * (ROWS + COLUMNS) * STEP_BYTES;
+        constexpr int STAGES_BYTES = STAGES * STEPS * Tiles<ROWS, COLUMNS, THREADS>::BYTES;
         constexpr int SHARED_BYTES = STAGES_BYTES > Output::SHARED_BYTES ? STAGES_BYTES : Output::SHARED_BYTES;
         return launch(multiply_wgmma<COLUMNS, STEPS, STAGES, Output>, grid_of<ROWS, COLUMNS>(product), THREADS,
                       SHARED_BYTES, product.stream, product);
