@@ -390,12 +390,12 @@ def forced_kernels(run: Run) -> dict[str, cuda.NativeKernels]:
     }
 
 
-def chosen_kernel(run: Run, rows: int, out_features: int) -> str:
+def chosen_kernel(run: Run, rows: int, in_features: int, out_features: int) -> str:
     """What multiplies: a kernel, an 8-bit product or the reference."""
     if not run.is_gpu:
         return "cpu"
     on = cuda.device(run.device)
-    name = on.native.chosen(rows, out_features) if on.native is not None and on.product == "bits" else None
+    name = on.native.chosen(rows, in_features, out_features) if on.native is not None and on.product == "bits" else None
     return on.product if name is None else name
 
 
@@ -539,7 +539,7 @@ def measure_operators(run: Run) -> None:
         linear = Linear(run, m, k, n)
         variants = linear.variants()
         case: dict[str, Any] = {"rows": m, "in_features": k, "out_features": n}
-        case["kernel"] = chosen_kernel(run, m, n)
+        case["kernel"] = chosen_kernel(run, m, k, n)
         case["exact"] = linear.exact(variants)
         case["variants"] = time_variants(run, variants)
         case["speedups"] = speedups(case["variants"])

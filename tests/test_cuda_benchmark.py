@@ -271,7 +271,7 @@ def test_checked_program_loads_no_more_than_the_operators() -> None:
         "print(sanitizer_cases.load_operators().KERNELS, 'transformers' in sys.modules)"
     )
     printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    assert "wgmma_128x256" in printed and printed.strip().endswith("False")
+    assert "wgmma_64x128" in printed and printed.strip().endswith("False")
 
 
 # ----- The Makefile -----

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 ABI_VERSION = 1
 
 # enum hf_stompp_cuda_kernel.
-KERNELS = ("mma_64x64", "mma_128x128", "wgmma_128x128", "wgmma_128x256")
+KERNELS = ("mma_64x64", "mma_128x128", "wgmma_64x64", "wgmma_64x128")
 
 _AUTO = -1
 
@@ -79,7 +79,7 @@ def open_library(path: Path) -> ctypes.CDLL:
     native.hf_stompp_cuda_message.restype = ctypes.c_char_p
     native.hf_stompp_cuda_check.argtypes = [ctypes.c_int64]
     native.hf_stompp_cuda_has_kernel.argtypes = [ctypes.c_int64] * 2
-    native.hf_stompp_cuda_chosen.argtypes = [ctypes.c_int64] * 3
+    native.hf_stompp_cuda_chosen.argtypes = [ctypes.c_int64] * 4
     for name in ("pack_sign", "unpack_signs", "binary_linear", "layer_norm_sign", "sign_product", "fold"):
         getattr(native, f"hf_stompp_cuda_{name}").argtypes = [ctypes.c_char_p]
     return native
@@ -170,11 +170,11 @@ class NativeKernels:
         """Whether any does."""
         return any(map(self.has_kernel, KERNELS))
 
-    def chosen(self, rows: int, out_features: int) -> str | None:
+    def chosen(self, rows: int, in_features: int, out_features: int) -> str | None:
         """The kernel that multiplies matrices of this size; None if there is none."""
         if self.kernel is not None:
             return self.kernel
-        index = self.native.hf_stompp_cuda_chosen(self.index, rows, out_features)
+        index = self.native.hf_stompp_cuda_chosen(self.index, rows, in_features, out_features)
         return None if index < 0 else KERNELS[index]
 
     def _check(self, status: int) -> None:

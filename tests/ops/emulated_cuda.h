@@ -129,6 +129,7 @@ Value __ldg(const Value *address) {
 /* Rounded one by one: the files are compiled with -ffp-contract=off. */
 inline float __fmul_rn(float left, float right) { return left * right; }
 inline float __fadd_rn(float left, float right) { return left + right; }
+inline float __fmaf_rn(float left, float right, float added) { return std::fma(left, right, added); }
 
 /* ---- Float types: round to nearest, ties to even; every NaN becomes 0x7fff, as on the device ---- */
 
@@ -222,7 +223,10 @@ namespace emulated_cuda {
 
 constexpr int DEVICES = 2;
 /* Few, so that small products are large enough for every tile. */
-constexpr int MULTIPROCESSORS = 4;
+inline int multiprocessors() {
+    const char *const value = getenv("HF_STOMPP_EMULATED_MULTIPROCESSORS");
+    return value == nullptr ? 4 : atoi(value);
+}
 
 inline int device = 0;
 
@@ -267,7 +271,7 @@ inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, 
     if (device < 0 || device >= emulated_cuda::DEVICES) return cudaErrorInvalidDevice;
     const int capability = emulated_cuda::capability();
     switch (attribute) {
-        case cudaDevAttrMultiProcessorCount: *value = emulated_cuda::MULTIPROCESSORS; return cudaSuccess;
+        case cudaDevAttrMultiProcessorCount: *value = emulated_cuda::multiprocessors(); return cudaSuccess;
         case cudaDevAttrComputeCapabilityMajor: *value = capability / 10; return cudaSuccess;
         case cudaDevAttrComputeCapabilityMinor: *value = capability % 10; return cudaSuccess;
         case cudaDevAttrMaxSharedMemoryPerBlockOptin:
@@ -1330,7 +1334,7 @@ inline void multiply_tiles(int (&sums)[16][4], uint64_t a, uint64_t b, EMULATED_
     emulated::multiply_tiles(sums, a, b, {file, line});
 }
 
-inline void multiply_tiles(int (&sums)[32][4], uint64_t a, uint64_t b, EMULATED_CUDA_PLACE) {
+inline void multiply_tiles(int (&sums)[8][4], uint64_t a, uint64_t b, EMULATED_CUDA_PLACE) {
     emulated::multiply_tiles(sums, a, b, {file, line});
 }
 

@@ -164,7 +164,7 @@ def forced(native: cuda.NativeKernels, request: pytest.FixtureRequest) -> cuda.N
 def test_kernels_are_built_and_multiply_bits_here(native: cuda.NativeKernels) -> None:
     major, minor = torch.cuda.get_device_capability()
     assert native.multiplies_bits == (major == 8 or (major, minor) == (9, 0))
-    assert native.has_kernel("wgmma_128x256") == ((major, minor) == (9, 0))
+    assert native.has_kernel("wgmma_64x128") == ((major, minor) == (9, 0))
     if native.multiplies_bits:
         assert cuda.device(DEVICE).product == "bits"
 

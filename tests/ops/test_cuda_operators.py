@@ -127,8 +127,8 @@ class TestCallsOfTheLibrary:
         assert asked() == 0x1234
 
     def test_the_kernel_of_a_product_can_be_asked_for(self, native: cuda.NativeKernels, emulated_cuda: Path) -> None:
-        assert native.chosen(1, 64) == "mma_64x64" and native.chosen(4096, 3072) == "wgmma_128x256"
-        assert emulated(emulated_cuda, "mma_128x128").chosen(1, 64) == "mma_128x128"
+        assert native.chosen(1, 768, 64) == "mma_64x64" and native.chosen(4096, 768, 3072) == "wgmma_64x128"
+        assert emulated(emulated_cuda, "mma_128x128").chosen(1, 768, 64) == "mma_128x128"
 
 
 class TestDevices:
@@ -141,15 +141,15 @@ class TestDevices:
     ) -> None:
         capability("8.6")
         assert emulated(emulated_cuda).multiplies_bits
-        with pytest.raises(cuda.CudaError, match="wgmma_128x128 cannot run on device 0"):
-            emulated(emulated_cuda, "wgmma_128x128")
+        with pytest.raises(cuda.CudaError, match="wgmma_64x128 cannot run on device 0"):
+            emulated(emulated_cuda, "wgmma_64x128")
 
     def test_device_with_emulated_bit_products_has_none_of_its_own(
         self, emulated_cuda: Path, capability: Callable[[str], None]
     ) -> None:
         capability("10.0")
         native = emulated(emulated_cuda)
-        assert not native.multiplies_bits and native.chosen(64, 64) is None
+        assert not native.multiplies_bits and native.chosen(64, 64, 64) is None
 
 
 class TestOperators:

@@ -39,7 +39,7 @@ SOURCES = Path(__file__).resolve().parents[2] / "hf_stompp" / "csrc" / "cuda"
 OK, UNAVAILABLE, TOO_LARGE = 0, -1, -2
 INVALID_DEVICE, NO_KERNEL_IMAGE = 101, 209
 AUTO = -1
-KERNELS = {"MMA_64x64": 0, "MMA_128x128": 1, "WGMMA_128x128": 2, "WGMMA_128x256": 3}
+KERNELS = {"MMA_64x64": 0, "MMA_128x128": 1, "WGMMA_64x64": 2, "WGMMA_64x128": 3}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SIGNS = {torch.int8: 0, torch.float8_e4m3fn: 1}
 
@@ -123,16 +123,20 @@ def load(path: Path | str) -> ctypes.CDLL:
     library.hf_stompp_cuda_source_hash.restype = ctypes.c_char_p
     library.hf_stompp_cuda_check.argtypes = [ctypes.c_int64]
     library.hf_stompp_cuda_has_kernel.argtypes = [ctypes.c_int64] * 2
-    library.hf_stompp_cuda_chosen.argtypes = [ctypes.c_int64] * 3
+    library.hf_stompp_cuda_chosen.argtypes = [ctypes.c_int64] * 4
     library.emulated_cuda_launches.restype = ctypes.c_int64
     library.emulated_cuda_launch_stream.restype = ctypes.c_void_p
     return library
 
 
 @contextmanager
-def emulation(seed: int = 0, capability: str = "9.0") -> Iterator[None]:
+def emulation(seed: int = 0, capability: str = "9.0", processors: int = 4) -> Iterator[None]:
     """What emulated_cuda.h reads at every call."""
-    settings = {"HF_STOMPP_EMULATED_SEED": str(seed), "HF_STOMPP_EMULATED_CAPABILITY": capability}
+    settings = {
+        "HF_STOMPP_EMULATED_SEED": str(seed),
+        "HF_STOMPP_EMULATED_CAPABILITY": capability,
+        "HF_STOMPP_EMULATED_MULTIPROCESSORS": str(processors),
+    }
     with mock.patch.dict(os.environ, settings):
         yield
 
@@ -228,7 +232,9 @@ def draw_products() -> list[Product]:
     return cases
 
 
-def check_product(library: ctypes.CDLL, case: Product, seed: int = 0, capability: str = "9.0") -> None:
+def check_product(
+    library: ctypes.CDLL, case: Product, seed: int = 0, capability: str = "9.0", processors: int = 4
+) -> None:
     """The kernel's output, bit for bit that of the definition, and nothing written beside it."""
     generator = torch.Generator().manual_seed(case.rows * 7919 + case.in_features * 31 + case.out_features)
 
@@ -261,7 +267,7 @@ def check_product(library: ctypes.CDLL, case: Product, seed: int = 0, capability
         *(case.rows, case.in_features, case.out_features, 0 if case.output_bits else output.pointer),
         *(DTYPES[case.output_dtype], output.pointer if case.output_bits else 0, pointer(bounds)),
     )
-    with emulation(seed, capability):
+    with emulation(seed, capability, processors):
         assert library.hf_stompp_cuda_binary_linear(record) == OK
     expected = pack(y.double() >= (0.0 if threshold is None else threshold.double())) if case.output_bits else y
     assert_same_bits(output.value(), expected, case)
@@ -459,6 +465,26 @@ def test_product_does_not_depend_on_the_order_of_threads(library: ctypes.CDLL, c
         check_product(library, case, seed)
 
 
+@pytest.mark.parametrize("output_bits", [False, True])
+@pytest.mark.parametrize("in_features", [500, 2300])
+@pytest.mark.parametrize("kernel", ["WGMMA_64x64", "WGMMA_64x128"])
+def test_few_multiprocessors_share_many_tiles(
+    library: ctypes.CDLL, kernel: str, in_features: int, output_bits: bool
+) -> None:
+    for processors, rows in itertools.product([1, 3], [64, 640, 1090]):
+        case = Product(KERNELS[kernel], rows, in_features, 520, torch.bfloat16, output_bits, True, True, False)
+        check_product(library, case, seed=rows, processors=processors)
+
+
+def test_widest_rows_that_fit_shared_memory_are_multiplied(library: ctypes.CDLL) -> None:
+    for kernel in (KERNELS["WGMMA_64x64"], KERNELS["WGMMA_64x128"]):
+        check_product(library, Product(kernel, 65, 10240, 130, torch.float32, False, False, True, False))
+        assert library.hf_stompp_cuda_binary_linear(product_record(kernel, 65, 10241, 130)) == TOO_LARGE
+    with emulation():
+        assert library.hf_stompp_cuda_chosen(0, 4096, 10240, 3072) == KERNELS["WGMMA_64x128"]
+        assert library.hf_stompp_cuda_chosen(0, 4096, 10241, 3072) == KERNELS["MMA_128x128"]
+
+
 @pytest.mark.parametrize("capability", ["8.0", "8.6", "8.9"])
 def test_product_runs_with_what_the_device_has(library: ctypes.CDLL, capability: str) -> None:
     for kernel in (AUTO, KERNELS["MMA_64x64"], KERNELS["MMA_128x128"]):
@@ -524,7 +550,7 @@ def test_kernels_are_those_that_the_device_runs_natively(
         for name in set(KERNELS) - native:
             record = product_record(KERNELS[name], rows=1)
             assert library.hf_stompp_cuda_binary_linear(record) == UNAVAILABLE
-        chosen = library.hf_stompp_cuda_chosen(0, 128, 768)
+        chosen = library.hf_stompp_cuda_chosen(0, 128, 768, 768)
         assert chosen in {KERNELS[name] for name in native} if native else chosen == -1
         if not native:
             assert library.hf_stompp_cuda_binary_linear(product_record(rows=1)) == UNAVAILABLE
@@ -536,7 +562,7 @@ def test_kernels_are_those_that_the_device_runs_natively(
 
 @pytest.mark.parametrize("capability", ["8.0", "9.0"])
 def test_choice_of_a_kernel_depends_on_the_size(library: ctypes.CDLL, capability: str) -> None:
-    sizes = itertools.product([1, 64, 128, 512, 4096], [1, 64, 128, 256, 768, 3072])
+    sizes = itertools.product([1, 64, 128, 512, 4096], [768], [1, 64, 128, 256, 768, 3072])
     with emulation(capability=capability):
         chosen = {library.hf_stompp_cuda_chosen(0, *size) for size in sizes}
         assert len(chosen) > 1

@@ -34,7 +34,7 @@ int attribute(int64_t device, cudaDeviceAttr what) {
 }
 
 /* Rows and columns of the tile of a kernel. */
-constexpr int64_t TILES[HF_STOMPP_CUDA_KERNELS][2] = {{64, 64}, {128, 128}, {128, 128}, {128, 256}};
+constexpr int64_t TILES[HF_STOMPP_CUDA_KERNELS][2] = {{64, 64}, {128, 128}, {64, 64}, {64, 128}};
 
 int64_t tile_count(int64_t kernel, int64_t rows, int64_t columns) {
     const int64_t *const tile = TILES[kernel];
@@ -45,6 +45,10 @@ int64_t tile_count(int64_t kernel, int64_t rows, int64_t columns) {
  * a multiple of 256 of them.
  */
 constexpr int64_t MOST_ROWS = INT32_MAX, MOST_FEATURES = 65532 * 64;
+
+bool is_wgmma(int64_t kernel) {
+    return kernel == HF_STOMPP_CUDA_WGMMA_64x64 || kernel == HF_STOMPP_CUDA_WGMMA_64x128;
+}
 
 bool fits(int64_t rows, int64_t features) { return rows <= MOST_ROWS && features <= MOST_FEATURES; }
 
@@ -77,16 +81,16 @@ int hf_stompp_cuda_check(int64_t device) {
 int hf_stompp_cuda_has_kernel(int64_t device, int64_t kernel) {
     const int major = attribute(device, cudaDevAttrComputeCapabilityMajor);
     const int minor = attribute(device, cudaDevAttrComputeCapabilityMinor);
-    if (kernel == HF_STOMPP_CUDA_WGMMA_128x128 || kernel == HF_STOMPP_CUDA_WGMMA_128x256)
-        return major == 9 && minor == 0;
+    if (is_wgmma(kernel)) return major == 9 && minor == 0;
     return (kernel == HF_STOMPP_CUDA_MMA_64x64 || kernel == HF_STOMPP_CUDA_MMA_128x128) && (major == 8 || major == 9);
 }
 
-int hf_stompp_cuda_chosen(int64_t device, int64_t rows, int64_t out_features) {
+int hf_stompp_cuda_chosen(int64_t device, int64_t rows, int64_t in_features, int64_t out_features) {
     const int64_t processors = attribute(device, cudaDevAttrMultiProcessorCount);
     // The largest tile of which there are enough for every processor; then the smallest.
-    for (int64_t kernel : {HF_STOMPP_CUDA_WGMMA_128x256, HF_STOMPP_CUDA_WGMMA_128x128, HF_STOMPP_CUDA_MMA_128x128})
-        if (hf_stompp_cuda_has_kernel(device, kernel) && tile_count(kernel, rows, out_features) >= processors)
+    for (int64_t kernel : {HF_STOMPP_CUDA_WGMMA_64x128, HF_STOMPP_CUDA_WGMMA_64x64, HF_STOMPP_CUDA_MMA_128x128})
+        if (hf_stompp_cuda_has_kernel(device, kernel) && tile_count(kernel, rows, out_features) >= processors &&
+            (!is_wgmma(kernel) || hf_stompp::takes_wgmma(in_features)))
             return static_cast<int>(kernel);
     return hf_stompp_cuda_has_kernel(device, HF_STOMPP_CUDA_MMA_64x64) ? HF_STOMPP_CUDA_MMA_64x64 : -1;
 }
@@ -111,13 +115,14 @@ int hf_stompp_cuda_binary_linear(const hf_stompp_cuda_product *product) {
         return HF_STOMPP_CUDA_TOO_LARGE;
     int64_t kernel = product->kernel;
     if (kernel == HF_STOMPP_CUDA_AUTO)
-        kernel = hf_stompp_cuda_chosen(product->device, product->rows, product->out_features);
+        kernel = hf_stompp_cuda_chosen(product->device, product->rows, product->in_features, product->out_features);
     if (!hf_stompp_cuda_has_kernel(product->device, kernel)) return HF_STOMPP_CUDA_UNAVAILABLE;
     const DeviceGuard guard(product->device);
     if (guard.status()) return guard.status();
-    return kernel == HF_STOMPP_CUDA_WGMMA_128x128 || kernel == HF_STOMPP_CUDA_WGMMA_128x256
-               ? hf_stompp::binary_linear_wgmma(*product, kernel)
-               : hf_stompp::binary_linear_mma(*product, kernel);
+    if (!is_wgmma(kernel)) return hf_stompp::binary_linear_mma(*product, kernel);
+    if (!hf_stompp::takes_wgmma(product->in_features)) return HF_STOMPP_CUDA_TOO_LARGE;
+    return hf_stompp::binary_linear_wgmma(*product, kernel,
+                                          attribute(product->device, cudaDevAttrMultiProcessorCount));
 }
 
 int hf_stompp_cuda_layer_norm_sign(const hf_stompp_cuda_layer_norm *norm) {

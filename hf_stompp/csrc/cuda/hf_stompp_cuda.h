@@ -31,8 +31,8 @@ enum hf_stompp_cuda_kernel {
     HF_STOMPP_CUDA_AUTO = -1,
     HF_STOMPP_CUDA_MMA_64x64 = 0,
     HF_STOMPP_CUDA_MMA_128x128 = 1,
-    HF_STOMPP_CUDA_WGMMA_128x128 = 2,
-    HF_STOMPP_CUDA_WGMMA_128x256 = 3,
+    HF_STOMPP_CUDA_WGMMA_64x64 = 2,
+    HF_STOMPP_CUDA_WGMMA_64x128 = 3,
     HF_STOMPP_CUDA_KERNELS = 4
 };
 
@@ -61,7 +61,8 @@ HF_STOMPP_CUDA_EXPORT int hf_stompp_cuda_check(int64_t device);
 HF_STOMPP_CUDA_EXPORT int hf_stompp_cuda_has_kernel(int64_t device, int64_t kernel);
 
 /* The kernel that a product of this size runs; -1 if none can. */
-HF_STOMPP_CUDA_EXPORT int hf_stompp_cuda_chosen(int64_t device, int64_t rows, int64_t out_features);
+HF_STOMPP_CUDA_EXPORT int hf_stompp_cuda_chosen(int64_t device, int64_t rows, int64_t in_features,
+                                                int64_t out_features);
 
 /* Arguments are passed as records of 64-bit fields.
  *

@@ -2,6 +2,16 @@
 #ifndef HF_STOMPP_INSTRUCTIONS_CUH
 #define HF_STOMPP_INSTRUCTIONS_CUH
 
+#include <cstddef>
+#include <cstdint>
+
+namespace hf_stompp {
+
+/* Shared memory that a kernel declares, at most. */
+constexpr size_t MOST_STATIC_SHARED_BYTES = 8 * 1024;
+
+}  // namespace hf_stompp
+
 #if defined(HF_STOMPP_EMULATED_CUDA)
 #include HF_STOMPP_EMULATED_CUDA
 #else
@@ -9,8 +19,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-
-#include <cstdint>
 
 /* wgmma is there for this architecture and no other. */
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -105,43 +113,35 @@ __device__ __forceinline__ void wait_for_wgmma(int (&sums)[FRAGMENTS][4]) {
 #define HF_STOMPP_SUMS_4(j) "+r"(sums[j][0]), "+r"(sums[j][1]), "+r"(sums[j][2]), "+r"(sums[j][3])
 #define HF_STOMPP_SUMS_16(j) \
     HF_STOMPP_SUMS_4(j), HF_STOMPP_SUMS_4(j + 1), HF_STOMPP_SUMS_4(j + 2), HF_STOMPP_SUMS_4(j + 3)
-#define HF_STOMPP_SUMS_64(j) \
-    HF_STOMPP_SUMS_16(j), HF_STOMPP_SUMS_16(j + 4), HF_STOMPP_SUMS_16(j + 8), HF_STOMPP_SUMS_16(j + 12)
-#define HF_STOMPP_OPERANDS_0_63 \
+#define HF_STOMPP_SUMS_32(j) HF_STOMPP_SUMS_16(j), HF_STOMPP_SUMS_16(j + 4)
+#define HF_STOMPP_OPERANDS_0_31 \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define HF_STOMPP_OPERANDS_32_63 \
     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define HF_STOMPP_OPERANDS_64_127 \
-    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
-    "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
-    "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 /* wgmma.m64nNk256, N = 8 * FRAGMENTS: sums += popcount(a & b) of 64 rows and N columns of 256 bits in shared memory,
  * given by matrix descriptors. Warp w of the warpgroup holds rows 16 * w to 16 * w + 15; sums[j] are its 16 rows of
  * columns 8 * j to 8 * j + 7, laid out as by mma.
  */
+__device__ __forceinline__ void multiply_tiles(int (&sums)[8][4], uint64_t a, uint64_t b) {
+#if HF_STOMPP_WGMMA
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k256.s32.b1.b1.and.popc {" HF_STOMPP_OPERANDS_0_31
+                 "}, %32, %33, 1;"
+                 : HF_STOMPP_SUMS_32(0)
+                 : "l"(a), "l"(b));
+#endif
+}
+
 __device__ __forceinline__ void multiply_tiles(int (&sums)[16][4], uint64_t a, uint64_t b) {
 #if HF_STOMPP_WGMMA
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k256.s32.b1.b1.and.popc {" HF_STOMPP_OPERANDS_0_63
-                 "}, %64, %65, 1;"
-                 : HF_STOMPP_SUMS_64(0)
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k256.s32.b1.b1.and.popc {" HF_STOMPP_OPERANDS_0_31
+                 ", " HF_STOMPP_OPERANDS_32_63 "}, %64, %65, 1;"
+                 : HF_STOMPP_SUMS_32(0), HF_STOMPP_SUMS_32(8)
                  : "l"(a), "l"(b));
 #endif
 }
-
-__device__ __forceinline__ void multiply_tiles(int (&sums)[32][4], uint64_t a, uint64_t b) {
-#if HF_STOMPP_WGMMA
-    asm volatile("wgmma.mma_async.sync.aligned.m64n256k256.s32.b1.b1.and.popc {" HF_STOMPP_OPERANDS_0_63
-                 ", " HF_STOMPP_OPERANDS_64_127 "}, %128, %129, 1;"
-                 : HF_STOMPP_SUMS_64(0), HF_STOMPP_SUMS_64(16)
-                 : "l"(a), "l"(b));
-#endif
-}
-
-/* Shared memory that a kernel declares, at most. */
-constexpr size_t MOST_STATIC_SHARED_BYTES = 8 * 1024;
 
 /* Enqueues a kernel; `shared_bytes` are those beside what it declares.
  *

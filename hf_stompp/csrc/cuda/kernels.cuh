@@ -12,7 +12,10 @@ int sign_product(const hf_stompp_cuda_vector_product &product);
 int fold(const hf_stompp_cuda_folding &folding);
 int layer_norm_sign(const hf_stompp_cuda_layer_norm &norm);
 int binary_linear_mma(const hf_stompp_cuda_product &product, int64_t kernel);
-int binary_linear_wgmma(const hf_stompp_cuda_product &product, int64_t kernel);
+int binary_linear_wgmma(const hf_stompp_cuda_product &product, int64_t kernel, int64_t processors);
+
+/* Whether rows of that many features fit its tiles. */
+bool takes_wgmma(int64_t in_features);
 
 /* An address in the code that must be there for the device. */
 const void *probe_kernel();

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(ROWS / WARP_ROWS *(COLUMNS / WARP_COLUMNS) * W
 
 #pragma unroll
     for (int step = 0; step < STAGES - 1; step++) copy_step(step);
-    parameters.template load<Tiles>(product, first_column);
+    parameters.load(product, first_column);
     int sums[ROW_FRAGMENTS][COLUMN_FRAGMENTS][4] = {};
     for (int step = 0; step < steps; step++) {
         wait_for_copies<STAGES - 2>();
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(ROWS / WARP_ROWS *(COLUMNS / WARP_COLUMNS) * W
     tiles.finish(row_popcounts, parameters);
     // All have done with the stages, which may be overwritten by results. No copy is under way.
     __syncthreads();
-    Output::template write<THREADS>(sums, warp_row, warp_column, row_popcounts, parameters, product, first_row,
+    Output::template write<THREADS>(shared, sums, warp_row, warp_column, row_popcounts, parameters, product, first_row,
                                     first_column);
 }
 

@@ -1,4 +1,4 @@
-/* The parts that both products of bits have in common: tiles in shared memory, and what becomes of the sums.
+/* The parts that products of bits have in common: what becomes of the sums, and tiles of 256 bits in shared memory.
  *
  * Only AND is native on Hopper (XOR is several instructions), so with p(x) the number of set bits of a row of a +-1
  * matrix, s . v = 4 p(s & v) - 2 p(s) - 2 p(v) + in_features. The set bits of the rows are counted from shared memory,
@@ -15,8 +15,8 @@ namespace hf_stompp {
 /* Bytes of a row in a tile: the 256 bits of one instruction. */
 constexpr int STEP_BYTES = 32;
 
-/* Where 16 bytes of a tile lie: the two halves of a row change places every four rows. Eight rows then lie in different
- * banks, and it is the 32-byte swizzle of wgmma.
+/* Where 16 bytes of a tile lie: the two halves of a row change places every four rows, so that eight rows lie in different
+ * banks.
  */
 __device__ __forceinline__ int tile_offset(int row, int half) { return row * STEP_BYTES + ((half ^ (row / 4 & 1)) * 16); }
 
@@ -62,18 +62,8 @@ public:
     __device__ __forceinline__ void count(const uint8_t *tile) {
 #pragma unroll
         for (int i = 0; i < COUNTED; i++) {
-            const int row = threadIdx.x + i * THREADS;
-            if (row < ROWS + COLUMNS) counts_[i] += popcount_of_row(tile + row * STEP_BYTES);
-        }
-    }
-
-    /* Calls function(column) for the columns whose bits this thread counts: 32 neighbours by the lanes of a warp. */
-    template <typename Function>
-    static __device__ __forceinline__ void for_columns(Function function) {
-#pragma unroll
-        for (int i = 0; i < COUNTED; i++) {
-            const int row = threadIdx.x + i * THREADS;
-            if (row >= ROWS && row < ROWS + COLUMNS) function(row - ROWS);
+            const int line = threadIdx.x + i * THREADS;
+            if (line < ROWS + COLUMNS) counts_[i] += popcount_of_row(tile + row_of(line) * STEP_BYTES);
         }
     }
 
@@ -82,14 +72,17 @@ public:
     __device__ __forceinline__ void finish(int *row_popcounts, Parameters &parameters) const {
 #pragma unroll
         for (int i = 0; i < COUNTED; i++) {
-            const int row = threadIdx.x + i * THREADS;
-            if (row < ROWS) row_popcounts[row] = counts_[i];
-            else if (row < ROWS + COLUMNS) parameters.add_popcount(row - ROWS, counts_[i]);
+            const int line = threadIdx.x + i * THREADS;
+            if (line < COLUMNS) parameters.add_popcount(line, counts_[i]);
+            else if (line < ROWS + COLUMNS) row_popcounts[line - COLUMNS] = counts_[i];
         }
     }
 
 private:
     static constexpr int COPIES = (ROWS + COLUMNS) * 2 / THREADS, COUNTED = (ROWS + COLUMNS + THREADS - 1) / THREADS;
+
+    /* Columns are counted first: by the threads that load what belongs to them. */
+    static __device__ __forceinline__ int row_of(int line) { return line < COLUMNS ? ROWS + line : line - COLUMNS; }
 
     int offset_;
     const uint8_t *sources_[COPIES];
@@ -134,26 +127,25 @@ struct FloatOutput {
         alignas(8) float scale[COLUMNS];
         alignas(8) float bias[COLUMNS];
 
-        template <typename Tiles>
         __device__ __forceinline__ void load(const hf_stompp_cuda_product &product, int64_t first_column) {
-            Tiles::for_columns([&](int i) {
-                const int64_t column = first_column + i;
-                const bool live = column < product.out_features;
-                constants[i] = static_cast<int>(product.in_features);
-                scale[i] = live ? product.scale[column] : 0.0f;
-                bias[i] = live ? bias_of(product, column) : 0.0f;
-            });
+            const int i = threadIdx.x;
+            if (i >= COLUMNS) return;
+            const int64_t column = first_column + i;
+            const bool live = column < product.out_features;
+            constants[i] = static_cast<int>(product.in_features);
+            scale[i] = live ? product.scale[column] : 0.0f;
+            bias[i] = live ? bias_of(product, column) : 0.0f;
         }
 
         __device__ __forceinline__ void add_popcount(int column, int popcount) { constants[column] -= 2 * popcount; }
     };
 
     template <int THREADS, int ROW_FRAGMENTS, int COLUMN_FRAGMENTS>
-    static __device__ __forceinline__ void write(const int (&sums)[ROW_FRAGMENTS][COLUMN_FRAGMENTS][4], int warp_row,
-                                                 int warp_column, const int *row_popcounts, const Parameters &parameters,
-                                                 const hf_stompp_cuda_product &product, int64_t first_row,
-                                                 int64_t first_column) {
-        Float *const tile = reinterpret_cast<Float *>(dynamic_shared());
+    static __device__ __forceinline__ void write(uint8_t *shared, const int (&sums)[ROW_FRAGMENTS][COLUMN_FRAGMENTS][4],
+                                                 int warp_row, int warp_column, const int *row_popcounts,
+                                                 const Parameters &parameters, const hf_stompp_cuda_product &product,
+                                                 int64_t first_row, int64_t first_column) {
+        Float *const tile = reinterpret_cast<Float *>(shared);
         int row_constants[ROW_FRAGMENTS][2];
 #pragma unroll
         for (int i = 0; i < ROW_FRAGMENTS; i++)
@@ -261,24 +253,23 @@ struct BitOutput {
         /* Columns whose bits are set where they are not. */
         unsigned inverted[COLUMNS / 32];
 
-        template <typename Tiles>
         __device__ __forceinline__ void load(const hf_stompp_cuda_product &product, int64_t first_column) {
-            Tiles::for_columns([&](int i) {
-                const UnequalBits rule = above_threshold(product, first_column + i);
-                constants[i] = -rule.bound;
-                const unsigned others = __ballot_sync(WHOLE_WARP, !rule.below);
-                if (i % 32 == 0) inverted[i / 32] = others;
-            });
+            const int i = threadIdx.x;
+            if (i >= COLUMNS) return;
+            const UnequalBits rule = above_threshold(product, first_column + i);
+            constants[i] = -rule.bound;
+            const unsigned others = __ballot_sync(WHOLE_WARP, !rule.below);
+            if (i % 32 == 0) inverted[i / 32] = others;
         }
 
         __device__ __forceinline__ void add_popcount(int column, int popcount) { constants[column] += popcount; }
     };
 
     template <int THREADS, int ROW_FRAGMENTS, int COLUMN_FRAGMENTS>
-    static __device__ __forceinline__ void write(const int (&sums)[ROW_FRAGMENTS][COLUMN_FRAGMENTS][4], int warp_row,
-                                                 int warp_column, const int *row_popcounts, const Parameters &parameters,
-                                                 const hf_stompp_cuda_product &product, int64_t first_row,
-                                                 int64_t first_column) {
+    static __device__ __forceinline__ void write(uint8_t *, const int (&sums)[ROW_FRAGMENTS][COLUMN_FRAGMENTS][4],
+                                                 int warp_row, int warp_column, const int *row_popcounts,
+                                                 const Parameters &parameters, const hf_stompp_cuda_product &product,
+                                                 int64_t first_row, int64_t first_column) {
         static_assert(COLUMN_FRAGMENTS % 4 == 0, "a word holds four fragments");
         static_assert(256 % COLUMNS == 0, "tiles end where rows of bits do");
         constexpr int WORDS = COLUMN_FRAGMENTS / 4, AT_ONCE = WORDS < 4 ? WORDS : 4;
