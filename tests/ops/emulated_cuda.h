@@ -1338,9 +1338,12 @@ inline void multiply_tiles(int (&sums)[8][4], uint64_t a, uint64_t b, EMULATED_C
     emulated::multiply_tiles(sums, a, b, {file, line});
 }
 
+/* Kernels run one after the other. */
+inline void wait_for_earlier_kernels() {}
+
 /* Runs the kernel to its end. */
 template <typename... Parameters, typename... Arguments>
-int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, void *stream,
+int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, void *stream, bool,
            Arguments... arguments) {
     auto call = [&] { kernel(arguments...); };
     const auto run = [](void *closure) { (*static_cast<decltype(call) *>(closure))(); };

@@ -32,7 +32,7 @@ static void mma(uint32_t *data) {
     for (int i = 0; i < 4; i++) own[6 + i] = sums[i];
 }
 EXPORT int run_mma(uint32_t *data) {
-    return launch(mma, dim3(1), 32, 0, nullptr, data);
+    return launch(mma, dim3(1), 32, 0, nullptr, false, data);
 }
 
 /* data: 512 bytes of four matrices, then 32 lanes of four registers. */
@@ -47,7 +47,7 @@ static void ldmatrix(uint8_t *data) {
     memcpy(data + 512 + 16 * lane, registers, 16);
 }
 EXPORT int run_ldmatrix(uint8_t *data) {
-    return launch(ldmatrix, dim3(1), 32, 512, nullptr, data);
+    return launch(ldmatrix, dim3(1), 32, 512, nullptr, false, data);
 }
 
 struct Tiles {
@@ -77,7 +77,7 @@ static void wgmma(const Tiles tiles) {
     for (int i = 0; i < 64; i++) tiles.sums[64 * threadIdx.x + i] = sums[i / 4][i % 4];
 }
 EXPORT int run_wgmma(const Tiles *tiles) {
-    return launch(wgmma, dim3(1), 128, tiles->shared_bytes, nullptr, *tiles);
+    return launch(wgmma, dim3(1), 128, tiles->shared_bytes, nullptr, false, *tiles);
 }
 
 /* Every thread writes what another reads. */
@@ -88,7 +88,7 @@ static void reverse(int32_t *data, bool synchronized) {
     data[threadIdx.x] = values[255 - threadIdx.x];
 }
 EXPORT int run_reverse(int32_t *data, int synchronized) {
-    return launch(reverse, dim3(1), 256, 0, nullptr, data, synchronized != 0);
+    return launch(reverse, dim3(1), 256, 0, nullptr, false, data, synchronized != 0);
 }
 
 /* data: 64 values that come to lie in shared memory, 64 that are read there. */
@@ -101,7 +101,7 @@ static void copy(int32_t *data, bool awaited) {
     data[64 + threadIdx.x] = shared[threadIdx.x];
 }
 EXPORT int run_copy(int32_t *data, int awaited) {
-    return launch(copy, dim3(1), 64, 256, nullptr, data, awaited != 0);
+    return launch(copy, dim3(1), 64, 256, nullptr, false, data, awaited != 0);
 }
 
 /* data: for each of 32 lanes a value; then what it gets from six instructions. */
@@ -115,7 +115,7 @@ static void exchange(int32_t *data) {
     if (lane >= 16) data[192 + lane] = __reduce_add_sync(0xffff0000, value);
 }
 EXPORT int run_exchange(int32_t *data) {
-    return launch(exchange, dim3(1), 32, 0, nullptr, data);
+    return launch(exchange, dim3(1), 32, 0, nullptr, false, data);
 }
 
 EXPORT void round_floats(const float *source, uint16_t *bf16, uint16_t *f16, int count) {
@@ -133,7 +133,7 @@ EXPORT void widen_floats(float *bf16, float *f16) {
 
 EXPORT int launch_nothing(int64_t x, int64_t y, int64_t threads, int64_t shared_bytes) {
     void (*const kernel)() = [] {};
-    return launch(kernel, dim3(x, y), threads, shared_bytes, nullptr);
+    return launch(kernel, dim3(x, y), threads, shared_bytes, nullptr, false);
 }
 
 /* STATEMENTS: a file with kernels as the tests write them, and their names. */
@@ -141,7 +141,7 @@ EXPORT int launch_nothing(int64_t x, int64_t y, int64_t threads, int64_t shared_
 
 EXPORT int run_statements(int number, int threads, uint8_t *data) {
     static void (*const kernels[])(uint8_t *) = {KERNELS};
-    return launch(kernels[number], dim3(1), threads, A_BYTES + B_BYTES, nullptr, data);
+    return launch(kernels[number], dim3(1), threads, A_BYTES + B_BYTES, nullptr, false, data);
 }
 
 }

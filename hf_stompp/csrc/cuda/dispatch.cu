@@ -33,6 +33,9 @@ int attribute(int64_t device, cudaDeviceAttr what) {
     return cudaDeviceGetAttribute(&value, what, static_cast<int>(device)) == cudaSuccess ? value : 0;
 }
 
+/* Whether kernels can begin before the one ahead of them has ended. */
+bool overlaps(int64_t device) { return attribute(device, cudaDevAttrComputeCapabilityMajor) >= 9; }
+
 /* Rows and columns of the tile of a kernel. */
 constexpr int64_t TILES[HF_STOMPP_CUDA_KERNELS][2] = {{64, 64}, {128, 128}, {64, 64}, {64, 128}};
 
@@ -87,19 +90,25 @@ int hf_stompp_cuda_has_kernel(int64_t device, int64_t kernel) {
 
 int hf_stompp_cuda_chosen(int64_t device, int64_t rows, int64_t in_features, int64_t out_features) {
     const int64_t processors = attribute(device, cudaDevAttrMultiProcessorCount);
-    // The largest tile of which there are enough for every processor; then the smallest.
-    for (int64_t kernel : {HF_STOMPP_CUDA_WGMMA_64x128, HF_STOMPP_CUDA_WGMMA_64x64, HF_STOMPP_CUDA_MMA_128x128})
-        if (hf_stompp_cuda_has_kernel(device, kernel) && tile_count(kernel, rows, out_features) >= processors &&
-            (!is_wgmma(kernel) || hf_stompp::takes_wgmma(in_features)))
-            return static_cast<int>(kernel);
-    return hf_stompp_cuda_has_kernel(device, HF_STOMPP_CUDA_MMA_64x64) ? HF_STOMPP_CUDA_MMA_64x64 : -1;
+    const auto tiles = [&](int64_t kernel) { return tile_count(kernel, rows, out_features); };
+    if (hf_stompp_cuda_has_kernel(device, HF_STOMPP_CUDA_WGMMA_64x128) && hf_stompp::takes_wgmma(in_features)) {
+        // As measured on an H100 (benchmarks/results/cuda_nvidia_h100_80gb_hbm3.json): one row of the input is read in
+        // pieces of 1024 bits, and a warpgroup gains on single warps where there is more than one, or many tiles.
+        const int64_t pieces = (in_features + 1023) / 1024;
+        if (tiles(HF_STOMPP_CUDA_WGMMA_64x128) * pieces >= 10 * processors) return HF_STOMPP_CUDA_WGMMA_64x128;
+        if (pieces > 1 || 2 * tiles(HF_STOMPP_CUDA_WGMMA_64x64) >= 7 * processors) return HF_STOMPP_CUDA_WGMMA_64x64;
+        return HF_STOMPP_CUDA_MMA_64x64;
+    }
+    if (!hf_stompp_cuda_has_kernel(device, HF_STOMPP_CUDA_MMA_64x64)) return -1;
+    // The larger tile if there are enough for every processor.
+    return tiles(HF_STOMPP_CUDA_MMA_128x128) >= processors ? HF_STOMPP_CUDA_MMA_128x128 : HF_STOMPP_CUDA_MMA_64x64;
 }
 
 int hf_stompp_cuda_pack_sign(const hf_stompp_cuda_packing *packing) {
     if (packing->rows == 0) return HF_STOMPP_CUDA_OK;
     if (!fits(packing->rows, packing->features)) return HF_STOMPP_CUDA_TOO_LARGE;
     const DeviceGuard guard(packing->device);
-    return guard.status() ? guard.status() : hf_stompp::pack_sign(*packing);
+    return guard.status() ? guard.status() : hf_stompp::pack_sign(*packing, overlaps(packing->device));
 }
 
 int hf_stompp_cuda_unpack_signs(const hf_stompp_cuda_unpacking *unpacking) {
@@ -119,17 +128,18 @@ int hf_stompp_cuda_binary_linear(const hf_stompp_cuda_product *product) {
     if (!hf_stompp_cuda_has_kernel(product->device, kernel)) return HF_STOMPP_CUDA_UNAVAILABLE;
     const DeviceGuard guard(product->device);
     if (guard.status()) return guard.status();
-    if (!is_wgmma(kernel)) return hf_stompp::binary_linear_mma(*product, kernel);
+    if (!is_wgmma(kernel)) return hf_stompp::binary_linear_mma(*product, kernel, overlaps(product->device));
     if (!hf_stompp::takes_wgmma(product->in_features)) return HF_STOMPP_CUDA_TOO_LARGE;
     return hf_stompp::binary_linear_wgmma(*product, kernel,
-                                          attribute(product->device, cudaDevAttrMultiProcessorCount));
+                                          attribute(product->device, cudaDevAttrMultiProcessorCount),
+                                          overlaps(product->device));
 }
 
 int hf_stompp_cuda_layer_norm_sign(const hf_stompp_cuda_layer_norm *norm) {
     if (norm->rows == 0) return HF_STOMPP_CUDA_OK;
     if (!fits(norm->rows, norm->features)) return HF_STOMPP_CUDA_TOO_LARGE;
     const DeviceGuard guard(norm->device);
-    return guard.status() ? guard.status() : hf_stompp::layer_norm_sign(*norm);
+    return guard.status() ? guard.status() : hf_stompp::layer_norm_sign(*norm, overlaps(norm->device));
 }
 
 int hf_stompp_cuda_sign_product(const hf_stompp_cuda_vector_product *product) {

@@ -143,12 +143,23 @@ __device__ __forceinline__ void multiply_tiles(int (&sums)[16][4], uint64_t a, u
 #endif
 }
 
-/* Enqueues a kernel; `shared_bytes` are those beside what it declares.
+/* What a kernel that overlaps others calls before it touches memory: waits until all that was written before it is there to
+ * be read, and lets the next one begin.
+ */
+__device__ __forceinline__ void wait_for_earlier_kernels() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+/* Enqueues a kernel; `shared_bytes` are those beside what it declares. With `overlaps`, its blocks may take their places
+ * while the kernel before it in the stream still runs: it has to call wait_for_earlier_kernels, on 9.0 or later.
  *
  * Returns a cudaError.
  */
 template <typename... Parameters, typename... Arguments>
-int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, void *stream,
+int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, void *stream, bool overlaps,
            Arguments... arguments) {
     // The size, all in all, up to which no permission is needed.
     if (shared_bytes > 48 * 1024 - MOST_STATIC_SHARED_BYTES) {
@@ -157,8 +168,20 @@ int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_
                                                        static_cast<int>(shared_bytes));
         if (error != cudaSuccess) return error;
     }
-    kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
-    return cudaGetLastError();
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &attribute;
+    config.numAttrs = overlaps ? 1 : 0;
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+    // An error stays until it is asked for, and would be taken for that of a later call.
+    if (error != cudaSuccess) cudaGetLastError();
+    return error;
 }
 
 }  // namespace hf_stompp

@@ -20,6 +20,7 @@ constexpr int AT_ONCE = 4;
 /* One warp a row, which stays in registers: EIGHTS eights of features a lane; up to so many unless WHOLE. */
 template <typename Float, typename Parameter, int EIGHTS, bool WHOLE>
 __global__ void __launch_bounds__(THREADS) normalize_rows(const hf_stompp_cuda_layer_norm norm) {
+    wait_for_earlier_kernels();
     const int lane = threadIdx.x % WARP;
     const int64_t row = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / WARP;
     if (row >= norm.rows) return;
@@ -94,10 +95,10 @@ __global__ void __launch_bounds__(THREADS) normalize_rows(const hf_stompp_cuda_l
 }
 
 template <typename Float, typename Parameter>
-int run(const hf_stompp_cuda_layer_norm &norm) {
+int run(const hf_stompp_cuda_layer_norm &norm, bool overlaps) {
     const dim3 grid(static_cast<unsigned>((norm.rows + WARPS - 1) / WARPS));
     const auto run_kernel = [&](void (*kernel)(hf_stompp_cuda_layer_norm)) {
-        return launch(kernel, grid, THREADS, 0, norm.stream, norm);
+        return launch(kernel, grid, THREADS, 0, norm.stream, overlaps, norm);
     };
     switch (norm.features) {
         case 512: return run_kernel(normalize_rows<Float, Parameter, 2, true>);
@@ -111,11 +112,11 @@ int run(const hf_stompp_cuda_layer_norm &norm) {
 
 }  // namespace
 
-int layer_norm_sign(const hf_stompp_cuda_layer_norm &norm) {
+int layer_norm_sign(const hf_stompp_cuda_layer_norm &norm, bool overlaps) {
     if (norm.features > 4096 || norm.features % 8 != 0) return HF_STOMPP_CUDA_TOO_LARGE;
     return with_dtype(norm.dtype, [&](auto zero) {
         using Float = decltype(zero);
-        return norm.parameter_dtype == HF_STOMPP_CUDA_F32 ? run<Float, float>(norm) : run<Float, Float>(norm);
+        return norm.parameter_dtype == HF_STOMPP_CUDA_F32 ? run<Float, float>(norm, overlaps) : run<Float, Float>(norm, overlaps);
     });
 }
 

@@ -32,6 +32,7 @@ __global__ void __launch_bounds__(ROWS / WARP_ROWS *(COLUMNS / WARP_COLUMNS) * W
         commit_copies();
     };
 
+    wait_for_earlier_kernels();
 #pragma unroll
     for (int step = 0; step < STAGES - 1; step++) copy_step(step);
     parameters.load(product, first_column);
@@ -67,21 +68,22 @@ __global__ void __launch_bounds__(ROWS / WARP_ROWS *(COLUMNS / WARP_COLUMNS) * W
 }
 
 template <int ROWS, int COLUMNS, int WARP_ROWS, int WARP_COLUMNS>
-int run(const hf_stompp_cuda_product &product) {
+int run(const hf_stompp_cuda_product &product, bool overlaps) {
     return with_output<ROWS, COLUMNS>(product, [&](auto output) {
         using Output = decltype(output);
         constexpr int THREADS = ROWS / WARP_ROWS * (COLUMNS / WARP_COLUMNS) * WARP;
         constexpr int STAGES_BYTES = STAGES * Tiles<ROWS, COLUMNS, THREADS>::BYTES;
         constexpr int SHARED_BYTES = STAGES_BYTES > Output::SHARED_BYTES ? STAGES_BYTES : Output::SHARED_BYTES;
         return launch(multiply_mma<ROWS, COLUMNS, WARP_ROWS, WARP_COLUMNS, Output>, grid_of<ROWS, COLUMNS>(product),
-                      THREADS, SHARED_BYTES, product.stream, product);
+                      THREADS, SHARED_BYTES, product.stream, overlaps, product);
     });
 }
 
 }  // namespace
 
-int binary_linear_mma(const hf_stompp_cuda_product &product, int64_t kernel) {
-    return kernel == HF_STOMPP_CUDA_MMA_64x64 ? run<64, 64, 32, 32>(product) : run<128, 128, 64, 32>(product);
+int binary_linear_mma(const hf_stompp_cuda_product &product, int64_t kernel, bool overlaps) {
+    return kernel == HF_STOMPP_CUDA_MMA_64x64 ? run<64, 64, 32, 32>(product, overlaps)
+                                              : run<128, 128, 64, 32>(product, overlaps);
 }
 
 }  // namespace hf_stompp

@@ -18,6 +18,7 @@ template <typename Float, bool VECTORS>
 __global__ void __launch_bounds__(THREADS)
     pack_rows(const Float *__restrict__ input, const float *__restrict__ threshold, int64_t rows, int features,
               uint8_t *__restrict__ bits, int32_t *__restrict__ popcounts) {
+    wait_for_earlier_kernels();
     const int lane = threadIdx.x % WARP;
     const int64_t row = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / WARP;
     if (row >= rows) return;
@@ -148,13 +149,13 @@ unsigned blocks(int64_t count, int64_t per_block) { return static_cast<unsigned>
 
 const void *probe_kernel() { return reinterpret_cast<const void *>(&unpack_rows); }
 
-int pack_sign(const hf_stompp_cuda_packing &packing) {
+int pack_sign(const hf_stompp_cuda_packing &packing, bool overlaps) {
     return with_dtype(packing.input_dtype, [&](auto zero) {
         using Float = decltype(zero);
         const Float *const input = static_cast<const Float *>(packing.input);
         const bool vectors = packing.features % 8 == 0 && is_aligned(input) && is_aligned(packing.threshold);
         const auto kernel = vectors ? pack_rows<Float, true> : pack_rows<Float, false>;
-        return launch(kernel, dim3(blocks(packing.rows, WARPS)), THREADS, 0, packing.stream, input, packing.threshold,
+        return launch(kernel, dim3(blocks(packing.rows, WARPS)), THREADS, 0, packing.stream, overlaps, input, packing.threshold,
                       packing.rows, static_cast<int>(packing.features), packing.bits, packing.popcounts);
     });
 }
@@ -164,21 +165,21 @@ int unpack_signs(const hf_stompp_cuda_unpacking &unpacking) {
     const bool is_integer = unpacking.signs_type == HF_STOMPP_CUDA_INT8;
     const unsigned plus = is_integer ? 0x01 : 0x38, minus = is_integer ? 0xff : 0xb8;
     const int64_t bytes = unpacking.rows * row_bytes(unpacking.features);
-    return launch(unpack_rows, dim3(blocks(bytes, THREADS)), THREADS, 0, unpacking.stream, unpacking.bits, bytes,
+    return launch(unpack_rows, dim3(blocks(bytes, THREADS)), THREADS, 0, unpacking.stream, false, unpacking.bits, bytes,
                   static_cast<int>(unpacking.features), plus, minus, reinterpret_cast<uint2 *>(unpacking.signs));
 }
 
 int sign_product(const hf_stompp_cuda_vector_product &product) {
     const int rows = static_cast<int>(product.out_features), columns = static_cast<int>(product.in_features);
     if (product.transposed)
-        return launch(multiply_columns, dim3(blocks(columns, WARP)), COLUMN_WARPS * WARP, 0, product.stream, product.weight, rows,
-                      columns, product.vector, product.output);
-    return launch(multiply_rows, dim3(blocks(rows, WARPS)), THREADS, 0, product.stream, product.weight, rows, columns,
-                  product.vector, product.output);
+        return launch(multiply_columns, dim3(blocks(columns, WARP)), COLUMN_WARPS * WARP, 0, product.stream, false,
+                      product.weight, rows, columns, product.vector, product.output);
+    return launch(multiply_rows, dim3(blocks(rows, WARPS)), THREADS, 0, product.stream, false, product.weight, rows,
+                  columns, product.vector, product.output);
 }
 
 int fold(const hf_stompp_cuda_folding &folding) {
-    return launch(fold_rows, dim3(blocks(folding.out_features, WARPS)), THREADS, 0, folding.stream, folding);
+    return launch(fold_rows, dim3(blocks(folding.out_features, WARPS)), THREADS, 0, folding.stream, false, folding);
 }
 
 }  // namespace hf_stompp

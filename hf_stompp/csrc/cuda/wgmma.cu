@@ -87,6 +87,7 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 128 ? 4 : 6) multiply_wgmm
         commit_copies();
     };
 
+    wait_for_earlier_kernels();
     // They are waited for together with the first of the input.
     for (int group = 0; group < groups; group++)
         copy_group<COLUMNS>(weights + group * WEIGHT_BYTES, product.weight, first_column, product.out_features, bytes,
@@ -140,25 +141,27 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 128 ? 4 : 6) multiply_wgmm
 
 /* As many blocks as run at once, each with as many tiles of the input as any other, but for the last. */
 template <int COLUMNS, int STAGES>
-int run(const hf_stompp_cuda_product &product, int64_t groups, int64_t processors) {
+int run(const hf_stompp_cuda_product &product, int64_t groups, int64_t processors, bool overlaps) {
     return with_output<ROWS, COLUMNS>(product, [&](auto output) {
         using Output = decltype(output);
         const int64_t shared = shared_bytes<COLUMNS, Output>(groups, STAGES);
         const dim3 tiles = grid_of<ROWS, COLUMNS>(product);
-        const int64_t of_block = shared + RESERVED_SHARED_BYTES + static_cast<int64_t>(MOST_STATIC_SHARED_BYTES);
+        const int64_t declared = sizeof(typename Output::Parameters) + ROWS * sizeof(int);
+        const int64_t of_block = shared + declared + RESERVED_SHARED_BYTES;
         const int64_t fit = PROCESSOR_SHARED_BYTES / of_block, most = COLUMNS == 128 ? 4 : 6;
         const int64_t at_once = processors * (fit < 1 ? 1 : fit < most ? fit : most);
         const int64_t share = at_once < tiles.y ? 1 : at_once / tiles.y;
         const int64_t turns = (tiles.x + share - 1) / share;
         const dim3 grid(tiles.y, static_cast<unsigned>((tiles.x + turns - 1) / turns));
-        return launch(multiply_wgmma<COLUMNS, STAGES, Output>, grid, THREADS, shared, product.stream, product);
+        return launch(multiply_wgmma<COLUMNS, STAGES, Output>, grid, THREADS, shared, product.stream, overlaps, product);
     });
 }
 
 template <int COLUMNS>
-int run(const hf_stompp_cuda_product &product, int64_t processors) {
+int run(const hf_stompp_cuda_product &product, int64_t processors, bool overlaps) {
     const int64_t groups = (row_bytes(product.in_features) + GROUP_BYTES - 1) / GROUP_BYTES;
-    return groups <= 1 ? run<COLUMNS, 2>(product, groups, processors) : run<COLUMNS, 3>(product, groups, processors);
+    return groups <= 1 ? run<COLUMNS, 2>(product, groups, processors, overlaps)
+                       : run<COLUMNS, 3>(product, groups, processors, overlaps);
 }
 
 }  // namespace
@@ -170,8 +173,10 @@ bool takes_wgmma(int64_t in_features) {
     return shared_bytes<128, FloatOutput<ROWS, 128, float>>(groups, 3) <= MOST;
 }
 
-int binary_linear_wgmma(const hf_stompp_cuda_product &product, int64_t kernel, int64_t processors) {
-    return kernel == HF_STOMPP_CUDA_WGMMA_64x64 ? run<64>(product, processors) : run<128>(product, processors);
+int binary_linear_wgmma(const hf_stompp_cuda_product &product, int64_t kernel, int64_t processors,
+                        bool overlaps) {
+    return kernel == HF_STOMPP_CUDA_WGMMA_64x64 ? run<64>(product, processors, overlaps)
+                                                : run<128>(product, processors, overlaps);
 }
 
 }  // namespace hf_stompp
