@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,12 @@ def test_every_result_file_says_how_and_where_it_was_made(path: Path) -> None:
 def test_every_file_that_the_readme_links_to_is_there() -> None:
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
     assert links and not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_the_table_of_encoders_on_a_gpu_is_what_the_result_file_says() -> None:
+    spec = importlib.util.spec_from_file_location("gpu_benchmark", ROOT / "benchmarks" / "gpu.py")
+    gpu = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = gpu
+    spec.loader.exec_module(gpu)
+    path = ROOT / "benchmarks" / "results" / "cuda_nvidia_h100_80gb_hbm3.json"
+    assert gpu.encoder_table(json.loads(path.read_text(encoding="utf-8"))) in README

@@ -8,10 +8,13 @@ namespace {
 constexpr int ROWS = 64, THREADS = 128;
 
 /* What is copied together of a row: four steps of 256 bits, as wide as a swizzle can be. */
-constexpr int GROUP_STEPS = 4, GROUP_BYTES = GROUP_STEPS * STEP_BYTES, GROUP_CHUNKS = GROUP_BYTES / 16;
+constexpr int GROUP_STEPS = 4, GROUP_BYTES = GROUP_STEPS * STEP_BYTES;
 
 /* Shared memory of a multiprocessor, of which each block takes 1 KiB more than it asks for. */
 constexpr int64_t PROCESSOR_SHARED_BYTES = 228 * 1024, RESERVED_SHARED_BYTES = 1024;
+
+#if HF_STOMPP_WGMMA
+constexpr int GROUP_CHUNKS = GROUP_BYTES / 16;
 
 /* Where 16 bytes of a tile lie: the 128-byte swizzle of wgmma. Eight neighbours, along a row or down a column, lie in
  * different banks.
@@ -39,7 +42,6 @@ __device__ __forceinline__ int popcount_of_chunk(const uint8_t *tile, int row, i
     return __popc(bits.x) + __popc(bits.y) + __popc(bits.z) + __popc(bits.w);
 }
 
-#if HF_STOMPP_WGMMA
 /* The matrix descriptor of a step of a tile. */
 __device__ __forceinline__ uint64_t describe(const uint8_t *tile, int step) {
     // In units of 16 bytes: where it begins, an offset that this layout does not use, and eight rows to the next eight.
