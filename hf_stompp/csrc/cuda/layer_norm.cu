@@ -17,9 +17,11 @@ __device__ __forceinline__ float sum_of_warp(float value) {
 /* Eights of features that a lane asks for before it looks at the first of them. */
 constexpr int AT_ONCE = 4;
 
-/* One warp a row, which stays in registers: EIGHTS eights of features a lane; up to so many unless WHOLE. */
+/* One warp a row, which stays in registers: EIGHTS eights of features a lane; up to so many unless WHOLE. With a bound of one
+ * block, no compiler keeps registers for others and spills.
+ */
 template <typename Float, typename Parameter, int EIGHTS, bool WHOLE>
-__global__ void __launch_bounds__(THREADS) normalize_rows(const hf_stompp_cuda_layer_norm norm) {
+__global__ void __launch_bounds__(THREADS, 1) normalize_rows(const hf_stompp_cuda_layer_norm norm) {
     wait_for_earlier_kernels();
     const int lane = threadIdx.x % WARP;
     const int64_t row = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / WARP;
