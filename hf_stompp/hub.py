@@ -1,30 +1,24 @@
-"""The Hub: the model card of a binary model, and what to do when a push fails."""
+"""The model card of a binary model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.modelcard import TASK_TAG_TO_NAME_MAPPING, TrainingSummary, make_markdown_table
 
 from .config import StoMPPConfig
-from .integrity import METADATA_PREFIX, verify_files
 from .patching import BinarizationReport, packed_modules, report
 
 
 TAGS = ["stompp", "binary", "1-bit"]
-
-LATENT_REVISION = "latent"
-"""Branch of the latent model in the repository whose `main` holds the packed one."""
 
 PIPELINE_TASKS = ("text-classification", "token-classification", "fill-mask", "question-answering")
 """Tasks whose pipeline needs no more than a model and its tokenizer."""
@@ -401,112 +395,3 @@ def complete_card(model: PreTrainedModel, card: Path, repository: str, revision:
     if "import hf_stompp" not in text:
         state = "packed" if packed_modules(model) else "latent"
         add_section(card, usage_section(type(model).__name__, repository, state, revision))
-
-
-def create_branch(repository: str, revision: str | None, token: str | bool | None) -> None:
-    """Creates a branch that is not there yet; `upload_folder` needs one that is."""
-    if revision not in (None, "main") and not str(revision).startswith("refs/"):
-        HfApi().create_branch(repository, branch=str(revision), token=token, exist_ok=True)
-
-
-@contextmanager
-def same_weights_kept(folder: Path) -> Iterator[None]:
-    """
-    Keeps the file of weights in a folder where the block saves the same tensors again.
-
-    The order of the digests in a file differs from one save to the next, and the client would upload again what had
-    arrived before a push failed. It also keeps the file that a loaded model may be mapped to.
-    """
-    weights, earlier = folder / "model.safetensors", folder / "_earlier.safetensors"
-    if weights.is_file():
-        weights.replace(earlier)
-    try:
-        yield
-    except BaseException:
-        if earlier.is_file():
-            earlier.replace(weights)
-        raise
-    if not earlier.is_file():
-        return
-    # Weights that are gone were saved in several files.
-    if weights.is_file() and _digests_in(earlier) == _digests_in(weights) and _is_whole(earlier):
-        earlier.replace(weights)
-    else:
-        earlier.unlink()
-
-
-def _digests_in(file: Path) -> dict[str, str]:
-    try:
-        with safe_open(file, framework="pt") as handle:
-            metadata = handle.metadata() or {}
-            return {key: value for key, value in metadata.items() if key.startswith(METADATA_PREFIX)}
-    except SafetensorError:
-        return {}
-
-
-def _is_whole(file: Path) -> bool:
-    try:
-        verify_files([file])
-    except ValueError:
-        return False
-    return True
-
-
-@contextmanager
-def explained(repository: str, folder: Path | str) -> Iterator[None]:
-    """
-    Adds to every error of the Hub in the block what to do about it, and where the files are.
-
-    Args:
-        repository (`str`): what is pushed to.
-        folder (`Path`): what is pushed; it stays.
-
-    Raises:
-        HfHubHTTPError: what the Hub answered, with the advice at the end of its message.
-        ConnectionError: the Hub could not be reached, or the connection broke.
-    """
-    try:
-        yield
-    except (HTTPError, OSError, RuntimeError) as error:
-        # An upload in a thread of its own fails with a RuntimeError that has the answer behind it.
-        answer = next((cause for cause in _causes(error) if isinstance(cause, HfHubHTTPError)), None)
-        kept = f"Nothing is lost: the files are in {folder}. Push again, or `hf upload {repository} {folder}`."
-        if answer is not None:
-            answer.append_to_message(f"\n{_advice(answer.response.status_code, repository)} {kept}")
-            if answer is error:
-                raise
-            raise answer from error
-        if not any(isinstance(cause, HTTPError | ConnectionError) for cause in _causes(error)):
-            raise
-        raise ConnectionError(
-            f"the Hub could not be reached, or the connection broke: {error}. Check the network (and HF_HUB_OFFLINE, "
-            f"HF_ENDPOINT). {kept}"
-        ) from error
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
-
-
-def _advice(status: int, repository: str) -> str:
-    if status == 401:
-        return (
-            "There is no token, or the Hub does not know it: log in with `hf auth login`, or set HF_TOKEN, or pass "
-            "token=..., with one of the role 'write' from https://huggingface.co/settings/tokens."
-        )
-    if status == 403:
-        return (
-            f"The token may not write to {repository}: take one of the role 'write' from "
-            "https://huggingface.co/settings/tokens, or push to a repository of your own (hub_model_id)."
-        )
-    if status == 404:
-        return (
-            f"{repository}, or its branch, is not there or not visible to this token: check hub_model_id and revision."
-        )
-    if status in (409, 412):
-        return f"Somebody else changed {repository} meanwhile: look at its last commit, then push again."
-    if status == 429 or status >= 500:
-        return "The Hub is busy or has a fault: wait a little."
-    return "The Hub refused the push."

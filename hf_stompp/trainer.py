@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
-from concurrent.futures import Future, wait
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.errors import HTTPError
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.modelcard import TrainingSummary
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy
-from transformers.utils import PushInProgress, logging
+from transformers.trainer_utils import EvalLoopOutput
 
 from .binarization import config_of
 from .freezing import Freezing, check_masks, initialize_activations
-from .hub import LATENT_REVISION, create_branch, explained, final_evaluation, model_card, same_weights_kept
 from .integrity import checkpoint_files, tensor_digest, verify_files
 from .nn import MaskedBinaryActivation
-from .packing import pack
 from .patching import frozen_counts, fully_binary, masked_modules, packed_modules
 from .progression import Progression, plan_progression
+from .pushing import PushingTrainer
 from .training_args import StoMPPTrainingArguments
 
-
-logger = logging.get_logger(__name__)
 
 ACTIVATION_PARAMETERS = ("scale", "shift", "threshold")
 
@@ -115,7 +104,7 @@ class UnitProgressCallback(ProgressCallback):
         super().on_step_end(args, state, control, **kwargs)
 
 
-class StoMPPTrainer(Trainer):
+class StoMPPTrainer(PushingTrainer):
     """
     Trains a binarized model: once per optimizer step the masks advance, and everything that is reported is the fully
     binary network.
@@ -148,11 +137,6 @@ class StoMPPTrainer(Trainer):
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(UnitProgressCallback(self))
         self._saved_progression: dict[str, Any] | None = None
-        self._pushes: list[Future] = []
-        # Branch that the next model card is for, None for `main`.
-        self._card_revision: str | None = None
-        # Whether push_to_hub has saved what Transformers' would save now.
-        self._is_saved = False
 
     def _refuse_unsupported(self) -> None:
         if not isinstance(self.args, StoMPPTrainingArguments):
@@ -425,64 +409,10 @@ class StoMPPTrainer(Trainer):
                 f"{folder}/trainer_state.json holds no progression: the checkpoint was not written by StoMPPTrainer"
             )
 
-    # --- the Hub ---------------------------------------------------------------------------------------------------
+    # --- the model card --------------------------------------------------------------------------------------------
 
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
-    ) -> None:
-        """
-        Writes `README.md` of a binary model to `output_dir`. Arguments as in
-        [`~transformers.Trainer.create_model_card`].
-
-        Beside what Transformers writes, it says what is binary and what is not, how large the model is, how the
-        progression was set, and which lines load it. Measures are those of the model that the trainer holds; they are
-        left out if it was not evaluated.
-        """
-        if not self.is_world_process_zero():
-            return
-        folder = Path(self.args.output_dir or ".")
-        folder.mkdir(parents=True, exist_ok=True)
-        card = folder / "README.md"
-        mine = [tags] if isinstance(tags, str) else list(tags or [])
-        known = ModelCard.load(card).data.tags if card.is_file() else None
-        summary = TrainingSummary.from_trainer(
-            self,
-            language=language,
-            license=license,
-            tags=list(dict.fromkeys([*mine, *(known or [])])),
-            model_name=model_name,
-            finetuned_from=finetuned_from,
-            tasks=tasks,
-            dataset_tags=dataset_tags,
-            dataset=dataset,
-            dataset_args=dataset_args,
-        )
-        model_card(
-            self.model,
-            summary.model_name,
-            self.hub_model_id or self.args.hub_model_id or str(self.args.output_dir),
-            summary=summary,
-            evaluation=final_evaluation(self.state.log_history, self.state.global_step, self._best_step()),
-            progression=self._progression_settings(),
-            revision=self._card_revision,
-        ).save(card)
-
-    def _best_step(self) -> int | None:
-        """The step whose weights were loaded at the end of training, if any were."""
-        loaded = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
-        return self.state.best_global_step if loaded else None
-
-    def _progression_settings(self) -> dict[str, Any]:
-        """Settings of the progression that the model was trained with; empty for a trainer that never trained."""
+    def progression_settings(self) -> dict[str, Any]:
+        """Settings of the progression that the model was trained with; nothing for a trainer that never trained."""
         progression = self.progression_callback.progression
         if progression is None:
             return {}
@@ -496,156 +426,6 @@ class StoMPPTrainer(Trainer):
             "optimizer steps": progression.total_steps,
             "fully binary from step": progression.committed_step,
         }
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        latent: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """
-        Packs the model and pushes it with tokenizer, config and model card, from `output_dir/packed`. Arguments as in
-        [`~transformers.Trainer.push_to_hub`], and:
-
-        Args:
-            revision (`str`, *optional*): branch to push to; created if it is not there.
-            latent (`bool`, *optional*, defaults to `False`):
-                Push the latent model instead, from `output_dir/latent`, for others to train on. It need not be
-                committed. The branch is `"latent"` where `revision` names no other, so that `main` stays the packed
-                model's.
-
-        Returns:
-            `CommitInfo`, or a `Future` of it with `blocking=False`; `None` on other ranks than the first.
-
-        Raises:
-            ValueError: units are not committed (named), or `latent=True` with a packed model.
-            HfHubHTTPError: the Hub refused; the message ends with what to do about it.
-            ConnectionError: the Hub could not be reached, or the connection broke.
-
-            Whatever is raised after packing, the folder is complete and stays: push again.
-        """
-        is_packed = bool(packed_modules(self.model))
-        if latent and is_packed:
-            raise ValueError(
-                "latent=True pushes the weights that were trained, and this trainer holds a packed model, which has "
-                "none; push from the trainer that trained it, or drop latent=True"
-            )
-        if latent and revision is None:
-            revision = LATENT_REVISION
-        model = self.model if latent or is_packed else pack(self.model)
-        token = self.args.hub_token if token is None else token
-        branch = self.args.hub_revision if revision is None else revision
-        # Files that are still being uploaded must not be written anew.
-        wait(self._pushes)
-        with self._holding(model, "latent" if latent else "packed") as folder:
-            repository = self.hub_model_id or self.args.hub_model_id or folder.parent.absolute().name
-            # Before anything that may fail: the model may be nowhere else yet.
-            with same_weights_kept(folder) if self.args.should_save else nullcontext():
-                self.save_model(_internal_call=True)
-            self._is_saved = True
-            with explained(repository, folder):
-                if self.hub_model_id is None:
-                    self.args.hub_model_id = repository
-                    self.init_hf_repo(token=token, private=private)
-                    repository = self.hub_model_id or repository
-                if self.is_world_process_zero() and branch is not None:
-                    create_branch(repository, branch, token)
-                self._card_revision = branch
-                kwargs.setdefault("model_name", repository.split("/")[-1])
-                result = super().push_to_hub(
-                    commit_message=commit_message,
-                    blocking=blocking,
-                    token=token,
-                    revision=branch,
-                    private=private,
-                    **kwargs,
-                )
-        if isinstance(result, Future):
-            self._pushes.append(result)
-        return result
-
-    @contextmanager
-    def _holding(self, model: PreTrainedModel, name: str) -> Iterator[Path]:
-        """
-        Within the block the trainer holds `model`, and `output_dir` is its folder `name`.
-
-        The folder of the run itself holds checkpoints and the latent weights, which must stay as they are. The token
-        is hidden: it would be written to training_args.bin.
-        """
-        args = self.args
-        before = self.model, args.output_dir, args.hub_token, args.hub_model_id
-        folder = Path(args.output_dir or ".") / name
-        self.model, args.output_dir, args.hub_token = model, str(folder), None
-        try:
-            yield folder
-        finally:
-            self.model, args.output_dir, args.hub_token, args.hub_model_id = before
-            self._card_revision, self._is_saved = None, False
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if not (self._is_saved and _internal_call):
-            super().save_model(output_dir, _internal_call)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """
-        Pushes a checkpoint while the run goes on, to the branch `"latent"`: `main` is the packed model's.
-
-        As in Transformers, the model alone, or with `hub_strategy="checkpoint"` and `"all_checkpoints"` all that a run
-        is resumed from. training_args.bin is never among it: it holds the token.
-        """
-        strategy = self.args.hub_strategy
-        if not self.is_world_process_zero() or strategy == HubStrategy.END:
-            return
-        running = self.push_in_progress
-        if not self.args.hub_always_push and running is not None and not running.is_done():
-            return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        wait(self._pushes)
-        checkpoint, folder = Path(checkpoint_folder), Path(self.args.output_dir or ".") / "latent"
-        folder.mkdir(parents=True, exist_ok=True)
-        # Copies: an old checkpoint may be deleted while it is uploaded.
-        state_of_training = ("optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json", "*.bin")
-        for path in checkpoint.iterdir():
-            if path.is_file() and not any(path.match(pattern) for pattern in state_of_training):
-                shutil.copy(path, folder / path.name)
-        sources: list[tuple[Path, str | None]] = [(folder, None)]
-        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            sources += [(checkpoint, "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else checkpoint.name)]
-        push = _api.run_as_future(
-            _upload_latent,
-            str(self.hub_model_id),
-            sources,
-            message=f"Training in progress, step {self.state.global_step}",
-            token=self.args.hub_token,
-        )
-        self._pushes.append(push)
-        self.push_in_progress: Any = PushInProgress([push])  # type: ignore[arg-type]
-
-
-# One for all pushes: it has the thread in which they run, one after the other.
-_api = HfApi()
-
-
-def _upload_latent(repository: str, sources: list[tuple[Path, str | None]], message: str, token: str | None) -> None:
-    """Uploads folders to the branch `"latent"`; a failure is told, and training goes on."""
-    try:
-        create_branch(repository, LATENT_REVISION, token)
-        for folder, path_in_repo in sources:
-            _api.upload_folder(
-                repo_id=repository,
-                folder_path=folder,
-                path_in_repo=path_in_repo,
-                commit_message=message,
-                token=token,
-                ignore_patterns=["_*", "training_args.bin"],
-                revision=LATENT_REVISION,
-            )
-    except (HTTPError, OSError, RuntimeError) as error:
-        logger.warning("%s was not pushed to %s: %s. Training goes on.", sources[-1][0], repository, error)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

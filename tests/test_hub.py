@@ -23,14 +23,13 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from hf_stompp.hub import (
     add_section,
     complete_card,
-    explained,
     final_evaluation,
     is_repository,
     measures,
     model_card,
-    same_weights_kept,
     usage_section,
 )
+from hf_stompp.pushing import explained, same_weights_kept
 
 
 TESTS = Path(__file__).parent
