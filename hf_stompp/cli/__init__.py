@@ -17,7 +17,7 @@ from typing import Any
 from .. import benchmark
 from ..config import CHOICES
 from ..ops import cpu
-from . import conversion, evaluation, information, inspection
+from . import conversion, evaluation, examples, information, inspection
 from .errors import explain
 from .models import quiet_transformers
 
@@ -190,7 +190,7 @@ def _add_eval(commands: Any) -> None:
     )
     evaluate.add_argument("model", metavar="MODEL", help="a folder or a name on the Hub; float, latent or packed")
     source = evaluate.add_mutually_exclusive_group(required=True)
-    source.add_argument("--file", type=Path, help=f"a file that ends in {', '.join(evaluation.READERS)}")
+    source.add_argument("--file", type=Path, help=f"a file that ends in {', '.join(examples.READERS)}")
     source.add_argument("--task", help="the validation set of a GLUE task, from the Hub or from --dataset_dir")
     _option(
         evaluate,

@@ -1,0 +1,196 @@
+"""Labelled texts from files and GLUE tasks, for the commands that train and measure."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import CommandError, hub_errors
+
+
+HUB_DATASET = "nyu-mll/glue"
+
+READERS: dict[str, tuple[str, dict[str, Any]]] = {
+    # Without keep_default_na=False a sentence that reads "NA" or "null" would be taken for a missing one.
+    ".csv": ("csv", {"keep_default_na": False}),
+    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t", "quoting": 3}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".parquet": ("parquet", {}),
+}
+
+TEXT_COLUMNS = [
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question", "sentence"),
+    ("question1", "question2"),
+    ("sentence",),
+    ("text",),
+]
+"""Columns that are taken for the text where they are there, the first that fit."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """
+    Labelled texts.
+
+    Args:
+        source (`str`): where they come from.
+        columns (`tuple[str, ...]`): the one or two columns that the texts come from.
+        texts (`list[list[str]]`): one list a column.
+        labels (`list`): as they stand there.
+        names (`list[str]`, *optional*): of the classes that labels are ids of, where the file knows them.
+    """
+
+    source: str
+    columns: tuple[str, ...]
+    texts: list[list[str]]
+    labels: list[Any]
+    names: list[str] | None
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise CommandError(
+            "examples are read with the package datasets, which is not installed: pip install 'hf_stompp[glue]'"
+        ) from error
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def _read(file: Path | None, arguments: argparse.Namespace, split: str) -> tuple[str, Any]:
+    """Where the examples come from, and the table of them."""
+    if file is not None:
+        return _read_files(file, [file])
+    names = ("validation", "validation_matched") if split == "validation" else (split,)
+    if arguments.dataset_dir is None:
+        with hub_errors("dataset", HUB_DATASET):
+            name = names[-1] if arguments.task == "mnli" else split
+            table = _datasets().load_dataset(HUB_DATASET, arguments.task, split=name)
+        return f"{HUB_DATASET}/{arguments.task}", table
+    folder = arguments.dataset_dir / arguments.task
+    for name in names:
+        files = sorted(folder.glob(f"{name}.parquet")) or sorted(folder.glob(f"{name}-*.parquet"))
+        if files:
+            return _read_files(folder, files)
+    raise CommandError(f"{folder} holds no {split}.parquet: check --dataset_dir and --task, or name files instead")
+
+
+def _read_files(source: Path, files: list[Path]) -> tuple[str, Any]:
+    suffix = files[0].suffix.lower()
+    if suffix not in READERS:
+        raise CommandError(f"{source} is of no known kind: name a file that ends in {', '.join(READERS)}")
+    if not files[0].is_file():
+        raise CommandError(f"there is no file {source}: check the path")
+    datasets = _datasets()
+    kind, options = READERS[suffix]
+    with tempfile.TemporaryDirectory() as cache:
+        try:
+            table = datasets.load_dataset(
+                kind, data_files=[str(file) for file in files], split="train", cache_dir=cache, **options
+            )
+        except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise CommandError(
+                f"{source} holds no examples, or is no valid {kind} file ({reason}): check it"
+            ) from error
+        # The table lies in the folder that ends here.
+        columns = {name: table[name][:] for name in table.column_names}
+        return str(source), datasets.Dataset.from_dict(columns, features=table.features)
+
+
+def _text_columns(table: Any, source: str, label_column: str, wanted: list[str] | None) -> tuple[str, ...]:
+    names = table.column_names
+    if wanted and len(wanted) > 2:
+        raise CommandError(f"--text_columns takes one or two columns, got {len(wanted)}: choose two")
+    if wanted:
+        missing = [name for name in wanted if name not in names]
+        if missing:
+            raise CommandError(f"{source} has no column {', '.join(missing)}: it has {', '.join(names)}")
+        return tuple(wanted)
+    for columns in TEXT_COLUMNS:
+        if all(name in names for name in columns):
+            return columns
+    kinds = {name: getattr(table.features[name], "dtype", None) for name in names if name != label_column}
+    strings = [name for name, kind in kinds.items() if kind in ("string", "large_string")]
+    if len(strings) not in (1, 2):
+        raise CommandError(
+            f"which columns of {source} hold the text is not clear: name one or two of {', '.join(names)} with "
+            "--text_columns"
+        )
+    return tuple(strings)
+
+
+def read_examples(file: Path | None, arguments: argparse.Namespace, split: str = "validation") -> Examples:
+    """
+    Reads labelled texts.
+
+    Args:
+        file (`Path`, *optional*): where to read them; where none is given, `--task` and `--dataset_dir` say it.
+        arguments (`argparse.Namespace`): with `text_columns` and `label_column`.
+        split (`str`, *optional*, defaults to `"validation"`): of the task.
+
+    Raises:
+        CommandError: there is no such file, or it lacks a column, texts or labels.
+    """
+    source, table = _read(file, arguments, split)
+    if arguments.label_column not in table.column_names:
+        raise CommandError(
+            f"{source} has no column {arguments.label_column!r}: name one of {', '.join(table.column_names)} with "
+            "--label_column"
+        )
+    columns = _text_columns(table, source, arguments.label_column, arguments.text_columns)
+    texts = [list(table[name][:]) for name in columns]
+    for name, values in zip(columns, texts, strict=True):
+        row = next((row for row, value in enumerate(values) if not isinstance(value, str)), None)
+        if row is not None:
+            raise CommandError(f"{source} has no text in column {name} of row {row}: fill it, or take the row out")
+    labels = list(table[arguments.label_column][:])
+    if not labels:
+        raise CommandError(f"{source} holds no examples: check it")
+    feature = table.features[arguments.label_column]
+    return Examples(source, columns, texts, labels, getattr(feature, "names", None))
+
+
+def class_ids(examples: Examples, config: Any) -> list[int]:
+    """
+    Labels as the model's class ids: by name, where they are the names of its classes, and otherwise as ids.
+
+    Args:
+        examples (`Examples`).
+        config (`PreTrainedConfig`): of the model, which knows the classes.
+
+    Raises:
+        CommandError: a label is no class of the model.
+    """
+    source, labels = examples.source, examples.labels
+    if examples.names is not None and set(examples.names) <= set(config.label2id):
+        labels = [label if label is None or label < 0 else examples.names[label] for label in labels]
+    names: dict[str, int] = {str(name): int(index) for name, index in config.label2id.items()}
+    if any(str(label) in names for label in labels):
+        unknown = next((label for label in labels if str(label) not in names), None)
+        if unknown is not None:
+            raise CommandError(
+                f"{source} has the label {unknown!r}, which the model does not know: its classes are "
+                f"{', '.join(names)}"
+            )
+        return [names[str(label)] for label in labels]
+    ids = []
+    for label in labels:
+        try:
+            index = int(label)
+        except (TypeError, ValueError):
+            index = -1
+        if index not in range(config.num_labels) or (isinstance(label, float) and label != index):
+            raise CommandError(
+                f"{source} has the label {label!r}: it must be one of the model's classes, {', '.join(names)}, or an "
+                f"id from 0 to {config.num_labels - 1}; rows without a label must go"
+            )
+        ids.append(index)
+    return ids
