@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shlex
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 from .. import benchmark
 from ..config import CHOICES
 from ..ops import cpu
-from . import conversion, evaluation, examples, information, inspection
+from . import conversion, evaluation, examples, information, inspection, training
 from .errors import explain
 from .models import quiet_transformers
 
@@ -45,7 +46,17 @@ def _count(text: str) -> int:
     return count
 
 
-def _option(parser: argparse.ArgumentParser, name: str, **options: Any) -> None:
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return number
+
+
+def _option(parser: Any, name: str, **options: Any) -> None:
     """An option in both spellings that Transformers' scripts take: `--max_length` and `--max-length`."""
     parser.add_argument(*dict.fromkeys([name, f"--{name[2:].replace('_', '-')}"]), **options)
 
@@ -75,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
         description="1-bit BERT for Transformers: what a model would become, packing, accuracy, and how fast it is.",
         epilog="examples:\n"
         "  hf-stompp inspect google-bert/bert-base-uncased   # before training: what would be 1-bit\n"
-        "  hf-stompp pack output/model output/packed         # after training: 1-bit weights\n"
+        "  hf-stompp train google-bert/bert-base-uncased output --train_file train.csv --validation_file dev.csv\n"
         "  hf-stompp eval output/packed --file dev.csv       # how often it is right, and how fast\n"
         "  hf-stompp COMMAND --help                          # more on each\n\n"
         "exit status: 0, or 2 after an error, which is one line on stderr; 130 after Ctrl-C",
@@ -94,6 +105,7 @@ def parser() -> argparse.ArgumentParser:
         "hf-stompp info --json",
     )
     _add_inspect(commands)
+    _add_train(commands)
     _add_pack(commands)
     _add_unpack(commands)
     _add_eval(commands)
@@ -142,6 +154,57 @@ def _add_output(parser: argparse.ArgumentParser, model: str) -> None:
     parser.add_argument(
         "--force", action="store_true", help="replace the model in OUTPUT; files that are not the model's stay"
     )
+
+
+def _add_train(commands: Any) -> None:
+    train = _add(
+        commands,
+        "train",
+        training.run,
+        "a text classifier on labelled files or a GLUE task: float -> binary -> packed",
+        "Fine-tunes a text classifier, binarizes it while it trains on, packs it into OUTPUT/packed and measures all "
+        "of them on the validation set. Ctrl-C ends after the step at hand, with a checkpoint; --resume goes on from "
+        "it and ends in the same weights. For everything the Trainer can do there is examples/glue/run_glue.py. "
+        "Needs datasets: pip install 'hf_stompp[glue]'.",
+        "hf-stompp train google-bert/bert-base-uncased output --train_file train.csv --validation_file dev.csv "
+        "--float_epochs 3",
+        "hf-stompp train output/float/model output2 --task sst2 --method stompp --epochs 10",
+        "hf-stompp train ... --resume",
+    )
+    train.add_argument("model", metavar="MODEL", help="a folder or a name on the Hub; float or latent")
+    train.add_argument("output", metavar="OUTPUT", help="the folder of the run; must be empty or new, or --resume")
+    data = train.add_argument_group("data")
+    kinds = ", ".join(examples.READERS)
+    _option(data, "--train_file", type=Path, metavar="FILE", help=f"a file that ends in {kinds}")
+    _option(data, "--validation_file", type=Path, metavar="FILE", help="the same, to measure on")
+    data.add_argument("--task", help="a GLUE task instead, from the Hub or from --dataset_dir")
+    _option(data, "--dataset_dir", type=Path, metavar="DIR", help="reads DIR/TASK/{train,validation}.parquet")
+    _option(data, "--text_columns", nargs="+", metavar="NAME", help="one or two columns that hold the text")
+    _option(data, "--label_column", default="label", metavar="NAME", help="default: label")
+    _option(data, "--max_length", type=_count, default=128, metavar="N", help="tokens of a text (default: 128)")
+    _option(data, "--max_train_examples", type=_count, metavar="N", help="train on the first N only")
+    how = train.add_argument_group("training")
+    how.add_argument(
+        "--method",
+        choices=["float", *training.METHODS],
+        default="stompp_ste",
+        help="stompp: frozen entries have no gradient; stompp_ste (default): a straight-through one; ste: everything "
+        "binary from the first step; float: no binarization",
+    )
+    how.add_argument(
+        "--mode", choices=CHOICES["mode"], help="bnn (default): 1-bit weights and activations; bwn: weights"
+    )
+    how.add_argument("--epochs", type=_positive, default=4.0, metavar="N", help="of training (default: 4)")
+    _option(how, "--float_epochs", type=_positive, metavar="N", help="of fine-tuning in float before (default: none)")
+    _option(how, "--learning_rate", type=_positive, default=2e-4, metavar="RATE", help="default: 2e-4")
+    _option(how, "--float_learning_rate", type=_positive, default=5e-5, metavar="RATE", help="default: 5e-5")
+    _option(how, "--batch_size", type=_count, default=32, metavar="N", help="default: 32")
+    _option(how, "--logging_steps", type=_count, default=50, metavar="N", help="steps between two logs (default: 50)")
+    how.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    how.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    how.add_argument("--cpu", action="store_true", help="leave a GPU alone")
+    _option(how, "--report_to", nargs="*", default="none", metavar="TRACKER", help="tensorboard, wandb, mlflow, ...")
+    how.add_argument("--resume", action="store_true", help="go on with the run in OUTPUT, with the same options")
 
 
 def _add_pack(commands: Any) -> None:

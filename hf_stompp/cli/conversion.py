@@ -16,6 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..hub import model_card
 from ..nn import MaskedBinaryEmbedding, MaskedBinaryLinear
 from ..packing import pack, unpack
 from ..patching import masked_modules
@@ -113,6 +114,9 @@ def _convert(
         bar.update()
         bar.set_description("writing")
         made.save_pretrained(partial)
+        if getattr(made.config, "quantization_config", None) is not None:
+            folder = Path(arguments.output)
+            model_card(made, folder.name, arguments.output).save(partial / "README.md")
         for pattern in TOKENIZER_FILES:
             for path in source.glob(pattern):
                 # Through the links of the Hub's cache.

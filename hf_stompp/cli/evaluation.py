@@ -40,7 +40,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     examples = read_examples(arguments.file, arguments)
     labels = class_ids(examples, config)
     with hub_errors("model", arguments.model):
-        tokenizer = _tokenizer(arguments.model)
+        tokenizer = read_tokenizer(arguments.model)
     model: Any = load(arguments.model, config)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model.to(device)
@@ -84,7 +84,13 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _tokenizer(model: str) -> Any:
+def read_tokenizer(model: str) -> Any:
+    """
+    A model's tokenizer.
+
+    Raises:
+        CommandError: its folder has none.
+    """
     folder = Path(model).expanduser()
     is_local = folder.is_dir()
     if is_local and not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab.*")):

@@ -52,6 +52,11 @@ class Examples:
     labels: list[Any]
     names: list[str] | None
 
+    def first(self, count: int) -> Examples:
+        """So many of them."""
+        texts = [column[:count] for column in self.texts]
+        return Examples(self.source, self.columns, texts, self.labels[:count], self.names)
+
 
 def _datasets() -> Any:
     try:

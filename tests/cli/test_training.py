@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+from hf_stompp import cli
+from hf_stompp.patching import packed_modules
+
+
+CLASSES = ["bad", "fair", "good"]
+RUN = "import sys; from hf_stompp.cli import main; sys.exit(main())"
+SHORT = ["--batch_size", "8", "--max_length", "16", "--logging_steps", "2", "--cpu"]
+
+
+def write(path: Path, count: int, seed: int, labels: Callable[[int], object] = lambda label: CLASSES[label]) -> Path:
+    """Texts whose first word tells the class."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, (count,), generator=generator).tolist()
+    words = torch.randint(3, 59, (count, 6), generator=generator).tolist()
+    texts = [" ".join(f"word{i}" for i in [label, *row]) for label, row in zip(ids, words, strict=True)]
+    datasets.Dataset.from_dict({"text": texts, "label": [labels(label) for label in ids]}).to_csv(path)
+    return path
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    names = write(tmp_path / "train.csv", 64, 0), write(tmp_path / "dev.csv", 32, 1)
+    return ["--train_file", str(names[0]), "--validation_file", str(names[1])]
+
+
+@pytest.fixture
+def float_model(tiny_model: Callable, saved: Callable) -> str:
+    return saved(tiny_model("bert"), "float")
+
+
+def train(*words: object) -> int:
+    return cli.main(["train", *map(str, words)])
+
+
+def test_run_ends_in_a_packed_model_that_eval_finds_as_good(
+    float_model: str, files: list[str], tmp_path: Path, printed: Callable
+) -> None:
+    output = tmp_path / "run"
+    words = [float_model, output, *files, *SHORT, "--float_epochs", 1, "--epochs", 3]
+    table = printed("train", *words)
+    assert re.search(r"float +\d\.\d+", table) and re.search(r"packed +\d\.\d+", table) and "saved: " in table
+    summary = json.loads((output / "summary.json").read_text())
+    model = AutoModelForSequenceClassification.from_pretrained(output / "packed")
+    assert packed_modules(model) and model.config.label2id == {name: i for i, name in enumerate(CLASSES)}
+    found = json.loads(printed("eval", output / "packed", "--file", files[3], "--json", "--max_length", 16))
+    assert found["accuracy"] == summary["accuracy"]["packed"] == summary["accuracy"]["binary"]
+    assert summary["examples"] == {"train": 64, "validation": 32}
+    assert summary["command"] == shlex.join(["hf-stompp", "train", *map(str, words)])
+    assert "import hf_stompp" in ModelCard.load(output / "packed" / "README.md").text
+
+
+def test_classifier_keeps_the_head_that_knows_the_classes(
+    float_model: str, files: list[str], tmp_path: Path, printed: Callable
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    printed("train", float_model, first, *files, *SHORT, "--method", "float", "--epochs", 1)
+    before = load_file(first / "model" / "model.safetensors")
+    # A learning rate that changes nothing.
+    options = ["--method", "float", "--epochs", 1, "--float_learning_rate", 1e-30]
+    printed("train", first / "model", second, *files, *SHORT, *options)
+    after = load_file(second / "model" / "model.safetensors")
+    assert torch.equal(before["classifier.weight"], after["classifier.weight"])
+
+
+def test_json_is_all_that_is_printed(float_model: str, files: list[str], tmp_path: Path, printed: Callable) -> None:
+    result = json.loads(
+        printed("train", float_model, tmp_path / "run", *files, *SHORT, "--epochs", 3, "--json", "--method", "stompp")
+    )
+    assert result["method"] == "stompp" and set(result["accuracy"]) == {"float", "binary", "packed"}
+    assert result["bytes"]["packed"] < result["bytes"]["float"]
+
+
+def test_method_says_gradient_and_schedule(
+    float_model: str, files: list[str], tmp_path: Path, printed: Callable
+) -> None:
+    for method, surrogate, schedule in [("ste", "ste", "immediate"), ("stompp", "none", "cubic")]:
+        output = tmp_path / method
+        printed("train", float_model, output, *files, *SHORT, "--epochs", 3, "--method", method, "--mode", "bwn")
+        state = json.loads(next(output.glob("binary/checkpoint-*/trainer_state.json")).read_text())
+        progression = state["stateful_callbacks"]["ProgressionCallback"]["attributes"]["progression"]
+        config = json.loads((output / "packed" / "config.json").read_text())["quantization_config"]
+        assert (config["surrogate"], config["mode"], progression["schedule"]) == (surrogate, "bwn", schedule)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["float", "binary"])
+def test_interrupted_run_goes_on_to_the_same_weights(
+    float_model: str, files: list[str], tmp_path: Path, stage: str
+) -> None:
+    def start(output: Path, *more: str) -> subprocess.Popen:
+        words = [float_model, str(output), *files, *SHORT, "--float_epochs", "8", "--epochs", "8", *more]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", RUN, "train", *words]
+        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert start(whole).wait() == 0
+    process = start(cut)
+    # The end of the first epoch leaves a checkpoint.
+    while process.poll() is None and not list((cut / stage).glob("checkpoint-*")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130, errors
+    assert "writing a checkpoint after this step" in errors
+    command = next(line.strip() for line in errors.splitlines() if line.strip().startswith("hf-stompp train"))
+    assert command.endswith("--resume") and not (cut / "packed").exists()
+    words = shlex.split(command)[1:]
+    resumed = subprocess.run([sys.executable, "-c", RUN, *words], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert resumed.returncode == 0
+    expected, found = (load_file(folder / "packed" / "model.safetensors") for folder in (whole, cut))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+class TestBadInput:
+    def test_packed_model(self, tiny_packed: Callable, saved: Callable, files: list[str], refused: Callable) -> None:
+        message = refused("train", saved(tiny_packed("bert")), "out", *files)
+        assert "packed, which cannot be trained" in message and "hf-stompp unpack" in message
+
+    def test_no_data(self, float_model: str, files: list[str], refused: Callable) -> None:
+        assert "--train_file and --validation_file, or a --task" in refused("train", float_model, "out")
+        assert "--task" in refused("train", float_model, "out", *files[:2])
+        assert "exclude each other" in refused("train", float_model, "out", *files, "--task", "sst2")
+
+    def test_file_that_is_not_there(self, float_model: str, files: list[str], refused: Callable) -> None:
+        message = refused("train", float_model, "out", "--train_file", "nowhere.csv", *files[2:])
+        assert "no file nowhere.csv" in message
+
+    def test_output_that_is_taken(self, float_model: str, files: list[str], tmp_path: Path, refused: Callable) -> None:
+        (tmp_path / "kept").mkdir()
+        (tmp_path / "kept" / "notes.txt").write_text("mine")
+        assert "--resume" in refused("train", float_model, tmp_path / "kept", *files)
+        assert [path.name for path in (tmp_path / "kept").iterdir()] == ["notes.txt"]
+        assert "is a file" in refused("train", float_model, tmp_path / "kept" / "notes.txt", *files)
+
+    def test_nothing_to_resume(self, float_model: str, files: list[str], tmp_path: Path, refused: Callable) -> None:
+        assert "no run to resume" in refused("train", float_model, tmp_path / "new", *files, "--resume")
+        assert not (tmp_path / "new").exists()
+
+    def test_labels_that_are_no_classes(
+        self, float_model: str, files: list[str], tmp_path: Path, refused: Callable
+    ) -> None:
+        numbers = write(tmp_path / "numbers.csv", 8, 0, lambda label: label + 0.25)
+        message = refused("train", float_model, tmp_path / "out", "--train_file", numbers, *files[2:])
+        assert "no classes" in message and "run_glue.py" in message
+        other = write(tmp_path / "other.csv", 8, 0, lambda label: f"other{label}")
+        message = refused("train", float_model, tmp_path / "out", *files[:2], "--validation_file", other)
+        assert "other" in message and "bad, fair, good" in message
+
+    def test_schedule_that_cannot_finish(
+        self, float_model: str, files: list[str], tmp_path: Path, refused: Callable
+    ) -> None:
+        message = refused("train", float_model, tmp_path / "out", *files, "--epochs", 1, "--batch_size", 64, "--cpu")
+        assert "the schedule cannot finish" in message
+
+    @pytest.mark.parametrize("option", ["--epochs=0", "--learning_rate=-1", "--batch_size=none", "--epochs=inf"])
+    def test_numbers_out_of_range(
+        self, float_model: str, files: list[str], option: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit) as caught:
+            train(float_model, "out", *files, option)
+        assert caught.value.code == 2 and option.split("=")[0] in capsys.readouterr().err
