@@ -118,7 +118,8 @@ struct hf_stompp_cuda_product {
     /* rows x out_features of output_dtype; not used if output_bits is given. */
     void *output;
     int64_t output_dtype;
-    /* NULL, or rows of bits of out_features: y >= output_threshold, NULL for 0. */
+    /* NULL, or rows of bits of out_features: y >= output_threshold, NULL for 0. Bits of an infinite scale with the
+     * threshold -inf are not defined. */
     uint8_t *output_bits;
     const float *output_threshold;
 };
