@@ -3,13 +3,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-CHECKED = hf_stompp examples tests benchmarks setup.py
+CHECKED = hf_stompp examples tests benchmarks docs setup.py
 
 RESULT ?= bench.json
 
 GPU_PARTS = gpu-build gpu-test gpu-sanitize gpu-bench gpu-train-base gpu-train-large
 
-.PHONY: demo test bench gpu-check $(GPU_PARTS) quality style clean
+.PHONY: demo test bench docs gpu-check $(GPU_PARTS) quality style clean
 
 $(VENV)/installed: setup.cfg setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,14 @@ $(VENV)/test-tools: $(VENV)/installed
 
 test: $(VENV)/test-tools
 	$(BIN)/python -m pytest
+
+# Sphinx stays beside site-packages too. The build reads the docstrings, so it imports the package.
+$(VENV)/docs: $(VENV)/installed docs/requirements.txt
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ --requirement docs/requirements.txt
+	touch $@
+
+docs: $(VENV)/docs
+	PYTHONPATH=$(VENV)/docs $(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 
 bench: $(VENV)/installed
 	$(BIN)/hf-stompp bench --threads 1 2 --kernels avx2 scalar --output $(RESULT)
