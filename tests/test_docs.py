@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import os
@@ -25,6 +26,10 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 # `make docs` installs Sphinx there, beside site-packages.
 TOOLS = ROOT / ".venv" / "docs"
+
+TROUBLESHOOTING = DOCS / "troubleshooting.md"
+# In place of what a message is filled with when it is raised.
+FILLED_IN = "\0"
 
 RUN = ("python", "bash")
 NOT_RUN = re.compile(r"<!-- not run: \S.* -->")
@@ -228,3 +233,44 @@ def test_the_documentation_builds_without_a_warning(tmp_path: Path) -> None:
     build = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert build.returncode == 0, build.stderr
     assert "PreTrainedModel" not in (tmp_path / "index.html").read_text(encoding="utf-8")
+
+
+def messages() -> Iterator[str]:
+    """Every string of the package; what is filled in when it runs is `FILLED_IN`."""
+    for path in sorted((ROOT / "hf_stompp").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(part.value if isinstance(part, ast.Constant) else FILLED_IN for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def is_quoted_from(quote: str, message: str) -> bool:
+    """Whether a quote, in which `…` stands for anything, begins somewhere in a message."""
+    pieces = [re.escape(piece) for piece in quote.split("…")]
+    return re.search(".*".join(pieces), message, flags=re.DOTALL) is not None
+
+
+def test_a_quote_is_compared_word_for_word_beside_what_is_filled_in() -> None:
+    message = f"{FILLED_IN} is damaged: {FILLED_IN} cannot be read"
+    assert is_quoted_from("… is damaged: … cannot be read", message)
+    assert not is_quoted_from("… is damaged: … can not be read", message)
+    assert not is_quoted_from("the file is damaged", message)
+
+
+def quotes() -> list[str]:
+    found = [block.text.splitlines() for block in blocks(TROUBLESHOOTING.read_text(encoding="utf-8"))]
+    # Of Transformers.
+    return [line for lines in found for line in lines if not line.startswith("RuntimeError: You set")]
+
+
+@pytest.mark.parametrize("quote", quotes())
+def test_every_quoted_message_is_one_of_the_package(quote: str) -> None:
+    assert max(map(len, quote.split("…"))) > 12, "a quote of next to nothing is found anywhere"
+    assert any(is_quoted_from(quote, message) for message in messages())
+
+
+def test_the_message_of_transformers_is_quoted_as_it_is() -> None:
+    source = Path(transformers.modeling_utils.__file__).parent
+    quote = "You set `ignore_mismatched_sizes` to `False`, thus raising an error."
+    assert any(quote in path.read_text(encoding="utf-8") for path in [*source.glob("*.py"), *source.glob("utils/*.py")])
