@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-CHECKED = hf_stompp examples tests benchmarks docs setup.py
+CHECKED = hf_stompp examples tests benchmarks docs/conf.py setup.py
 
 RESULT ?= bench.json
 

@@ -30,11 +30,15 @@ html_copy_source = False
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
+# Of what a class has from Transformers, the text is in the documentation of Transformers.
+autodoc_inherit_docstrings = False
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 
 REFERENCE = re.compile(r"\[`(~?)([\w.]+)`\]")
 LITERAL = re.compile(r"(?<![`:\w])`([^`]+)`(?!`)")
+SECTION = re.compile(r"^(\s*)(Returns|Raises):$")
+BARE_ARGUMENT = re.compile(r"^(\s+\w+(?:, \w+)* \(`.*\))\.$")
 FENCE = re.compile(r"^(\s*)```(\w*)\s*$")
 # Names that docstrings use without their module, by where the reference documents them.
 OPERATORS = "hf_stompp.ops.reference"
@@ -54,12 +58,29 @@ def link(match: re.Match[str]) -> str:
     return f":py:obj:`{shown} <{full_name(name)}>`"
 
 
+def joined(lines: list[str]) -> list[str]:
+    """Lines that go on with an entry of `Returns` or `Raises`, indented further, join it; else they become quotes."""
+    out: list[str] = []
+    entry = None
+    for line in lines:
+        indent = len(line) - len(line.lstrip())
+        if found := SECTION.match(line):
+            entry = len(found[1]) + 4
+        elif entry is not None and line and indent < entry:
+            entry = None
+        if entry is not None and line and indent > entry:
+            out[-1] = f"{out[-1]} {line.lstrip()}"
+        else:
+            out.append(line)
+    return out
+
+
 def to_restructured_text(lines: list[str]) -> list[str]:
     """A docstring in the style of Hugging Face (Markdown) as one that napoleon reads (reStructuredText)."""
     out: list[str] = []
     fence = None
     text = []
-    for line in lines:
+    for line in joined(lines):
         if found := FENCE.match(line):
             out += spans(text)
             text = []
@@ -71,6 +92,8 @@ def to_restructured_text(lines: list[str]) -> list[str]:
         elif fence is not None:
             out.append(f"    {line}")
         else:
+            # An argument that needs no description, and the heading of a group of arguments.
+            line = BARE_ARGUMENT.sub(r"\1:", line)
             text.append(re.sub(r"^(\s*)> (.*)$", r"\1**\2**", line))
     return out + spans(text)
 
