@@ -3,13 +3,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-CHECKED = hf_stompp examples tests benchmarks setup.py
+CHECKED = hf_stompp examples tests benchmarks docs/conf.py setup.py
 
 RESULT ?= bench.json
 
 GPU_PARTS = gpu-build gpu-test gpu-sanitize gpu-bench gpu-train-base gpu-train-large
 
-.PHONY: demo test release bench gpu-check $(GPU_PARTS) quality style clean
+.PHONY: demo test release docs bench gpu-check $(GPU_PARTS) quality style clean
 
 $(VENV)/installed: setup.cfg setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,14 @@ release: $(VENV)/test-tools
 	rm -rf build dist && $(BIN)/python setup.py --quiet sdist --dist-dir dist bdist_wheel --dist-dir build/release
 	PATH=$(VENV)/release/bin:$$PATH PYTHONPATH=$(VENV)/release $(BIN)/python -m auditwheel repair \
 		--exclude libgomp.so.1 --plat manylinux_2_17_$$(uname -m) --wheel-dir dist build/release/*.whl
+
+# Sphinx stays beside site-packages too. The build reads the docstrings, so it imports the package.
+$(VENV)/docs: $(VENV)/installed docs/requirements.txt
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ --requirement docs/requirements.txt
+	touch $@
+
+docs: $(VENV)/docs
+	PYTHONPATH=$(VENV)/docs $(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 
 bench: $(VENV)/installed
 	$(BIN)/hf-stompp bench --threads 1 2 --kernels avx2 scalar --output $(RESULT)

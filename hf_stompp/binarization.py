@@ -92,6 +92,9 @@ def binarization_report(model: nn.Module) -> BinarizationReport:
     Args:
         model (`PreTrainedModel`): after [`binarize`] or [`pack`].
 
+    Returns:
+        [`~hf_stompp.patching.BinarizationReport`]: sizes in bytes, numbers of modules and weights.
+
     Raises:
         ValueError: the model is neither.
     """

@@ -44,8 +44,8 @@ class StoMPPConfig(QuantizationConfigMixin):
             Gradient of the frozen entries: `"none"` (STE-free, exactly 0; paper), `"ste"` (StoMPP+STE, identity;
             paper) or `"clipped_ste"` (identity within the clip range; BinaryNet).
         weight_scale (`str`, *optional*, defaults to `"row"`):
-            Hard level of a weight: mean |w| of its output `"row"` (XNOR-Net, BiBERT) or of the whole `"tensor"` (BiT),
-            or 1 (`"none"`; paper).
+            Hard level of a weight: mean magnitude of its output `"row"` (XNOR-Net, BiBERT) or of the whole `"tensor"`
+            (BiT), or 1 (`"none"`; paper).
         weight_clip (`float`, *optional*, defaults to 3.0):
             Clip range of the free weights, as a multiple of the weight scale (ours; the paper clips at 1, which
             destroys a pretrained network before anything is frozen).
@@ -58,8 +58,8 @@ class StoMPPConfig(QuantizationConfigMixin):
         activation_clip (`float`, *optional*, defaults to 10.0):
             Clip range of the free activations, as a multiple of the activation scale (ours). It is far wider than that
             of the weights because activations have outliers: at 3 little is left of a pretrained network before
-            anything
-            is frozen (`benchmarks/results/clip_range.json`).
+            anything is
+            frozen (`benchmarks/results/clip_range.json`).
         feed_forward_levels (`str`, *optional*, defaults to `"signed"`):
             Levels behind the feed-forward activation function: `"signed"` = {-a, +a} about the shift, `"zero_one"` =
             {0, a} (BiT's set for non-negative tensors).

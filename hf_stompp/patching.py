@@ -299,7 +299,14 @@ class UnitReport:
 
 @dataclass(frozen=True)
 class BinarizationReport:
-    """Sizes by unit, from input to output; `str()` of it is a table."""
+    """
+    Sizes by unit; `str()` of it is a table.
+
+    Args:
+        units (`list[UnitReport]`):
+            From input to output, and last what is in no unit: `unit` (its name), `modules`, `binary_weights` and
+            `float_weights` (numbers), `bytes_before`, `bytes_latent` and `bytes_packed`.
+    """
 
     units: list[UnitReport]
 

@@ -112,7 +112,8 @@ class PushingTrainer(Trainer):
     ) -> Any:
         """
         Packs the model and pushes it with tokenizer, config and model card, from `output_dir/packed`. Arguments as in
-        [`~transformers.Trainer.push_to_hub`], and:
+        [`~transformers.Trainer.push_to_hub`], and those below. Whatever is raised after packing, the folder is
+        complete and stays: push again.
 
         Args:
             revision (`str`, *optional*): branch to push to; created if it is not there.
@@ -128,8 +129,6 @@ class PushingTrainer(Trainer):
             ValueError: units are not committed (named), or `latent=True` with a packed model.
             HfHubHTTPError: the Hub refused; the message ends with what to do about it.
             ConnectionError: the Hub could not be reached, or the connection broke.
-
-            Whatever is raised after packing, the folder is complete and stays: push again.
         """
         is_packed = bool(packed_modules(self.model))
         if latent and is_packed:

@@ -167,6 +167,9 @@ class StoMPPTrainer(PushingTrainer):
         Args:
             total_steps (`int`): optimizer steps.
 
+        Returns:
+            `Progression`: the frozen fraction of each unit at each step.
+
         Raises:
             ValueError: the schedule cannot finish, nothing would be trained, or a resumed run has another progression.
         """
@@ -215,6 +218,18 @@ class StoMPPTrainer(PushingTrainer):
                 callback.trainer, self.progression_callback = self, callback
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Trains as [`~transformers.Trainer`] does, with its arguments (`resume_from_checkpoint` among them). A run that
+        starts at step 0 starts with empty masks.
+
+        Returns:
+            `TrainOutput`: the number of steps, the mean loss and the metrics.
+
+        Raises:
+            ValueError: the model is packed, the training set is empty or has a label out of range, the schedule cannot
+                finish, or the checkpoint to resume belongs to a run with other settings.
+            RuntimeError: the ranks hold different freeze masks.
+        """
         if packed_modules(self.model):
             raise ValueError(
                 "a packed model cannot be trained, only evaluated; train the latent model, or unpack(model)"
@@ -335,6 +350,22 @@ class StoMPPTrainer(PushingTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
+        """
+        Evaluates the fully binary network (every mask full), and until it is committed, with `eval_mixed`, also the
+        network as it is in training. The masks are as before afterwards.
+
+        Args:
+            eval_dataset (`Dataset` or `dict[str, Dataset]`, *optional*):
+                Instead of the trainer's. For a dict, the network in training is left out.
+            ignore_keys (`list[str]`, *optional*):
+                Outputs of the model that are no predictions.
+            metric_key_prefix (`str`, *optional*, defaults to `"eval"`):
+                The measures are called `<prefix>_accuracy` and so on, those of the network in training
+                `<prefix>_mixed_accuracy`.
+
+        Returns:
+            `dict[str, float]`: the measures of `compute_metrics`, the loss and times in seconds.
+        """
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if self.is_committed or not self.args.eval_mixed or isinstance(dataset, dict):

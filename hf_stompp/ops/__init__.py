@@ -13,14 +13,30 @@ from .reference import SURROGATES, integer_linear, pack_bits, packed_bytes, plus
 
 
 def has_native_kernels(device: torch.device) -> bool:
-    """Whether products of bits are faster than products of floats there: not so in plain PyTorch."""
+    """
+    Whether products of bits are faster than products of floats on a device: not so in plain PyTorch.
+
+    Args:
+        device (`torch.device`): the kernels for it are loaded, or compiled, when it is first asked about.
+
+    Returns:
+        `bool`: on a CPU, whether a native kernel runs; on CUDA, whether one-bit products do.
+    """
     if device.type == "cuda":
         return cuda.device(device).product == "bits"
     return device.type == "cpu" and cpu.native_kernels() is not None
 
 
 def fuses_layer_norm(device: torch.device) -> bool:
-    """Whether `layer_norm_sign` is one kernel there, faster than LayerNorm and `pack_sign` one after the other."""
+    """
+    Whether `layer_norm_sign` is one kernel on a device, faster than LayerNorm and `pack_sign` one after the other.
+
+    Args:
+        device (`torch.device`): as in [`~hf_stompp.ops.has_native_kernels`].
+
+    Returns:
+        `bool`: false on every CPU.
+    """
     return device.type == "cuda" and cuda.device(device).native is not None
 
 

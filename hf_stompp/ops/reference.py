@@ -19,9 +19,9 @@ SURROGATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "clipped_ste": lambda mask, inside: inside,
 }
 """
-Gradient rule by name: `(mask, inside) -> passes`, all boolean and broadcast against each other. `inside` tells which
-entries lie within the clip range; `passes` tells which entries the gradient passes through (with slope 1; it is 0
-elsewhere).
+Gradient rules by name, each a function `(mask, inside) -> passes` of booleans that broadcast against each other.
+`inside` tells which entries lie within the clip range; `passes` tells which entries the gradient passes through (with
+slope 1; it is 0 elsewhere).
 
 - `none`: STE-free; a frozen entry passes exactly 0 (the paper).
 - `ste`: StoMPP+STE; a frozen entry passes the gradient unchanged (the paper's identity surrogate).
@@ -30,12 +30,29 @@ elsewhere).
 
 
 def packed_bytes(in_features: int) -> int:
-    """Bytes of one packed row: `in_features` bits, padded with zeros to a multiple of 256 bits."""
+    """
+    Bytes of one packed row.
+
+    Args:
+        in_features (`int`): number of bits.
+
+    Returns:
+        `int`: a multiple of 32, because rows are padded with zeros to a multiple of 256 bits.
+    """
     return -(-in_features // ROW_ALIGNMENT) * (ROW_ALIGNMENT // 8)
 
 
 def plus_minus_one(above: Tensor, dtype: torch.dtype) -> Tensor:
-    """+1 where a boolean tensor is true, -1 elsewhere."""
+    """
+    Signs as numbers.
+
+    Args:
+        above (`Tensor`): bool, of any shape.
+        dtype (`torch.dtype`): of the result.
+
+    Returns:
+        `Tensor` of the shape of `above`: +1 where it is true, -1 elsewhere.
+    """
     # torch.where takes about ten times as long on a CPU.
     return above.to(dtype).mul_(2).sub_(1)
 
