@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import HfApi, ModelCard
@@ -23,7 +23,15 @@ from transformers.utils import PushInProgress, logging
 
 from .binarization import config_of
 from .freezing import Freezing, check_masks, initialize_activations
-from .hub import LATENT_REVISION, create_branch, explained, final_evaluation, model_card, same_weights_kept
+from .hub import (
+    LATENT_REVISION,
+    add_dynamics,
+    create_branch,
+    explained,
+    final_evaluation,
+    model_card,
+    same_weights_kept,
+)
 from .integrity import checkpoint_files, tensor_digest, verify_files
 from .nn import MaskedBinaryActivation
 from .packing import pack
@@ -70,6 +78,8 @@ class ProgressionCallback(TrainerCallback, ExportableState):
             for module in masked_modules(self.trainer.model).values():
                 module.reset()
         self.freezing = Freezing(self.trainer.model, self.progression, self.trainer.args.train_committed)
+        # Else only checkpoints would have it, and not what save_state() writes.
+        cast(dict, state.stateful_callbacks)[type(self).__name__] = self.state()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -126,7 +136,7 @@ class StoMPPTrainer(Trainer):
     - `evaluate` reports `eval_*` of the fully binary network, and until it is committed `eval_mixed_*` of the network
       in training.
     - no checkpoint from before the network is committed counts as the best, so early stopping waits for that too.
-    - logs carry `frozen_fraction` (share of all binary entries) and `frozen_fraction/<unit>`.
+    - logs carry `frozen_fraction/all` (share of all binary entries) and `frozen_fraction/<unit>`.
 
     Raises:
         ValueError: the model is not binarized, or the run would use nn.DataParallel, FSDP or DeepSpeed.
@@ -379,7 +389,8 @@ class StoMPPTrainer(Trainer):
         counts = frozen_counts(self.model, config_of(self.model))
         frozen, entries = (sum(column) for column in zip(*counts.values(), strict=True))
         units = {f"frozen_fraction/{unit}": count / size for unit, (count, size) in counts.items()}
-        return {"frozen_fraction": frozen / entries} | units
+        # Under no name that begins another's: MLflow's file store keeps a metric in a file of that name.
+        return {"frozen_fraction/all": frozen / entries} | units
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -475,6 +486,7 @@ class StoMPPTrainer(Trainer):
             progression=self._progression_settings(),
             revision=self._card_revision,
         ).save(card)
+        add_dynamics(card, self.state)
 
     def _best_step(self) -> int | None:
         """The step whose weights were loaded at the end of training, if any were."""
