@@ -96,6 +96,7 @@ def draw(dynamics: Dynamics, dark: bool = False) -> Any:
 
     Raises:
         ImportError: matplotlib is not installed.
+        ValueError: nothing that was logged is a finite number.
     """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -114,6 +115,8 @@ def draw(dynamics: Dynamics, dark: bool = False) -> Any:
     if dynamics.learning_rate:
         panels.append((0.9, _draw_learning_rate))
 
+    if not panels:
+        raise ValueError(f"{dynamics.source} holds no finite number to draw: the run may have diverged from its start")
     heights = [height for height, _ in panels]
     layout = ConstrainedLayoutEngine(h_pad=0.06, hspace=0.03)
     # Beside the panels themselves: a title above each, and the steps below.
