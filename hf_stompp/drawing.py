@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from .dynamics import MODELS, Dynamics, UnitDynamics
+from .dynamics import MODELS, Dynamics, Series, UnitDynamics
 
 
 # More dotted lines would hide what they cross.
@@ -234,8 +234,13 @@ def _draw_evaluation(axis: Any, dynamics: Dynamics, theme: _Theme) -> None:
     )
 
 
+def _line(axis: Any, series: Series, color: str) -> None:
+    # A single value has no line to be seen.
+    axis.plot(series.steps, series.values, color=color, linewidth=1.4, marker="o" if len(series.steps) == 1 else None)
+
+
 def _draw_loss(axis: Any, dynamics: Dynamics, theme: _Theme) -> None:
-    axis.plot(dynamics.loss.steps, dynamics.loss.values, color=theme.mixed, linewidth=1.3)
+    _line(axis, dynamics.loss, theme.mixed)
     _title(axis, "Training loss", theme)
     axis.margins(y=0.12)
 
@@ -244,10 +249,10 @@ def _draw_grad_norm(axis: Any, dynamics: Dynamics, theme: _Theme) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     pairs = zip(dynamics.grad_norm.steps, dynamics.grad_norm.values, strict=True)
-    positive = [(step, value) for step, value in pairs if value > 0]
-    axis.plot([step for step, _ in positive], [value for _, value in positive], color=theme.mixed, linewidth=1.3)
+    positive = Series.of((step, value) for step, value in pairs if value > 0)
+    _line(axis, positive, theme.mixed)
     axis.set_yscale("log")
-    lowest, highest = (pick(value for _, value in positive) for pick in (min, max))
+    lowest, highest = min(positive.values), max(positive.values)
     axis.yaxis.set_major_locator(LogLocator(subs=(1.0,) if highest / lowest > 100 else (1.0, 2.0, 5.0)))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
@@ -259,7 +264,7 @@ def _draw_grad_norm(axis: Any, dynamics: Dynamics, theme: _Theme) -> None:
 def _draw_learning_rate(axis: Any, dynamics: Dynamics, theme: _Theme) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    axis.plot(dynamics.learning_rate.steps, dynamics.learning_rate.values, color=theme.muted, linewidth=1.5)
+    _line(axis, dynamics.learning_rate, theme.muted)
     axis.yaxis.set_major_locator(MaxNLocator(3))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _scientific(value)))
     axis.set_ylim(bottom=0)
@@ -290,7 +295,7 @@ body { margin: 2rem auto; max-width: 66rem; padding: 0 1rem; background: var(--p
 h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.1rem; margin: 2rem 0 .4rem; }
 p { margin: .3rem 0 1rem; } .note { color: var(--muted); }
 img { width: 100%; height: auto; }
-.tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 0 3rem; }
+.tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: 0 3rem; }
 .table { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem 1.2rem .25rem 0; text-align: left; white-space: nowrap;
