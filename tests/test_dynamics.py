@@ -162,7 +162,7 @@ def test_log_without_the_progression_tells_the_first_logged_step_of_a_full_unit(
     for unit in found.units:
         key = f"frozen_fraction/{unit.name}"
         assert unit.committed_step == min(entry["step"] for entry in log if entry.get(key) == 1.0)
-    assert not found.is_exact and "up to a logging interval late" in report(found)
+    assert not found.is_exact
 
 
 def test_summary_of_the_run_gives_the_float_model_and_the_packed_one(trained: Any, tmp_path: Path) -> None:
@@ -190,7 +190,6 @@ def test_what_is_no_finite_number_is_left_out() -> None:
     found = dynamics_of({"log_history": log}, "run")
 
     assert (found.loss.steps, found.loss.values) == ([2, 6], [0.5, 0.25]) and found.learning_rate.steps[-1] == 6
-    png(found)
 
 
 def test_of_two_evaluations_at_one_step_the_later_counts() -> None:
@@ -270,6 +269,15 @@ def drawn_texts(figure: Any) -> list[Any]:
     return [text for text in shown if text.get_text().strip() and text.get_visible()]
 
 
+def test_run_that_ended_before_its_units_were_committed_is_drawn() -> None:
+    pytest.importorskip("matplotlib")
+    state = synthetic(LAYERS_OF[6])
+    state["log_history"] = [entry for entry in state["log_history"] if entry["step"] <= 200]
+    found = dynamics_of(state, "run")
+    assert png(found).startswith(b"\x89PNG") and png(found) != png(found, dark=True)
+    assert ">never<" in report(found) and "not fully binary at the end of the log" in report(found)
+
+
 def test_seventy_two_units_are_drawn_with_as_many_labels_as_there_is_room_for() -> None:
     pytest.importorskip("matplotlib")
     names = [f"bert.encoder.layer.{i}.{part}.dense" for i in range(12) for part in "abcdef"]
@@ -318,6 +326,12 @@ def test_report_has_units_settings_and_results_in_tables() -> None:
     assert cells[cells.index("progression_schedule") + 1] == "cubic"
     assert cells[cells.index("optimizer steps") + 1] == "600"
     assert "0.920" in cells and f"{found.fully_binary.values[-1]:.3f}" in cells
+
+
+def test_report_says_where_steps_are_those_of_the_log() -> None:
+    pytest.importorskip("matplotlib")
+    assert "up to a logging interval late" in report(read_dynamics(HISTORY))
+    assert "up to a logging interval late" not in report(dynamics())
 
 
 def test_names_in_the_report_are_text_and_no_markup() -> None:
