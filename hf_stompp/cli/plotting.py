@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,8 @@ def _print(dynamics: Dynamics, files: dict[str, Path]) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs `hf-stompp plot`."""
+    # It tells that it builds its cache of fonts, which is no error.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     if not can_draw():
         raise CommandError(
             'plot draws with the package matplotlib, which is not installed: pip install "hf_stompp[plot]"'
