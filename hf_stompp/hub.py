@@ -11,10 +11,12 @@ import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerState
 from transformers.modelcard import TASK_TAG_TO_NAME_MAPPING, TrainingSummary, make_markdown_table
 
 from .config import StoMPPConfig
+from .drawing import can_draw, png
+from .dynamics import dynamics_of
 from .patching import BinarizationReport, packed_modules, report
 
 
@@ -259,6 +261,22 @@ def model_card(
         versions=f"- hf_stompp {_version()}\n- Transformers {transformers.__version__}\n- PyTorch {torch.__version__}",
         citation=CITATION,
     )
+
+
+def add_dynamics(card: Path, state: TrainerState) -> None:
+    """
+    Draws the training dynamics beside a model card, and shows them in it. Without matplotlib, or for a trainer that
+    logged nothing, the card stays as it is.
+    """
+    if not can_draw() or not any("loss" in entry for entry in state.log_history):
+        return
+    dynamics = dynamics_of(
+        {"log_history": state.log_history, "stateful_callbacks": state.stateful_callbacks}, "the run"
+    )
+    (card.parent / "dynamics.png").write_bytes(png(dynamics))
+    text, heading, after = card.read_text(encoding="utf-8").partition("\n### Framework versions")
+    section = "\n### Training dynamics\n\n![Frozen fraction of each unit, evaluation and loss by step](dynamics.png)\n"
+    card.write_text(f"{text}{section}{heading}{after}", encoding="utf-8")
 
 
 def _version() -> str:

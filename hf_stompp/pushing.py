@@ -17,7 +17,7 @@ from transformers.modelcard import TrainingSummary
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress, logging
 
-from .hub import final_evaluation, model_card
+from .hub import add_dynamics, final_evaluation, model_card
 from .integrity import METADATA_PREFIX, verify_files
 from .packing import pack
 from .patching import packed_modules
@@ -90,6 +90,7 @@ class PushingTrainer(Trainer):
             progression=self.progression_settings(),
             revision=self._card_revision,
         ).save(card)
+        add_dynamics(card, self.state)
 
     def _best_step(self) -> int | None:
         """The step whose weights were loaded at the end of training, if any were."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,8 @@ class ProgressionCallback(TrainerCallback, ExportableState):
             for module in masked_modules(self.trainer.model).values():
                 module.reset()
         self.freezing = Freezing(self.trainer.model, self.progression, self.trainer.args.train_committed)
+        # Else only checkpoints would have it, and not what save_state() writes.
+        cast(dict, state.stateful_callbacks)[type(self).__name__] = self.state()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -115,7 +117,7 @@ class StoMPPTrainer(PushingTrainer):
     - `evaluate` reports `eval_*` of the fully binary network, and until it is committed `eval_mixed_*` of the network
       in training.
     - no checkpoint from before the network is committed counts as the best, so early stopping waits for that too.
-    - logs carry `frozen_fraction` (share of all binary entries) and `frozen_fraction/<unit>`.
+    - logs carry `frozen_fraction/all` (share of all binary entries) and `frozen_fraction/<unit>`.
 
     Raises:
         ValueError: the model is not binarized, or the run would use nn.DataParallel, FSDP or DeepSpeed.
@@ -394,7 +396,8 @@ class StoMPPTrainer(PushingTrainer):
         counts = frozen_counts(self.model, config_of(self.model))
         frozen, entries = (sum(column) for column in zip(*counts.values(), strict=True))
         units = {f"frozen_fraction/{unit}": count / size for unit, (count, size) in counts.items()}
-        return {"frozen_fraction": frozen / entries} | units
+        # Under no name that begins another's: MLflow's file store keeps a metric in a file of that name.
+        return {"frozen_fraction/all": frozen / entries} | units
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
 

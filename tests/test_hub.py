@@ -711,3 +711,11 @@ def test_the_advice_comes_after_what_the_hub_said(tmp_path: Path) -> None:
             except HfHubHTTPError as error:
                 raise RuntimeError("Error while uploading 'model.safetensors' to the Hub.") from error
     assert caught.value.response.status_code == 403
+
+
+@pytest.mark.slow
+def test_picture_of_the_training_dynamics_is_pushed_beside_the_card(pushed: tuple[Any, Path, Any]) -> None:
+    pytest.importorskip("matplotlib")
+    files = pushed[0].repositories["me/tiny"].files("main")
+    assert b"![" in files["README.md"] and b"](dynamics.png)" in files["README.md"]
+    assert files["dynamics.png"].startswith(b"\x89PNG")

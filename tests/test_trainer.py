@@ -218,8 +218,8 @@ def test_logs_tell_the_frozen_fraction_of_each_unit(tmp_path: Path) -> None:
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     first = logs[0]["frozen_fraction/bert.encoder.layer.0"]
     assert 0.0 < first < 1.0 and logs[0]["frozen_fraction/bert.encoder.layer.2"] == 0.0
-    assert logs[0]["frozen_fraction"] == pytest.approx(first / LAYERS)
-    assert logs[-1]["frozen_fraction"] == 1.0
+    assert logs[0]["frozen_fraction/all"] == pytest.approx(first / LAYERS)
+    assert logs[-1]["frozen_fraction/all"] == 1.0
 
 
 def test_progress_bar_names_the_unit_in_transition(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

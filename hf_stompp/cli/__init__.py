@@ -18,7 +18,7 @@ from typing import Any
 from .. import benchmark
 from ..config import CHOICES
 from ..ops import cpu
-from . import conversion, evaluation, examples, information, inspection, training
+from . import conversion, evaluation, examples, information, inspection, plotting, training
 from .errors import explain
 from .models import quiet_transformers
 
@@ -88,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
         "  hf-stompp inspect google-bert/bert-base-uncased   # before training: what would be 1-bit\n"
         "  hf-stompp train google-bert/bert-base-uncased output --train_file train.csv --validation_file dev.csv\n"
         "  hf-stompp eval output/packed --file dev.csv       # how often it is right, and how fast\n"
+        "  hf-stompp plot output                             # how training went, as a picture and a page\n"
         "  hf-stompp COMMAND --help                          # more on each\n\n"
         "exit status: 0, or 2 after an error, which is one line on stderr; 130 after Ctrl-C",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -109,6 +110,7 @@ def parser() -> argparse.ArgumentParser:
     _add_pack(commands)
     _add_unpack(commands)
     _add_eval(commands)
+    _add_plot(commands)
     _add_bench(commands)
     return root
 
@@ -267,6 +269,33 @@ def _add_eval(commands: Any) -> None:
     _option(evaluate, "--batch_size", type=_count, default=32, metavar="N", help="default: 32")
     _option(evaluate, "--max_length", type=_count, default=128, metavar="N", help="tokens of a text (default: 128)")
     evaluate.add_argument("--device", help="default: cuda where there is one, otherwise cpu")
+
+
+def _add_plot(commands: Any) -> None:
+    plot = _add(
+        commands,
+        "plot",
+        plotting.run,
+        "a run's training dynamics, as a picture and an HTML page",
+        "Draws what a run logged: the frozen fraction of each unit, the evaluation of the fully binary model and of "
+        "the mixed one in training, training loss, gradient norm and learning rate, over optimizer steps. Writes "
+        "dynamics.png and dynamics.html, one page with picture and tables that needs no network. RUN is read, not "
+        "loaded: the model may be anywhere. A run of the plain Trainer is drawn without what it did not log. Needs "
+        "matplotlib: pip install 'hf_stompp[plot]'.",
+        "hf-stompp plot output",
+        "hf-stompp plot output --output figures --metric f1",
+        "hf-stompp plot output/checkpoint-500 --force      # a run that is still going on",
+        "hf-stompp plot benchmarks/results/sst2_stompp_history.json --output figures",
+    )
+    plot.add_argument(
+        "run_folder",
+        metavar="RUN",
+        type=Path,
+        help="output_dir of a run, one of its checkpoints, or a JSON file with its log_history",
+    )
+    plot.add_argument("--output", type=Path, metavar="FOLDER", help="where to write (default: RUN, or its folder)")
+    plot.add_argument("--metric", metavar="NAME", help="the measure to draw (default: the one evaluated most often)")
+    plot.add_argument("--force", action="store_true", help="replace dynamics.png and dynamics.html that are there")
 
 
 def _add_bench(commands: Any) -> None:

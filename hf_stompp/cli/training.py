@@ -29,11 +29,12 @@ from transformers import (
 )
 from transformers.modelcard import TrainingSummary
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..binarization import binarize
 from ..config import StoMPPConfig
-from ..hub import model_card
+from ..hub import add_dynamics, model_card
 from ..packing import pack
 from ..patching import report
 from ..trainer import StoMPPTrainer, UnitProgressCallback
@@ -239,15 +240,16 @@ def train_float(arguments: argparse.Namespace, model: Any, folder: Path, epochs:
     return model
 
 
-def measured(model: Any, arguments: argparse.Namespace, output: Path, data: dict[str, Any]) -> float:
-    """Accuracy on the validation set."""
+def measured(model: Any, arguments: argparse.Namespace, output: Path, data: dict[str, Any]) -> dict[str, float]:
+    """Loss and accuracy on the validation set."""
     args = training_arguments(StoMPPTrainingArguments, arguments, output)
     kind = StoMPPTrainer if getattr(model.config, "quantization_config", None) is not None else Trainer
     trainer = kind(model=model, args=args, **data)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(UnitProgressCallback)
-    return float(trainer.evaluate()["eval_accuracy"])
+    metrics = trainer.evaluate()
+    return {name: metrics[name] for name in ("eval_loss", "eval_accuracy")}
 
 
 def train(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -283,7 +285,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         "output": arguments.output,
         "method": arguments.method,
         "examples": {"train": len(training.labels), "validation": len(validation.labels)},
-        "accuracy": {},
+        "metrics": {},
         "bytes": {},
     }
     is_float = getattr(model.config, "quantization_config", None) is None
@@ -291,7 +293,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     if is_float and epochs:
         model = train_float(arguments, model, output / "float", epochs, data)
     if is_float:
-        result["accuracy"]["float"] = measured(model, arguments, output, data)
+        result["metrics"]["float"] = measured(model, arguments, output, data)
     if arguments.method == "float":
         model.save_pretrained(output / "model")
         tokenizer.save_pretrained(output / "model")
@@ -311,21 +313,24 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     trainer = StoMPPTrainer(model=model, args=args, **data)
     train_stage(trainer, arguments)
-    result["accuracy"]["binary"] = measured(model, arguments, output, data)
+    # Where `hf-stompp plot OUTPUT` looks.
+    trainer.state.save_to_json(str(output / TRAINER_STATE_NAME))
+    result["metrics"]["binary_final"] = measured(model, arguments, output, data)
     folder = output / "packed"
     packed = pack(model)
     packed.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     reloaded = type(packed).from_pretrained(folder)
-    result["accuracy"]["packed"] = measured(reloaded, arguments, output, data)
+    result["metrics"]["packed"] = measured(reloaded, arguments, output, data)
     model_card(
         reloaded,
         output.name,
         arguments.output,
         summary=TrainingSummary.from_trainer(trainer),
-        evaluation={"eval_accuracy": result["accuracy"]["packed"]},
+        evaluation=result["metrics"]["packed"],
         progression=trainer.progression_settings(),
     ).save(folder / "README.md")
+    add_dynamics(folder / "README.md", trainer.state)
     sizes = report(packed, packed.config.quantization_config).total
     result["bytes"] = {"float": sizes.bytes_before, "packed": sizes.bytes_packed}
     result["saved"] = str(Path(arguments.output) / "packed")
@@ -366,13 +371,13 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(result, indent=2))
         return
-    print(_table(result["accuracy"], result["bytes"]))
+    print(_table(result["metrics"], result["bytes"]))
     print(f"saved: {result['saved']}")
 
 
-def _table(scores: Mapping[str, float], sizes: Mapping[str, int]) -> str:
-    lines = [f"{'':8}  accuracy"]
-    for name, score in scores.items():
+def _table(metrics: Mapping[str, Mapping[str, float]], sizes: Mapping[str, int]) -> str:
+    lines = [f"{'':12}  accuracy"]
+    for name, found in metrics.items():
         size = f"  {megabytes(sizes[name])}" if name in sizes else ""
-        lines.append(f"{name:8}  {score:8.4f}{size}")
+        lines.append(f"{name:12}  {found['eval_accuracy']:8.4f}{size}")
     return "\n".join(lines)
