@@ -70,7 +70,8 @@ def output_folder(output: str, force: bool, model: str) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _weight_bytes(folder: Path) -> int:
+def weight_bytes(folder: Path) -> int:
+    """Size of the files that hold a model's weights."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
@@ -118,8 +119,8 @@ def _convert(
             "output": arguments.output,
             "class": type(made).__name__,
             "mode": mode,
-            "bytes_before": _weight_bytes(source),
-            "bytes_after": _weight_bytes(partial),
+            "bytes_before": weight_bytes(source),
+            "bytes_after": weight_bytes(partial),
             "files": sorted(path.name for path in partial.iterdir()),
         }
     if arguments.json:
