@@ -240,6 +240,9 @@ def _check_loaded(model: nn.Module) -> None:
     persistent = model.state_dict(keep_vars=True)
     names = [name for name in persistent if name.startswith(inside) or name.startswith(ours)]
     missing = [name for name in names if not getattr(persistent[name], "_is_hf_initialized", False)]
+    if missing:
+        offloaded = _offloaded(model)
+        missing = [name for name in missing if name not in offloaded]
     pooler = {name for name in names if "pooler" in name.split(".")}
     if pooler <= set(missing):
         # A head may be new, and the pooler is a part of one; half a pooler is damage.
@@ -251,6 +254,16 @@ def _check_loaded(model: nn.Module) -> None:
         )
     for name, module in packed_modules(model).items():
         _check_packed(name, module)
+
+
+def _offloaded(model: nn.Module) -> set[str]:
+    """Names of the tensors that accelerate has on disk or elsewhere, and fetches for each call."""
+    names: set[str] = set()
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", (hook,)):
+            names.update(getattr(part, "weights_map", None) or ())
+    return names
 
 
 def _check_shapes(model: nn.Module, shapes: dict[str, torch.Size]) -> None:
@@ -271,6 +284,12 @@ def _check_shapes(model: nn.Module, shapes: dict[str, torch.Size]) -> None:
 
 def _check_packed(name: str, module: PackedBinaryActivation | PackedBinaryLinear | PackedBinaryEmbedding) -> None:
     for tensor_name, tensor in module.named_buffers(recurse=False):
+        if tensor.is_meta:
+            # Several layers read one threshold, and none of them is what accelerate would fetch it for.
+            raise ValueError(
+                f"tensor {name + '.' + tensor_name!r} is offloaded, which packed layers do not work with: load the "
+                "model with offload_buffers=False, the default; parameters may be offloaded"
+            )
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"tensor {name + '.' + tensor_name!r} holds NaN or infinity: the checkpoint is damaged")
     if isinstance(module, PackedBinaryActivation):
