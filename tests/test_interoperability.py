@@ -293,7 +293,11 @@ def test_sentence_transformer_of_a_packed_encoder_gives_its_pooled_embeddings(
     embedder.save_pretrained(str(tmp_path / "saved"))
     loaded = sentence_transformers.SentenceTransformer(str(tmp_path / "saved"), device="cpu")
 
+    # Without a pooling of its own, a folder gets the mean.
+    bare = sentence_transformers.SentenceTransformer(str(tmp_path / "packed"), device="cpu")
+
     found = embedder.encode(TEXTS, convert_to_tensor=True)
+    assert torch.equal(bare.encode(TEXTS, convert_to_tensor=True), found)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(loaded.encode(TEXTS, convert_to_tensor=True), found)
     assert packed_modules(loaded)
