@@ -81,9 +81,10 @@ def test_output_that_is_no_onnx_file_is_refused(packed, refused, tmp_path):
 
 
 def test_export_without_onnx_says_what_to_install_and_leaves_nothing(packed, refused, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnx", None)
+    for name in ("onnx", "onnxscript"):
+        monkeypatch.setitem(sys.modules, name, None)
 
     message = refused("export", packed, tmp_path / "new" / "model.onnx")
 
-    assert "export to ONNX needs onnx: pip install 'hf_stompp[onnx]'" in message
+    assert "export to ONNX needs onnx and onnxscript: pip install 'hf_stompp[onnx]'" in message
     assert not (tmp_path / "new").exists()
