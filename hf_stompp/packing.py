@@ -9,15 +9,14 @@ import torch
 from torch import nn
 
 from .binarization import config_of
-from .config import StoMPPConfig
 from .nn import (
     MaskedBinaryActivation,
     MaskedBinaryLinear,
     PackedBinaryEmbedding,
     PackedBinaryLinear,
 )
-from .ops import pack_bits, unpack_signs
-from .patching import masked_modules, packed_modules, swap_in_masked, swap_in_packed, swap_out_norms, unit_modules
+from .ops import pack_bits
+from .patching import masked_modules, packed_modules, swap_in_float, swap_in_masked, swap_in_packed, unit_modules
 from .quantizer import attach_quantizer
 
 
@@ -121,7 +120,7 @@ def unpack(model: Model) -> Model:
     config.feed_forward_levels = "signed"
     # Rows have scales now, whatever the kind they came from: the input's amplitude was folded into them.
     config.weight_scale = "row"
-    _swap_in_float(latent, config)
+    swap_in_float(latent, config)
     swap_in_masked(latent, config)
     values = dict(model.named_modules())
     for name, module in masked_modules(latent).items():
@@ -133,27 +132,3 @@ def unpack(model: Model) -> Model:
         module.refresh_flags()
     attach_quantizer(latent, config)
     return latent.eval()
-
-
-def _swap_in_float(model: nn.Module, config: StoMPPConfig) -> None:
-    """Replaces packed modules by float ones of the same values, and gives the activation functions back."""
-    packed = packed_modules(model)
-    for name, entry in config.table.items():
-        module: Any = packed[name]
-        new: nn.Module
-        if entry["kind"] == "linear":
-            device = module.packed_weight.device
-            new = nn.Linear(module.in_features, module.out_features, module.bias is not None, device=device)
-            new.weight.copy_(unpack_signs(module.packed_weight, module.in_features) * module.scale.unsqueeze(-1))
-            if module.bias is not None:
-                new.bias.copy_(module.bias)
-            # Folding gave a bias to layers that had none.
-            entry["bias"] = module.bias is not None
-        elif entry["kind"] == "embedding":
-            signs = unpack_signs(module.packed_weight, module.embedding_dim).to(module.scale.dtype)
-            new = nn.Embedding.from_pretrained(signs * module.scale.unsqueeze(-1), freeze=False)
-            new.padding_idx = module.padding_idx
-        else:
-            new = module.activation
-        model.set_submodule(name, new)
-    swap_out_norms(model)

@@ -23,7 +23,7 @@ from .nn import (
 )
 from .nn.module import BinaryInputModule
 from .nn.residual_norm import is_residual_norm
-from .ops import packed_bytes
+from .ops import packed_bytes, unpack_signs
 
 
 PackedModule = PackedBinaryActivation | PackedBinaryEmbedding | PackedBinaryLinear
@@ -257,6 +257,37 @@ def swap_out_norms(model: nn.Module) -> None:
     blocks = {name: module for name, module in model.named_modules() if isinstance(module, PackedResidualNorm)}
     for name, block in blocks.items():
         model.set_submodule(name, block.restored())
+
+
+@torch.no_grad()
+def swap_in_float(model: nn.Module, config: StoMPPConfig) -> None:
+    """
+    Replaces packed modules by float ones of the same values, and gives the activation functions back, in place.
+
+    Args:
+        model (`nn.Module`): a packed model.
+        config (`StoMPPConfig`): with its table of modules, which is told of biases that folding added.
+    """
+    packed = packed_modules(model)
+    for name, entry in config.table.items():
+        module: Any = packed[name]
+        new: nn.Module
+        if entry["kind"] == "linear":
+            device = module.packed_weight.device
+            new = nn.Linear(module.in_features, module.out_features, module.bias is not None, device=device)
+            new.weight.copy_(unpack_signs(module.packed_weight, module.in_features) * module.scale.unsqueeze(-1))
+            if module.bias is not None:
+                new.bias.copy_(module.bias)
+            # Folding gave a bias to layers that had none.
+            entry["bias"] = module.bias is not None
+        elif entry["kind"] == "embedding":
+            signs = unpack_signs(module.packed_weight, module.embedding_dim).to(module.scale.dtype)
+            new = nn.Embedding.from_pretrained(signs * module.scale.unsqueeze(-1), freeze=False)
+            new.padding_idx = module.padding_idx
+        else:
+            new = module.activation
+        model.set_submodule(name, new)
+    swap_out_norms(model)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from .config import QUANT_METHOD, StoMPPConfig
 from .hub import upload_modified_files
 from .integrity import digests, start_verification
 from .nn import MaskedBinaryModule, PackedBinaryActivation, PackedBinaryEmbedding, PackedBinaryLinear
-from .patching import masked_modules, packed_modules, swap_in_masked, swap_in_packed
+from .patching import masked_modules, packed_modules, swap_in_float, swap_in_masked, swap_in_packed
 from .structure import plan_modules
 
 
@@ -83,6 +83,35 @@ class StoMPPQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         return True
 
+    def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """
+        What `packed.dequantize()` does: makes a packed model of mode `bwn` a plain Transformers model, in place. Its
+        linear layers are `nn.Linear` with weights of `+-scale`, and it computes the same.
+
+        Args:
+            model (`PreTrainedModel`): packed.
+            dtype (`torch.dtype`, *optional*): of the result; that of the model when not given.
+
+        Raises:
+            ValueError: the model is not packed, or has binary activations, which no plain float model computes.
+        """
+        config = self.quantization_config
+        if not packed_modules(model):
+            raise ValueError(f"{type(model).__name__} is not packed: pack(model) first, then dequantize")
+        if config.mode != "bwn":
+            raise ValueError(
+                f"only models of mode bwn can be dequantized: this {type(model).__name__} has binary activations too, "
+                "which no plain float model computes; hf_stompp.export.plain_torch(model) gives the same computation "
+                "in PyTorch's own operators, unpack(model) a latent model to train on"
+            )
+        swap_in_float(model, config)
+        holder: Any = model
+        # Not that of the config: the model may have been cast since.
+        holder.to(dtype or holder.dtype)
+        self.remove_quantization_config(model)
+        del holder._upload_modified_files
+        return model
+
     @property
     def is_trainable(self) -> bool:
         # The Trainer asks this even to evaluate; StoMPPTrainer.train refuses a packed model itself.
@@ -95,6 +124,16 @@ class StoMPPQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+class PlainQuantizer(StoMPPQuantizer):
+    """Of a model from [`~hf_stompp.export.plain_torch`], whose folder nothing could load."""
+
+    def is_serializable(self) -> bool:
+        raise ValueError(
+            "a model from plain_torch cannot be saved as a folder: save the packed model it was made from, or the "
+            "result of torch.export.export(model, ...) with torch.export.save"
+        )
 
 
 # A module reload must not register twice: the registry refuses that.
@@ -201,6 +240,9 @@ def _check_loaded(model: nn.Module) -> None:
     persistent = model.state_dict(keep_vars=True)
     names = [name for name in persistent if name.startswith(inside) or name.startswith(ours)]
     missing = [name for name in names if not getattr(persistent[name], "_is_hf_initialized", False)]
+    if missing:
+        offloaded = _offloaded(model)
+        missing = [name for name in missing if name not in offloaded]
     pooler = {name for name in names if "pooler" in name.split(".")}
     if pooler <= set(missing):
         # A head may be new, and the pooler is a part of one; half a pooler is damage.
@@ -212,6 +254,16 @@ def _check_loaded(model: nn.Module) -> None:
         )
     for name, module in packed_modules(model).items():
         _check_packed(name, module)
+
+
+def _offloaded(model: nn.Module) -> set[str]:
+    """Names of the tensors that accelerate has on disk or elsewhere, and fetches for each call."""
+    names: set[str] = set()
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", (hook,)):
+            names.update(getattr(part, "weights_map", None) or ())
+    return names
 
 
 def _check_shapes(model: nn.Module, shapes: dict[str, torch.Size]) -> None:
@@ -232,6 +284,12 @@ def _check_shapes(model: nn.Module, shapes: dict[str, torch.Size]) -> None:
 
 def _check_packed(name: str, module: PackedBinaryActivation | PackedBinaryLinear | PackedBinaryEmbedding) -> None:
     for tensor_name, tensor in module.named_buffers(recurse=False):
+        if tensor.is_meta:
+            # Several layers read one threshold, and none of them is what accelerate would fetch it for.
+            raise ValueError(
+                f"tensor {name + '.' + tensor_name!r} is offloaded, which packed layers do not work with: load the "
+                "model with offload_buffers=False, the default; parameters may be offloaded"
+            )
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"tensor {name + '.' + tensor_name!r} holds NaN or infinity: the checkpoint is damaged")
     if isinstance(module, PackedBinaryActivation):
@@ -264,6 +322,13 @@ def attach_quantizer(model: nn.Module, config: StoMPPConfig) -> None:
     # resumes with load_state_dict, which would then silently skip those tensors.
     holder._weight_conversions = None
     _complete_cards(model)
+
+
+def mark_as_plain(model: nn.Module) -> None:
+    """Makes `save_pretrained` refuse a model that is no longer packed, though its config says so."""
+    holder: Any = model
+    holder.hf_quantizer = PlainQuantizer(holder.config.quantization_config, pre_quantized=True)
+    holder.is_quantized = False
 
 
 def _check_float(model: nn.Module) -> None:

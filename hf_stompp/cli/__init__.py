@@ -18,7 +18,7 @@ from typing import Any
 from .. import benchmark
 from ..config import CHOICES
 from ..ops import cpu
-from . import conversion, evaluation, examples, information, inspection, plotting, training
+from . import conversion, evaluation, examples, exporting, information, inspection, plotting, training
 from .errors import explain
 from .models import quiet_transformers
 
@@ -109,6 +109,7 @@ def parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_pack(commands)
     _add_unpack(commands)
+    _add_export(commands)
     _add_eval(commands)
     _add_plot(commands)
     _add_bench(commands)
@@ -236,6 +237,22 @@ def _add_unpack(commands: Any) -> None:
     )
     _add_output(unpack, "a packed model: a folder or a name on the Hub")
     unpack.add_argument("--float", action="store_true", help="a plain float model of +-scale weights (mode bwn only)")
+
+
+def _add_export(commands: Any) -> None:
+    export = _add(
+        commands,
+        "export",
+        exporting.run_export,
+        "1-bit weights -> an ONNX file of standard operators",
+        "Writes a packed model as one ONNX file of standard operators, in float32, which any runtime can read. Its "
+        "weights stay eight to a byte; its answers are those of the packed model. Batch size and sequence length are "
+        "free. Needs onnx and onnxscript: pip install 'hf_stompp[onnx]'.",
+        "hf-stompp export output/packed output/model.onnx",
+    )
+    export.add_argument("model", metavar="MODEL", help="a packed model: a folder or a name on the Hub")
+    export.add_argument("output", metavar="OUTPUT.onnx", help="the file to write")
+    export.add_argument("--force", action="store_true", help="replace OUTPUT.onnx if it is there")
 
 
 def _add_eval(commands: Any) -> None:

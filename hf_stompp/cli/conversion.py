@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
 import shutil
@@ -12,14 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..hub import model_card
-from ..nn import MaskedBinaryEmbedding, MaskedBinaryLinear
 from ..packing import pack, unpack
-from ..patching import masked_modules
 from .errors import CommandError
 from .models import TOKENIZER_FILES, load, local_folder, megabytes, read_config, state_of
 
@@ -75,7 +71,8 @@ def output_folder(output: str, force: bool, model: str) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _weight_bytes(folder: Path) -> int:
+def weight_bytes(folder: Path) -> int:
+    """Size of the files that hold a model's weights."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
@@ -126,8 +123,8 @@ def _convert(
             "output": arguments.output,
             "class": type(made).__name__,
             "mode": mode,
-            "bytes_before": _weight_bytes(source),
-            "bytes_after": _weight_bytes(partial),
+            "bytes_before": weight_bytes(source),
+            "bytes_after": weight_bytes(partial),
             "files": sorted(path.name for path in partial.iterdir()),
         }
     if arguments.json:
@@ -159,49 +156,15 @@ def run_unpack(arguments: argparse.Namespace) -> None:
     }
 
     def make(model: PreTrainedModel) -> PreTrainedModel:
-        return plain_float(unpack(model)) if arguments.float else unpack(model)
+        if not arguments.float:
+            return unpack(model)
+        stompp: Any = model.config.quantization_config
+        if stompp.mode != "bwn":
+            raise CommandError(
+                "--float is for models of mode bwn: this one has binary activations too, which no plain float model "
+                "computes; unpack it without --float, or write an ONNX file with `hf-stompp export`"
+            )
+        holder: Any = model
+        return holder.dequantize()
 
     _convert(arguments, "packed", advice, make, "unpacking")
-
-
-def plain_float(model: PreTrainedModel) -> PreTrainedModel:
-    """
-    Turns an unpacked model into a plain Transformers model with weights of +-scale, in place: what any tool can read.
-
-    Args:
-        model (`PreTrainedModel`): from [`unpack`].
-
-    Returns:
-        `PreTrainedModel`: the same object.
-
-    Raises:
-        CommandError: its activations are binary, which no plain model computes.
-    """
-    config: Any = model.config.quantization_config
-    if config.mode != "bwn":
-        raise CommandError(
-            "--float is for models of mode bwn: this one has binary activations too, which no plain float model "
-            "computes; unpack it without --float"
-        )
-    modules: dict[str, Any] = dict(masked_modules(model))
-    for name, module in modules.items():
-        plain: nn.Module
-        if isinstance(module, MaskedBinaryLinear):
-            plain = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-            plain.bias = module.bias
-        else:
-            assert isinstance(module, MaskedBinaryEmbedding)
-            plain = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx, device="meta")
-        plain.weight = module.weight
-        model.set_submodule(name, plain)
-    holder: Any = model
-    bare = copy.deepcopy(model.config)
-    del bare.quantization_config
-    old = model.config
-    part: Any
-    for part in model.modules():
-        if getattr(part, "config", None) is old:
-            part.config = bare
-    holder.hf_quantizer, holder.is_quantized = None, False
-    del holder.quantization_method
-    return model

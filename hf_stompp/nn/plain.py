@@ -1,0 +1,125 @@
+"""
+Packed modules in PyTorch's own operators: what a program that does not have ours can run, and what exports.
+
+Signs are floats of +-1 here, and the bits of the weights are unpacked in every call. Who compiles a graph of it may do
+that once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .packed import Float32Buffers, PackedBinaryActivation, PackedBinaryEmbedding, PackedBinaryLinear
+
+
+def _plus_minus_one(above: Tensor, dtype: torch.dtype) -> Tensor:
+    """+1 where a boolean tensor is true, -1 elsewhere: one operator in a graph."""
+    one = torch.ones((), dtype=dtype, device=above.device)
+    return torch.where(above, one, -one)
+
+
+class _PackedRows(Float32Buffers):
+    """A module that holds packed rows."""
+
+    packed_weight: Tensor
+    bit_values: Tensor
+
+    def __init__(self, packed_weight: Tensor, columns: int) -> None:
+        super().__init__()
+        self.columns = columns
+        self.register_buffer("packed_weight", packed_weight)
+        # Compared, not shifted: the ONNX exporter takes every shifted integer for a signed one.
+        values = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=packed_weight.device)
+        self.register_buffer("bit_values", values, persistent=False)
+
+    def signs(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Packed rows of shape `(..., bytes)` as +-1 of shape `(..., columns)`."""
+        is_set = (rows.unsqueeze(-1) & self.bit_values) != 0
+        return _plus_minus_one(is_set.flatten(-2)[..., : self.columns], dtype)
+
+
+class PlainBinaryActivation(Float32Buffers):
+    """
+    [`PackedBinaryActivation`] in the place of a feed-forward activation function: puts out +-1.
+
+    Args:
+        packed (`PackedBinaryActivation`): its threshold is shared, not copied.
+    """
+
+    threshold: Tensor
+
+    def __init__(self, packed: PackedBinaryActivation) -> None:
+        super().__init__()
+        self.register_buffer("threshold", packed.threshold)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _plus_minus_one(input >= self.threshold, input.dtype)
+
+
+class PlainBinaryLinear(_PackedRows):
+    """
+    [`PackedBinaryLinear`]: on binary inputs a sign, the product of +-1 with +-1, a scale and a bias; on float inputs
+    the product with `+-scale`.
+
+    Args:
+        packed (`PackedBinaryLinear`): its tensors are shared, not copied.
+    """
+
+    scale: Tensor
+    bias: Tensor | None
+    threshold: Tensor | None
+
+    def __init__(self, packed: PackedBinaryLinear) -> None:
+        super().__init__(packed.packed_weight, packed.in_features)
+        self.binary_input = packed.binary_input
+        self.register_buffer("scale", packed.scale)
+        self.register_buffer("bias", packed.bias)
+        self.register_buffer("threshold", packed.input_activation.threshold if packed.binarizes_input else None)
+
+    def forward(self, input: Tensor) -> Tensor:
+        # In float32, which holds every sum of up to 2^24 terms of +-1.
+        signs, scale, bias = self.signs(self.packed_weight, torch.float32), self.scale, self.bias
+        if not self.binary_input:
+            weight = (signs * scale.unsqueeze(-1)).to(input.dtype)
+            return F.linear(input, weight, None if bias is None else bias.to(input.dtype))
+        above = input if self.threshold is None else _plus_minus_one(input >= self.threshold, torch.float32)
+        product = F.linear(above.float(), signs) * scale
+        return (product if bias is None else product + bias).to(input.dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.columns}, out_features={self.scale.shape[0]}, bias={self.bias is not None}"
+
+
+class PlainBinaryEmbedding(_PackedRows):
+    """
+    [`PackedBinaryEmbedding`].
+
+    Args:
+        packed (`PackedBinaryEmbedding`): its tensors are shared, not copied.
+    """
+
+    scale: Tensor
+
+    def __init__(self, packed: PackedBinaryEmbedding) -> None:
+        super().__init__(packed.packed_weight, packed.embedding_dim)
+        self.register_buffer("scale", packed.scale)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.signs(self.packed_weight[input], self.scale.dtype) * self.scale[input].unsqueeze(-1)
+
+
+def plain_module(packed: nn.Module) -> nn.Module:
+    """
+    The same computation in PyTorch's own operators.
+
+    Args:
+        packed (`PackedBinaryLinear`, `PackedBinaryActivation` or `PackedBinaryEmbedding`).
+    """
+    if isinstance(packed, PackedBinaryActivation):
+        return PlainBinaryActivation(packed)
+    if isinstance(packed, PackedBinaryLinear):
+        return PlainBinaryLinear(packed)
+    assert isinstance(packed, PackedBinaryEmbedding)
+    return PlainBinaryEmbedding(packed)
