@@ -202,7 +202,9 @@ def _add_train(commands: Any) -> None:
     _option(how, "--learning_rate", type=_positive, default=2e-4, metavar="RATE", help="default: 2e-4")
     _option(how, "--float_learning_rate", type=_positive, default=5e-5, metavar="RATE", help="default: 5e-5")
     _option(how, "--batch_size", type=_count, default=32, metavar="N", help="default: 32")
-    _option(how, "--logging_steps", type=_count, default=50, metavar="N", help="steps between two logs (default: 50)")
+    _option(
+        how, "--logging_steps", type=_count, default=0.02, metavar="N", help="between two logs (default: 2%% of all)"
+    )
     how.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     how.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     how.add_argument("--cpu", action="store_true", help="leave a GPU alone")
