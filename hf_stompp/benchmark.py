@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -290,6 +290,52 @@ def bench_loading(model: Any, rounds: int = 5) -> dict[str, Any] | None:
     for (name, cache), results in samples.items():
         result[name][cache] = {key: statistics.median(sample[key] for sample in results) for key in results[0]}
     return result
+
+
+@torch.inference_mode()
+def compare_with_float(packed: Any, batches: Sequence[int] = (1, 8)) -> list[dict[str, Any]]:
+    """
+    Times a packed text model beside a float one of its shapes, dtype and device. The float one's weights are random:
+    how fast it is does not depend on them.
+
+    Args:
+        packed (`PreTrainedModel`): after [`pack`].
+        batches (`Sequence[int]`, *optional*, defaults to `(1, 8)`): sequences at a time, of 128 tokens, or as many as
+            the model takes.
+
+    Returns:
+        `list[dict]`: one a batch, with `batch`, `length` and the median seconds of `float` and `packed`; empty for a
+            model that takes no token ids.
+    """
+    if packed.main_input_name != "input_ids":
+        return []
+    config = copy.deepcopy(packed.config)
+    del config.quantization_config
+    device, training = packed.device, packed.training
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]), device:
+        plain = type(packed)(config).to(packed.dtype).eval()
+    # RoBERTa's positions begin behind the padding token's.
+    length = min(128, getattr(config, "max_position_embeddings", 128) - 2)
+
+    def timed(model: Any, ids: Tensor) -> Callable[[], None]:
+        def run() -> None:
+            model(input_ids=ids)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+        return run
+
+    results = []
+    packed.eval()
+    try:
+        for batch in batches:
+            ids = torch.full((batch, length), config.vocab_size - 1, device=device)
+            found = interleave({"float": timed(plain, ids), "packed": timed(packed, ids)})
+            medians = {name: times["median"] for name, times in found.items()}
+            results.append({"batch": batch, "length": length, **medians})
+    finally:
+        packed.train(training)
+    return results
 
 
 def instruction_limits() -> dict[str, float]:

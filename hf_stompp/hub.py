@@ -77,7 +77,13 @@ Of the fully binary model, on the evaluation set:
 {{ sizes_table }}
 
 Bytes of all tensors: {{ bytes_before }} as a float model, {{ bytes_packed }} packed ({{ ratio }} times fewer).
+{% if speed_table %}
+## Speed
 
+{{ speed_table }}
+
+Median milliseconds of a forward pass, beside a float model of the same shapes: {{ machine }}.
+{% endif %}
 ## Training procedure
 
 {{ method }}
@@ -203,6 +209,7 @@ def model_card(
     progression: Mapping[str, Any] | None = None,
     tags: Sequence[str] = (),
     revision: str | None = None,
+    speed: Sequence[Mapping[str, Any]] = (),
 ) -> ModelCard:
     """
     The card of a latent or packed model.
@@ -217,6 +224,7 @@ def model_card(
         progression (`dict`, *optional*): settings of the progression, by name.
         tags (`list[str]`, *optional*): beside those of every binary model.
         revision (`str`, *optional*): branch that will hold it, if not `main`.
+        speed (`Sequence[dict]`, *optional*): from [`~hf_stompp.benchmark.compare_with_float`], of this machine.
 
     Returns:
         `ModelCard`: metadata with `model-index` where data set, task and measures are known, and the text.
@@ -254,6 +262,8 @@ def model_card(
         bytes_before=f"{total.bytes_before:,}",
         bytes_packed=f"{total.bytes_packed:,}",
         ratio=f"{total.bytes_before / total.bytes_packed:.1f}",
+        speed_table=_speed_table(speed),
+        machine=_machine(model),
         method=_method(config),
         progression_table=_table("setting", "value", progression or {}),
         hyperparameters_table=_table("hyperparameter", "value", (summary.hyperparameters if summary else None) or {}),
@@ -360,6 +370,30 @@ def _sizes_table(sizes: BinarizationReport) -> str:
         for row in [*sizes.units, sizes.total]
     ]
     return make_markdown_table(rows).strip()
+
+
+def _speed_table(speed: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        {
+            "batch": f"{row['batch']} x {row['length']} tokens",
+            "float": f"{1e3 * row['float']:.2f}",
+            "packed": f"{1e3 * row['packed']:.2f}",
+            "times faster": f"{row['float'] / row['packed']:.1f}",
+        }
+        for row in speed
+    ]
+    return make_markdown_table(rows).strip() if rows else ""
+
+
+def _machine(model: PreTrainedModel) -> str:
+    """Where the model runs, in words."""
+    # The package is not complete yet where this module is imported.
+    from .benchmark import processor
+
+    dtype = str(model.dtype).removeprefix("torch.")
+    if model.device.type == "cuda":
+        return f"{torch.cuda.get_device_name(model.device)}, {dtype}"
+    return f"{processor()['name']}, {torch.get_num_threads()} threads, {dtype}"
 
 
 def _method(config: StoMPPConfig) -> str:

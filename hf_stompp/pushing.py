@@ -17,6 +17,7 @@ from transformers.modelcard import TrainingSummary
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress, logging
 
+from .benchmark import compare_with_float
 from .hub import add_dynamics, final_evaluation, model_card
 from .integrity import METADATA_PREFIX, verify_files
 from .packing import pack
@@ -89,6 +90,7 @@ class PushingTrainer(Trainer):
             evaluation=final_evaluation(self.state.log_history, self.state.global_step, self._best_step()),
             progression=self.progression_settings(),
             revision=self._card_revision,
+            speed=compare_with_float(self.model) if packed_modules(self.model) else (),
         ).save(card)
         add_dynamics(card, self.state)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -102,3 +103,20 @@ def test_loading_is_measured_in_fresh_processes_for_both_models(tiny_model) -> N
         assert values["file_bytes"] > 0
         for cache in ("warm", "cold"):
             assert 0 < values[cache]["load_seconds"] < values[cache]["load_and_first_batch_seconds"]
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_packed_model_is_timed_beside_a_float_one_and_stays_as_it_is(tiny_packed: Callable, family: str) -> None:
+    packed = tiny_packed(family).train()
+    before = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
+    state = torch.get_rng_state()
+    rows = benchmark.compare_with_float(packed, batches=(1, 3))
+    assert [row["batch"] for row in rows] == [1, 3]
+    assert all(row["float"] > 0 and row["packed"] > 0 for row in rows)
+    assert all(row["length"] == packed.config.max_position_embeddings - 2 for row in rows)
+    assert packed.training and torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in packed.state_dict().items())
+
+
+def test_model_that_takes_no_tokens_is_not_timed(tiny_packed: Callable) -> None:
+    assert benchmark.compare_with_float(tiny_packed("vit")) == []

@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -247,7 +248,8 @@ def test_a_card_of_the_model_alone_is_sound(tiny_packed: Any, tmp_path: Path, mo
     from hf_stompp import StoMPPConfig, binarization_report
 
     packed = tiny_packed("bert", StoMPPConfig(mode=mode, binary_word_embeddings=True))
-    card = model_card(packed, "tiny", "me/tiny", tags=["mine"])
+    speed = [{"batch": 8, "length": 128, "float": 0.03, "packed": 0.004}]
+    card = model_card(packed, "tiny", "me/tiny", tags=["mine"], speed=speed if mode == "bnn" else ())
     card.save(tmp_path / "README.md")
     assert metadata_load(tmp_path / "README.md")["tags"] == ["mine", "stompp", "binary", "1-bit"]
     again = ModelCard.load(tmp_path / "README.md")
@@ -256,6 +258,8 @@ def test_a_card_of_the_model_alone_is_sound(tiny_packed: Any, tmp_path: Path, mo
     total = binarization_report(packed).total
     assert f"{total.bytes_before:,} as a float model, {total.bytes_packed:,} packed" in text
     assert ("activations that enter them" in text) == (mode == "bnn")
+    timed = re.search(r"8 x 128 tokens +\| 30.00 +\| 4.00 +\| 7.5 +\|\n\n.*: .+, \d+ threads, float32\.\n\n##", text)
+    assert bool(timed) == ("## Speed" in text) == (mode == "bnn")
     assert "binary: the word embeddings" in text and "2606.27759" in text
     assert not any(word in text for word in ("None", "{{", "{%", "More information"))
     assert "\n\n\n" not in text
@@ -433,7 +437,13 @@ def test_the_card_holds_up_against_the_metadata_validator(pushed: Any, tmp_path:
     assert str(ModelCard(str(loaded))) == str(loaded)
     text = loaded.text
     assert 'BertForSequenceClassification.from_pretrained("me/tiny")' in text and "import hf_stompp" in text
-    for words in ("progression_schedule | cubic", "learning_rate | 0.001", "fully binary from step", "2606.27759"):
+    for words in (
+        "progression_schedule | cubic",
+        "learning_rate | 0.001",
+        "fully binary from step",
+        "2606.27759",
+        "## Speed",
+    ):
         assert words in text
 
 

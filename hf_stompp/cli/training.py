@@ -32,6 +32,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..benchmark import compare_with_float
 from ..binarization import binarize
 from ..config import StoMPPConfig
 from ..hub import add_dynamics, model_card
@@ -329,6 +330,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         summary=TrainingSummary.from_trainer(trainer),
         evaluation=result["metrics"]["packed"],
         progression=trainer.progression_settings(),
+        speed=compare_with_float(reloaded),
     ).save(folder / "README.md")
     add_dynamics(folder / "README.md", trainer.state)
     sizes = report(packed, packed.config.quantization_config).total
