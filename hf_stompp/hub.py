@@ -16,7 +16,7 @@ from transformers.modelcard import TASK_TAG_TO_NAME_MAPPING, TrainingSummary, ma
 
 from .config import StoMPPConfig
 from .drawing import can_draw, png
-from .dynamics import dynamics_of
+from .dynamics import NO_MEASURES, dynamics_of
 from .patching import BinarizationReport, packed_modules, report
 
 
@@ -24,16 +24,6 @@ TAGS = ["stompp", "binary", "1-bit"]
 
 PIPELINE_TASKS = ("text-classification", "token-classification", "fill-mask", "question-answering")
 """Tasks whose pipeline needs no more than a model and its tokenizer."""
-
-# What an evaluation logs beside the measures of the model.
-NO_MEASURES = (
-    "loss",
-    "runtime",
-    "samples",
-    "samples_per_second",
-    "steps_per_second",
-    "model_preparation_time",
-)
 
 SURROGATE_WORDS = {
     "none": "without a straight-through estimator: a frozen entry has no gradient",
@@ -178,7 +168,7 @@ def measures(evaluation: Mapping[str, Any] | None) -> dict[str, float]:
     found = {}
     for key, value in (evaluation or {}).items():
         name = key.removeprefix("eval_")
-        if key.startswith("eval_") and not name.startswith("mixed_") and name not in NO_MEASURES:
+        if key.startswith("eval_") and not name.startswith("mixed_") and name not in ("loss", *NO_MEASURES):
             found[name] = float(value)
     return found
 
