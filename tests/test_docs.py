@@ -21,6 +21,7 @@ import torch
 import transformers
 
 from hf_stompp import StoMPPConfig, binarize, commit, pack
+from hf_stompp.export import export_onnx
 
 
 ROOT = Path(__file__).parent.parent
@@ -179,6 +180,15 @@ def given(page: Path) -> dict[str, Any]:
         model(**tokenizer(SENTENCES, return_tensors="pt"))
         pack(model).save_pretrained("me/model")
         tokenizer.save_pretrained("me/model")
+    if page.name == "export.md":
+        pytest.importorskip("onnxruntime")
+        for mode, folder in (("bnn", "output/packed"), ("bwn", "output/packed_bwn")):
+            model = transformers.AutoModelForSequenceClassification.from_pretrained("bert-base-uncased")
+            model = commit(binarize(model, StoMPPConfig(mode=mode)).eval())
+            model(**tokenizer(SENTENCES, return_tensors="pt"))
+            pack(model).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        export_onnx(pack(model), "output/model.onnx")
     return names
 
 

@@ -111,8 +111,9 @@ def _convert(
         bar.update()
         bar.set_description("writing")
         made.save_pretrained(partial)
-        if getattr(made.config, "quantization_config", None) is not None:
-            folder = Path(arguments.output)
+        folder = Path(arguments.output).expanduser()
+        # A card that is there may be somebody's own.
+        if getattr(made.config, "quantization_config", None) is not None and not (folder / "README.md").exists():
             model_card(made, folder.name, arguments.output).save(partial / "README.md")
         for pattern in TOKENIZER_FILES:
             for path in source.glob(pattern):

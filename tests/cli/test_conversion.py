@@ -61,7 +61,10 @@ def test_pack_writes_the_packed_model_with_its_tokenizer(latent, logits, printed
     assert torch.equal(logits(loaded), logits(pack(load(latent))))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert contents(output)[name] == contents(latent)[name]
-    assert set(contents(output)) == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    names = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert set(contents(output)) == names
+    card = contents(output)["README.md"].decode()
+    assert "import hf_stompp" in card and f'from_pretrained("{output}")' in card
     assert [path.name for path in output.parent.iterdir()] == ["packed"]
 
 
@@ -99,15 +102,16 @@ def test_output_that_is_not_empty_is_refused_and_left_alone(latent, packed, refu
 def test_force_replaces_the_model_and_keeps_what_is_not_the_models(latent, tiny_packed, logits, printed, tmp_path):
     output = tmp_path / "output"
     tiny_packed("bert", seed=5).save_pretrained(output, max_shard_size="20KB")
-    (output / "notes.txt").write_text("mine")
+    for name in ("notes.txt", "README.md"):
+        (output / name).write_text("mine")
     assert (output / "model.safetensors.index.json").is_file()
 
     printed("pack", latent, output, "--force")
 
     assert torch.equal(logits(load(output)), logits(pack(load(latent))))
-    names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "notes.txt"}
+    names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "notes.txt", "README.md"}
     assert set(contents(output)) == names
-    assert (output / "notes.txt").read_text() == "mine"
+    assert contents(output)["notes.txt"] == contents(output)["README.md"] == b"mine"
 
 
 def test_model_is_never_replaced_by_its_own_result(latent, refused):
