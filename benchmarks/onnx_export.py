@@ -9,6 +9,7 @@ The model is all-MiniLM-L6-v2, committed without training. All variants run in o
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import shlex
 import sys
@@ -33,8 +34,7 @@ def packed_minilm(**config: Any) -> tuple[Any, Any]:
     from fetch_model import find_model_dir
 
     model = BertForSequenceClassification.from_pretrained(find_model_dir(), dtype=torch.float32).eval()
-    latent = BertForSequenceClassification.from_pretrained(find_model_dir(), dtype=torch.float32).eval()
-    latent.load_state_dict(model.state_dict())
+    latent = copy.deepcopy(model)
     binarize(latent, StoMPPConfig(**config))
     with torch.no_grad():
         latent(input_ids=torch.randint(1000, 30000, (4, 32)))
