@@ -30,6 +30,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
 MODULE_KINDS = ("linear", "activation", "embedding")
 
 
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 class StoMPPConfig(QuantizationConfigMixin):
     """
     What is binarized and how. Saved in `config.json` as `quantization_config`.
@@ -42,13 +46,16 @@ class StoMPPConfig(QuantizationConfigMixin):
             `"bnn"`: binary weights and activations; `"bwn"`: binary weights, float activations (paper).
         surrogate (`str`, *optional*, defaults to `"ste"`):
             Gradient of the frozen entries: `"none"` (STE-free, exactly 0; paper), `"ste"` (StoMPP+STE, identity;
-            paper) or `"clipped_ste"` (identity within the clip range; BinaryNet).
+            paper) or `"clipped_ste"` (identity within a window; BinaryNet).
         weight_scale (`str`, *optional*, defaults to `"row"`):
             Hard level of a weight: mean magnitude of its output `"row"` (XNOR-Net, BiBERT) or of the whole `"tensor"`
             (BiT), or 1 (`"none"`; paper).
         weight_clip (`float`, *optional*, defaults to 3.0):
             Clip range of the free weights, as a multiple of the weight scale (ours; the paper clips at 1, which
             destroys a pretrained network before anything is frozen).
+        weight_window (`float`, *optional*):
+            Window of the surrogate `clipped_ste` for frozen weights, as a multiple of the weight scale (ours). The
+            clip range when not given.
         activation_scale (`str`, *optional*, defaults to `"learned"`):
             Hard level of an activation, one number a tensor, initialised from the first batch, then `"learned"` (BiT)
             or `"fixed"`.
@@ -58,8 +65,10 @@ class StoMPPConfig(QuantizationConfigMixin):
         activation_clip (`float`, *optional*, defaults to 10.0):
             Clip range of the free activations, as a multiple of the activation scale (ours). It is far wider than that
             of the weights because activations have outliers: at 3 little is left of a pretrained network before
-            anything is
-            frozen (`benchmarks/results/clip_range.json`).
+            anything is frozen (`benchmarks/results/clip_range.json`).
+        activation_window (`float`, *optional*):
+            Window of the surrogate `clipped_ste` for frozen activations, as a multiple of the activation scale (ours).
+            The clip range when not given.
         feed_forward_levels (`str`, *optional*, defaults to `"signed"`):
             Levels behind the feed-forward activation function: `"signed"` = {-a, +a} about the shift, `"zero_one"` =
             {0, a} (BiT's set for non-negative tensors).
@@ -93,9 +102,11 @@ class StoMPPConfig(QuantizationConfigMixin):
         surrogate: str = "ste",
         weight_scale: str = "row",
         weight_clip: float = 3.0,
+        weight_window: float | None = None,
         activation_scale: str = "learned",
         activation_shift: str = "learned",
         activation_clip: float = 10.0,
+        activation_window: float | None = None,
         feed_forward_levels: str = "signed",
         unit: str = "layer",
         modules_to_not_convert: list[str] | None = None,
@@ -112,9 +123,11 @@ class StoMPPConfig(QuantizationConfigMixin):
         self.surrogate = surrogate
         self.weight_scale = weight_scale
         self.weight_clip = weight_clip
+        self.weight_window = weight_window
         self.activation_scale = activation_scale
         self.activation_shift = activation_shift
         self.activation_clip = activation_clip
+        self.activation_window = activation_window
         self.feed_forward_levels = feed_forward_levels
         self.unit = unit
         self.modules_to_not_convert = (
@@ -148,11 +161,22 @@ class StoMPPConfig(QuantizationConfigMixin):
             if getattr(self, field) not in choices:
                 raise ValueError(f"StoMPPConfig.{field} must be one of {list(choices)}, got {getattr(self, field)!r}")
         for field in ("weight_clip", "activation_clip"):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 1:
+            if not _is_finite(getattr(self, field)) or getattr(self, field) < 1:
                 raise ValueError(
                     f"StoMPPConfig.{field} must be a finite number of at least 1 (a multiple of the scale), got "
-                    f"{value!r}"
+                    f"{getattr(self, field)!r}"
+                )
+        for field in ("weight_window", "activation_window"):
+            value = getattr(self, field)
+            if value is not None and (not _is_finite(value) or value <= 0):
+                raise ValueError(
+                    f"StoMPPConfig.{field} must be a finite number above 0 (a multiple of the scale) or None (the "
+                    f"clip range), got {value!r}"
+                )
+            if value is not None and self.surrogate != "clipped_ste":
+                raise ValueError(
+                    f"StoMPPConfig.{field} is the window of surrogate='clipped_ste' and is not used by "
+                    f"{self.surrogate!r}: drop it, or choose that surrogate"
                 )
         if not isinstance(self.binary_word_embeddings, bool):
             raise ValueError(

@@ -143,7 +143,11 @@ def swap_in_masked(model: nn.Module, config: StoMPPConfig) -> None:
     """
     check_fits(model, config, {"linear": (nn.Linear,), "activation": (nn.Module,), "embedding": (nn.Embedding,)})
     modules = dict(model.named_modules())
-    settings: dict[str, Any] = {"clip": config.weight_clip, "surrogate": config.surrogate}
+    settings: dict[str, Any] = {
+        "clip": config.weight_clip,
+        "surrogate": config.surrogate,
+        "window": config.weight_window,
+    }
 
     def activation(features: int, device: torch.device, function: nn.Module | None = None) -> MaskedBinaryActivation:
         return MaskedBinaryActivation(
@@ -152,6 +156,7 @@ def swap_in_masked(model: nn.Module, config: StoMPPConfig) -> None:
             levels=config.feed_forward_levels if function is not None else "signed",
             clip=config.activation_clip,
             surrogate=config.surrogate,
+            window=config.activation_window,
             scale=config.activation_scale,
             shift=config.activation_shift,
             device=device,

@@ -19,9 +19,11 @@ OTHER_VALUES = {
     "surrogate": "clipped_ste",
     "weight_scale": "tensor",
     "weight_clip": 2.0,
+    "weight_window": 1.5,
     "activation_scale": "fixed",
     "activation_shift": "none",
     "activation_clip": 1.5,
+    "activation_window": 0.5,
     "feed_forward_levels": "zero_one",
     "unit": "sublayer",
     "modules_to_not_convert": ["pooler"],
@@ -61,6 +63,20 @@ def test_a_choice_that_does_not_exist_is_refused_by_name_with_what_there_is(fiel
 def test_a_clip_range_below_one_or_not_finite_is_refused(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"StoMPPConfig.{field} must be a finite number of at least 1"):
         StoMPPConfig(**{field: value})
+
+
+@pytest.mark.parametrize("field", ["weight_window", "activation_window"])
+@pytest.mark.parametrize("value", [0, -3.0, math.nan, math.inf, "3", True, [3.0]], ids=repr)
+def test_a_window_that_is_not_above_zero_or_not_finite_is_refused(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"StoMPPConfig.{field} must be a finite number above 0"):
+        StoMPPConfig(surrogate="clipped_ste", **{field: value})
+
+
+@pytest.mark.parametrize("field", ["weight_window", "activation_window"])
+@pytest.mark.parametrize("surrogate", ["none", "ste"])
+def test_a_window_of_a_surrogate_that_has_none_is_refused(field: str, surrogate: str) -> None:
+    with pytest.raises(ValueError, match=f"StoMPPConfig.{field} is the window of surrogate='clipped_ste'"):
+        StoMPPConfig(surrogate=surrogate, **{field: 2.0})
 
 
 @pytest.mark.parametrize(

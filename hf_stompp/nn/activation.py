@@ -43,6 +43,8 @@ class MaskedBinaryActivation(MaskedBinaryModule):
         levels (`str`, *optional*, defaults to `"signed"`): a key of [`~hf_stompp.nn.functional.LEVELS`].
         clip (`float`, *optional*, defaults to 10.0): clip range of the smooth branch as a multiple of the scale.
         surrogate (`str`, *optional*, defaults to `"ste"`): a key of [`~hf_stompp.nn.functional.SURROGATES`].
+        window (`float`, *optional*): of the surrogate `clipped_ste`, as a multiple of the scale; the clip range when
+            not given.
         scale (`str`, *optional*, defaults to `"learned"`): `"learned"` or `"fixed"` at its first value.
         shift (`str`, *optional*, defaults to `"learned"`): `"learned"`, `"fixed"` at its first value, or `"none"`: no
             shift, threshold 0. Holds for the threshold as well.
@@ -60,6 +62,7 @@ class MaskedBinaryActivation(MaskedBinaryModule):
         levels: str = "signed",
         clip: float = 10.0,
         surrogate: str = "ste",
+        window: float | None = None,
         scale: str = "learned",
         shift: str = "learned",
         device: torch.device | None = None,
@@ -69,6 +72,7 @@ class MaskedBinaryActivation(MaskedBinaryModule):
         self.activation = activation
         self.levels = levels
         self.clip = clip
+        self.window = window
         self.has_shift = shift != "none"
         self._register("scale", (), scale == "learned", device)
         self._register("shift", (features,), shift == "learned" and levels == "signed", device)
@@ -198,6 +202,7 @@ class MaskedBinaryActivation(MaskedBinaryModule):
             self.clip,
             self.surrogate,
             self.levels,
+            self.window,
             blocked=self.blocks_gradient,
         )
 

@@ -31,6 +31,8 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
         scale (`str`, *optional*, defaults to `"row"`): a key of [`~hf_stompp.nn.functional.WEIGHT_SCALES`].
         clip (`float`, *optional*, defaults to 3.0): clip range of the weight as a multiple of its scale.
         surrogate (`str`, *optional*, defaults to `"ste"`): a key of [`~hf_stompp.nn.functional.SURROGATES`].
+        window (`float`, *optional*): of the surrogate `clipped_ste`, as a multiple of the scale; the clip range when
+            not given.
         device (`torch.device`, *optional*).
         dtype (`torch.dtype`, *optional*): of weight and bias.
     """
@@ -43,6 +45,7 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
         scale: str = "row",
         clip: float = 3.0,
         surrogate: str = "ste",
+        window: float | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -51,6 +54,7 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
         self.out_features = out_features
         self.scale = scale
         self.clip = clip
+        self.window = window
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
@@ -110,6 +114,7 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
             self.bias,
             self.clip,
             self.surrogate,
+            self.window,
             blocked=self.blocks_gradient,
         )
 
@@ -155,7 +160,8 @@ class MaskedBinaryEmbedding(MaskedBinaryModule):
         num_embeddings (`int`).
         embedding_dim (`int`).
         padding_idx (`int`, *optional*): this row gets no gradient.
-        clip (`float`), surrogate (`str`): as in [`MaskedBinaryLinear`]; the scale is always that of a row.
+        clip (`float`), surrogate (`str`), window (`float`, *optional*): as in [`MaskedBinaryLinear`]; the scale is
+            always that of a row.
         device (`torch.device`, *optional*).
         dtype (`torch.dtype`, *optional*).
     """
@@ -167,6 +173,7 @@ class MaskedBinaryEmbedding(MaskedBinaryModule):
         padding_idx: int | None = None,
         clip: float = 3.0,
         surrogate: str = "ste",
+        window: float | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -175,6 +182,7 @@ class MaskedBinaryEmbedding(MaskedBinaryModule):
         self.embedding_dim = embedding_dim
         self.padding_idx = padding_idx
         self.clip = clip
+        self.window = window
         self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim, device=device, dtype=dtype))
 
     def row_scale(self) -> Tensor:
@@ -185,7 +193,7 @@ class MaskedBinaryEmbedding(MaskedBinaryModule):
         weight = self.weight.detach() if self.blocks_gradient else self.weight
         rows = F.embedding(input, weight, self.padding_idx)
         mask = F.embedding(input, self.freeze_mask)
-        return masked_binary_weight(rows, mask, weight_scale(rows, "row"), self.clip, self.surrogate)
+        return masked_binary_weight(rows, mask, weight_scale(rows, "row"), self.clip, self.surrogate, self.window)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, clip={self.clip}, surrogate={self.surrogate!r}"
