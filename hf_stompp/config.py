@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .nn.functional import LEVELS, SURROGATES, WEIGHT_SCALES
+from .nn.functional import LEVELS, SURROGATES, WEIGHT_CENTERS, WEIGHT_SCALES
 
 
 QUANT_METHOD = "stompp"
@@ -19,6 +19,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("bnn", "bwn"),
     "surrogate": tuple(SURROGATES),
     "weight_scale": tuple(WEIGHT_SCALES),
+    "weight_center": tuple(WEIGHT_CENTERS),
     "activation_scale": ("learned", "fixed"),
     "activation_shift": ("learned", "fixed", "none"),
     "feed_forward_levels": tuple(LEVELS),
@@ -50,6 +51,9 @@ class StoMPPConfig(QuantizationConfigMixin):
         weight_scale (`str`, *optional*, defaults to `"row"`):
             Hard level of a weight: mean magnitude of its output `"row"` (XNOR-Net, BiBERT) or of the whole `"tensor"`
             (BiT), or 1 (`"none"`; paper).
+        weight_center (`str`, *optional*, defaults to `"none"`):
+            What is subtracted from a linear layer's weight before its sign is taken: nothing (paper), the mean of
+            its output `"row"` (BiBERT) or of the whole `"tensor"` (BiT).
         weight_clip (`float`, *optional*, defaults to 3.0):
             Clip range of the free weights, as a multiple of the weight scale (ours; the paper clips at 1, which
             destroys a pretrained network before anything is frozen).
@@ -59,6 +63,10 @@ class StoMPPConfig(QuantizationConfigMixin):
         activation_scale (`str`, *optional*, defaults to `"learned"`):
             Hard level of an activation, one number a tensor, initialised from the first batch, then `"learned"` (BiT)
             or `"fixed"`.
+        initial_activation_scale (`float`, *optional*, defaults to 1.0):
+            First value of the activation scale, as a multiple of the mean distance from the shift (of the mean of
+            what is positive, with the levels `"zero_one"`), at which the two levels fit the first batch best
+            (XNOR-Net). BiT starts at 2.
         activation_shift (`str`, *optional*, defaults to `"learned"`):
             Shift and threshold of a binary activation, one number a feature, initialised from the first batch, then
             `"learned"` (BiT) or `"fixed"`, or `"none"`: both 0.
@@ -101,9 +109,11 @@ class StoMPPConfig(QuantizationConfigMixin):
         mode: str = "bnn",
         surrogate: str = "ste",
         weight_scale: str = "row",
+        weight_center: str = "none",
         weight_clip: float = 3.0,
         weight_window: float | None = None,
         activation_scale: str = "learned",
+        initial_activation_scale: float = 1.0,
         activation_shift: str = "learned",
         activation_clip: float = 10.0,
         activation_window: float | None = None,
@@ -122,9 +132,11 @@ class StoMPPConfig(QuantizationConfigMixin):
         self.mode = mode
         self.surrogate = surrogate
         self.weight_scale = weight_scale
+        self.weight_center = weight_center
         self.weight_clip = weight_clip
         self.weight_window = weight_window
         self.activation_scale = activation_scale
+        self.initial_activation_scale = initial_activation_scale
         self.activation_shift = activation_shift
         self.activation_clip = activation_clip
         self.activation_window = activation_window
@@ -166,6 +178,11 @@ class StoMPPConfig(QuantizationConfigMixin):
                     f"StoMPPConfig.{field} must be a finite number of at least 1 (a multiple of the scale), got "
                     f"{getattr(self, field)!r}"
                 )
+        if not _is_finite(self.initial_activation_scale) or self.initial_activation_scale <= 0:
+            raise ValueError(
+                f"StoMPPConfig.initial_activation_scale must be a finite number above 0, got "
+                f"{self.initial_activation_scale!r}"
+            )
         for field in ("weight_window", "activation_window"):
             value = getattr(self, field)
             if value is not None and (not _is_finite(value) or value <= 0):

@@ -158,6 +158,7 @@ def swap_in_masked(model: nn.Module, config: StoMPPConfig) -> None:
             surrogate=config.surrogate,
             window=config.activation_window,
             scale=config.activation_scale,
+            initial_scale=config.initial_activation_scale,
             shift=config.activation_shift,
             device=device,
         )
@@ -169,7 +170,13 @@ def swap_in_masked(model: nn.Module, config: StoMPPConfig) -> None:
         if entry["kind"] == "linear":
             place = {"device": old.weight.device, "dtype": old.weight.dtype}
             new = MaskedBinaryLinear(
-                old.in_features, old.out_features, entry["bias"], scale=config.weight_scale, **settings, **place
+                old.in_features,
+                old.out_features,
+                entry["bias"],
+                scale=config.weight_scale,
+                center=config.weight_center,
+                **settings,
+                **place,
             )
             new.weight = old.weight
             if old.bias is not None:

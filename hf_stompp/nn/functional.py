@@ -29,6 +29,7 @@ from ..ops import (
 __all__ = [
     "LEVELS",
     "SURROGATES",
+    "WEIGHT_CENTERS",
     "WEIGHT_SCALES",
     "compute_dtype",
     "masked_binary_activation",
@@ -62,6 +63,20 @@ Weight scale by name: `weight (rows, in_features) -> scale (rows, 1)` in float64
 - `row`: mean |w| of each row (XNOR-Net, arXiv 1603.05279, eq. 6; BiBERT).
 - `tensor`: mean |w| of the whole tensor (BiT, arXiv 2205.13016).
 - `none`: 1, the bare sign.
+"""
+
+WEIGHT_CENTERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda weight: weight,
+    "row": lambda weight: weight - weight.mean(dim=-1, keepdim=True),
+    "tensor": lambda weight: weight - weight.mean(),
+}
+"""
+What the sign of a weight is taken of, by name: `weight (rows, in_features) -> weight less its mean (rows,
+in_features)`, differentiable.
+
+- `none`: the weight itself (paper).
+- `row`: less the mean of its row (BiBERT, arXiv 2203.06390).
+- `tensor`: less the mean of the whole tensor (BiT, arXiv 2205.13016).
 """
 
 LEVELS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]] = {
