@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -11,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from .config import StoMPPConfig
-from .methods import FLOAT_STAGE_LEARNING_RATE
+from .methods import RecipeArguments, progression_of
 from .training_args import StoMPPTrainingArguments
 
 
@@ -24,6 +23,8 @@ FINISHED = "finished.json"
 
 TEACHERS = ("float", "none")
 """Teachers that are no model's name: the float model of the run, and no teacher."""
+
+ASKED_SETTINGS = ("method", "float_num_train_epochs", "float_learning_rate", "teacher")
 
 TRAINING_SETTINGS = (
     *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size"),
@@ -38,10 +39,9 @@ class Recipe:
     What a run is made of.
 
     Args:
-        method (`str`): a key of [`~hf_stompp.methods.METHODS`].
-        config (`StoMPPConfig`, *optional*): what is binarized and how; `None` with the method `float`.
-        args (`StoMPPTrainingArguments`): of the binary stage (with the method `float`, of the float fine-tuning).
-            Checkpoints and the trained model go to its `output_dir`.
+        asked (`RecipeArguments`): the method, its settings, and those of the float stage.
+        args (`StoMPPTrainingArguments`): of the binary stage (with the method `float`, of the float fine-tuning),
+            completed by `asked.complete(args, ...)`. Checkpoints and the trained model go to its `output_dir`.
         output_dir (`Path`): folder of the run: gets `float` and `packed`, each with a model.
         tokenizer (`PreTrainedTokenizerBase`).
         train_dataset (`Dataset`, *optional*): tokenized; not needed to evaluate.
@@ -49,16 +49,11 @@ class Recipe:
             evaluated in training.
         data_collator (`Callable`).
         compute_metrics (`Callable`): as the Trainer takes it.
-        float_epochs (`float`, *optional*, defaults to 0): fine-tune the float model for so many epochs first.
-        float_learning_rate (`float`, *optional*, defaults to 5e-5): of that fine-tuning.
-        teacher (`str`, *optional*, defaults to `"float"`): what the binary stage distils from: the `"float"` model
-            that is binarized, if its head is trained; `"none"`; or a model's name or folder.
         identity (`dict`, *optional*): what else tells this run from others (model, data), as plain JSON.
         prepare (`Callable[[Trainer], None]`, *optional*): called with every Trainer before it runs.
     """
 
-    method: str
-    config: StoMPPConfig | None
+    asked: RecipeArguments
     args: StoMPPTrainingArguments
     output_dir: Path
     tokenizer: Any
@@ -66,11 +61,13 @@ class Recipe:
     eval_datasets: dict[str, Any]
     data_collator: Callable[..., Any]
     compute_metrics: Callable[..., dict[str, float]]
-    float_epochs: float = 0.0
-    float_learning_rate: float = FLOAT_STAGE_LEARNING_RATE
-    teacher: str = "float"
     identity: dict[str, Any] = field(default_factory=dict)
     prepare: Callable[[Trainer], None] = lambda trainer: None
+
+    @property
+    def config(self) -> StoMPPConfig | None:
+        """What is binarized and how; `None` with the method `float`."""
+        return self.asked.config()
 
 
 @dataclass
@@ -111,13 +108,6 @@ class Results:
 # --- whose folder it is ----------------------------------------------------------------------------------------------
 
 
-def progression_of(args: StoMPPTrainingArguments) -> dict[str, Any]:
-    """What [`StoMPPTrainingArguments`] adds to the arguments of Transformers."""
-    plain = {item.name for item in dataclasses.fields(TrainingArguments)}
-    names = [item.name for item in dataclasses.fields(StoMPPTrainingArguments) if item.name not in plain]
-    return {name: getattr(args, name) for name in names}
-
-
 def claim_output_dir(recipe: Recipe) -> None:
     """
     Records in the output folder which run it belongs to.
@@ -130,10 +120,7 @@ def claim_output_dir(recipe: Recipe) -> None:
     """
     settings = {
         **recipe.identity,
-        "method": recipe.method,
-        "float_num_train_epochs": recipe.float_epochs,
-        "float_learning_rate": recipe.float_learning_rate,
-        "teacher": recipe.teacher,
+        **{name: getattr(recipe.asked, name) for name in ASKED_SETTINGS},
         **{name: getattr(recipe.args, name) for name in TRAINING_SETTINGS},
         "binarization": None if recipe.config is None else recipe.config.to_dict(),
         "progression": None if recipe.config is None else progression_of(recipe.args),

@@ -66,19 +66,19 @@ def run_recipe(recipe: Recipe, model: PreTrainedModel, head_is_trained: bool = T
         raise ValueError("a packed model cannot be trained: unpack(model), or take the float model it was made from")
     claim_output_dir(recipe)
     # Before anything is trained: a teacher that cannot be loaded should not show after hours of work.
-    teacher = load_teacher(recipe.teacher)
+    teacher = load_teacher(recipe.asked.teacher)
     results = Results()
     _keep_names(model)
-    if recipe.method == "float":
+    if recipe.asked.method == "float":
         return _run_float(recipe, model, results)
     models: dict[str, PreTrainedModel] = {}
     if not is_binarized(model):
         models["float"], head_is_trained = prepare_float_model(recipe, model, head_is_trained, results)
-        if recipe.teacher == "float" and head_is_trained:
+        if recipe.asked.teacher == "float" and head_is_trained:
             teacher = models["float"]
         with results.timed("binarize"):
             model = binarize(copy.deepcopy(models["float"]), recipe.config)
-    results.teacher = None if teacher is None else recipe.teacher
+    results.teacher = None if teacher is None else recipe.asked.teacher
     trainer = train_binary(recipe, model, teacher, results)
     models["packed"] = results.model = pack_and_reload(recipe, trainer, results)
     with results.timed("measure_speed"):
@@ -133,7 +133,7 @@ def prepare_float_model(
     result as one that was not.
     """
     results.steps["float"] = 0
-    if recipe.float_epochs > 0:
+    if recipe.asked.float_num_train_epochs > 0:
         args = float_arguments(recipe)
         trainer = fine_tune_float(recipe, model, args, results)
         results.steps["float"], head_is_trained = trainer.state.global_step, True
@@ -156,9 +156,9 @@ def float_arguments(recipe: Recipe) -> StoMPPTrainingArguments:
     """The arguments of the float fine-tuning that comes before the binary stage."""
     changed = copy.copy(recipe.args)
     changed.output_dir = str(recipe.output_dir / "float")
-    changed.num_train_epochs = recipe.float_epochs
+    changed.num_train_epochs = recipe.asked.float_num_train_epochs
     changed.max_steps = -1
-    changed.learning_rate = recipe.float_learning_rate
+    changed.learning_rate = recipe.asked.float_learning_rate
     changed.resume_from_checkpoint = None
     return changed
 
@@ -316,8 +316,8 @@ def make_trainer(
         teacher (`PreTrainedModel`, *optional*): what a latent model distils from.
     """
     args = copy.copy(args or recipe.args)
-    # Only the result is shared, at the end.
-    args.push_to_hub = False
+    # Only the result is shared, at the end; and a Trainer writes its arguments to a file, the token among them.
+    args.push_to_hub, args.hub_token = False, None
     if not train:
         args.load_best_model_at_end, args.eval_strategy = False, IntervalStrategy.NO
     trainer = (BinaryTrainer if is_binarized(model) else FloatTrainer)(

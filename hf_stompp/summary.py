@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, Trainer
 
 from .benchmark import processor
 from .dynamics import measures_of
-from .recipe import Recipe, Results, progression_of
+from .methods import progression_of
+from .recipe import Recipe, Results
 
 
 TIMED_BATCHES = 10
@@ -115,7 +116,7 @@ def summarize(recipe: Recipe, results: Results, **known: Any) -> dict[str, Any]:
     args, config = recipe.args, recipe.config
     summary = {
         "task": None,
-        "method": recipe.method,
+        "method": recipe.asked.method,
         "seed": args.seed,
         "model": None,
         "mode": None if config is None else config.mode,
@@ -124,12 +125,12 @@ def summarize(recipe: Recipe, results: Results, **known: Any) -> dict[str, Any]:
         "progression": None if config is None else progression_of(args),
         "examples": None,
         "epochs": {
-            "float": args.num_train_epochs if config is None else recipe.float_epochs,
+            "float": args.num_train_epochs if config is None else recipe.asked.float_num_train_epochs,
             "binary": None if config is None else args.num_train_epochs,
         },
         "max_steps": args.max_steps if args.max_steps > 0 else None,
         "learning_rate": {
-            "float": args.learning_rate if config is None else recipe.float_learning_rate,
+            "float": args.learning_rate if config is None else recipe.asked.float_learning_rate,
             "binary": None if config is None else args.learning_rate,
         },
         "train_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,

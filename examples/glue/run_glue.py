@@ -40,10 +40,9 @@ from transformers import (
     set_seed,
 )
 
-from hf_stompp import StoMPPConfig, StoMPPTrainingArguments
-from hf_stompp.config import CHOICES
-from hf_stompp.methods import DEFAULT_METHOD, METHODS, METHODS_HELP, method_config, refuse_for_float, training_settings
-from hf_stompp.recipe import Recipe, Results, progression_of
+from hf_stompp import StoMPPTrainingArguments
+from hf_stompp.methods import RecipeArguments
+from hf_stompp.recipe import Recipe, Results
 from hf_stompp.stages import evaluate_model, is_binarized, make_trainer, run_recipe, write_card
 from hf_stompp.summary import summarize, summary_table
 
@@ -145,74 +144,9 @@ class DataTrainingArguments:
         return self.task_name or Path(self.train_file or self.validation_file or self.test_file).stem
 
 
-def choice(help: str, name: str) -> Any:
-    """A field of `StoMPPConfig` that names one of several."""
-    return field(default=None, metadata={"help": help, "choices": list(CHOICES[name])})
-
-
-@dataclass
-class BinarizationArguments:
-    """How the model is binarized. What is not given is left to the method, then to the defaults of `StoMPPConfig`."""
-
-    method: str = field(default=DEFAULT_METHOD, metadata={"help": METHODS_HELP, "choices": list(METHODS)})
-    mode: str | None = choice("bnn: binary weights and activations; bwn: binary weights only.", "mode")
-    surrogate: str | None = choice(
-        "Gradient of frozen entries. The method decides between none and ste; this picks the kind.", "surrogate"
-    )
-    weight_scale: str | None = choice(
-        "One scale for each output row, one for the whole matrix, or none.", "weight_scale"
-    )
-    weight_clip: float | None = field(
-        default=None, metadata={"help": "Clip range of weights that are not frozen, in multiples of their scale."}
-    )
-    activation_scale: str | None = choice(
-        "An activation's scale, taken from the first batch, is then learned or not.", "activation_scale"
-    )
-    activation_shift: str | None = choice(
-        "The same for its shift and threshold, one for each feature.", "activation_shift"
-    )
-    activation_clip: float | None = field(
-        default=None, metadata={"help": "Clip range of activations that are not frozen, in multiples of their scale."}
-    )
-    feed_forward_levels: str | None = choice(
-        "The two values of the activations between the feed-forward linears.", "feed_forward_levels"
-    )
-    unit: str | None = choice("What freezes at a time: an encoder layer, half of one, or a single linear.", "unit")
-    binary_word_embeddings: bool | None = field(
-        default=None, metadata={"help": "Binarize the word embeddings too, the largest part of a packed file."}
-    )
-    float_num_train_epochs: float = field(
-        default=Recipe.float_epochs,
-        metadata={
-            "help": "Fine-tune the float model for so many epochs first. 0: binarize model_name_or_path as it is."
-        },
-    )
-    float_learning_rate: float = field(
-        default=Recipe.float_learning_rate, metadata={"help": "Learning rate of that float fine-tuning."}
-    )
-    teacher: str = field(
-        default=Recipe.teacher,
-        metadata={
-            "help": "What the binary model is distilled from. float: the float model that is binarized, if its head "
-            "is trained; none: nothing; else the name or folder of a model that was fine-tuned on this task."
-        },
-    )
-
-    def __post_init__(self) -> None:
-        if self.float_num_train_epochs < 0:
-            raise ValueError(f"--float_num_train_epochs {self.float_num_train_epochs} is negative. Give 0 or more.")
-
-    def config(self) -> StoMPPConfig | None:
-        """The binarization asked for, `None` for a float run."""
-        names = {item.name for item in dataclasses.fields(self)}
-        names -= {"method", "float_num_train_epochs", "float_learning_rate", "teacher"}
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return method_config(self.method, given)
-
-
 def parse_arguments(
     argv: list[str],
-) -> tuple[ModelArguments, DataTrainingArguments, BinarizationArguments, StoMPPTrainingArguments]:
+) -> tuple[ModelArguments, DataTrainingArguments, RecipeArguments, StoMPPTrainingArguments]:
     """
     Read the command line, or the JSON file that is its only argument, and refuse what contradicts itself.
 
@@ -221,7 +155,7 @@ def parse_arguments(
     """
     # Abbreviated names would hide from the check below which arguments were given.
     parser = HfArgumentParser(
-        (ModelArguments, DataTrainingArguments, BinarizationArguments, StoMPPTrainingArguments), allow_abbrev=False
+        (ModelArguments, DataTrainingArguments, RecipeArguments, StoMPPTrainingArguments), allow_abbrev=False
     )
     if len(argv) == 1 and argv[0].endswith(".json"):
         if not os.path.isfile(argv[0]):
@@ -234,24 +168,10 @@ def parse_arguments(
         names = [argument[2:].split("=")[0].replace("-", "_") for argument in argv if argument.startswith("--")]
         given = {*names, *(name.removeprefix("no_") for name in names)}
         parsed = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    model_args, data_args, binarization_args, training_args = parsed
-    apply_method(binarization_args, training_args, given)
+    model_args, data_args, recipe_args, training_args = parsed
+    recipe_args.complete(training_args, given)
     check_stages(data_args, training_args)
-    return model_args, data_args, binarization_args, training_args
-
-
-def apply_method(
-    binarization_args: BinarizationArguments, training_args: StoMPPTrainingArguments, given: set[str]
-) -> None:
-    """Give the training arguments that are not `given` the method's values, and refuse what contradicts it."""
-    method = binarization_args.method
-    if method == "float":
-        own = {item.name for item in dataclasses.fields(BinarizationArguments)} - {"method"}
-        refuse_for_float(given & (own | set(progression_of(training_args))))
-    training_given = {name: getattr(training_args, name) for name in given if hasattr(training_args, name)}
-    for name, value in training_settings(method, training_given).items():
-        setattr(training_args, name, value)
-    binarization_args.config()
+    return model_args, data_args, recipe_args, training_args
 
 
 def check_stages(data_args: DataTrainingArguments, training_args: StoMPPTrainingArguments) -> None:
@@ -284,12 +204,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """
     start = time.perf_counter()
     argv = sys.argv[1:] if argv is None else list(argv)
-    model_args, data_args, binarization_args, training_args = parse_arguments(argv)
+    model_args, data_args, recipe_args, training_args = parse_arguments(argv)
     set_up_logging(training_args)
-    # A trainer writes its arguments to training_args.bin, which is uploaded with the model.
-    hub_token, training_args.hub_token = training_args.hub_token, None
     if training_args.push_to_hub:
-        create_hub_repository(training_args, hub_token)
+        create_hub_repository(training_args)
     set_seed(training_args.seed)
 
     tokenizer = AutoTokenizer.from_pretrained(
@@ -300,9 +218,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     tokenize(data, order, tokenizer, data_args, training_args)
     model, head_is_new = load_model(data, order, model_args)
     recipe = Recipe(
-        method=binarization_args.method,
-        config=binarization_args.config(),
-        args=training_args,
+        recipe_args,
+        training_args,
         output_dir=Path(training_args.output_dir),
         tokenizer=tokenizer,
         train_dataset=data.splits.get("train"),
@@ -312,9 +229,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         compute_metrics=partial(
             compute_metrics, data_args.task_name or ("stsb" if data.is_regression else "sst2"), order
         ),
-        float_epochs=binarization_args.float_num_train_epochs,
-        float_learning_rate=binarization_args.float_learning_rate,
-        teacher=binarization_args.teacher,
         identity=identity(model_args, data_args),
     )
     check_model(recipe, model, head_is_new, model_args)
@@ -340,7 +254,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         print(summary_table(summary))
     # Last: whatever the Hub answers, the results are written.
     if training_args.do_train:
-        share(recipe, results, hub_token, model_args, data_args)
+        share(recipe, results, model_args, data_args)
     return summary
 
 
@@ -357,11 +271,11 @@ def set_up_logging(training_args: StoMPPTrainingArguments) -> None:
     logger.info("Training arguments: %s", training_args)
 
 
-def create_hub_repository(training_args: StoMPPTrainingArguments, token: str | None) -> None:
+def create_hub_repository(training_args: StoMPPTrainingArguments) -> None:
     """Create the repository before anything is trained: a missing permission should not show after hours of work."""
     repository = create_repo(
         training_args.hub_model_id or Path(training_args.output_dir).name,
-        token=token,
+        token=training_args.hub_token,
         private=training_args.hub_private_repo,
         exist_ok=True,
     )
@@ -504,9 +418,9 @@ def check_model(recipe: Recipe, model: PreTrainedModel, head_is_new: bool, model
             f"{name} is binarized already. Give the float model to --model_name_or_path; to go on with an interrupted "
             "run, repeat its command with the same --output_dir. Without --do_train a binarized model is evaluated."
         )
-    if not recipe.args.do_train and not is_binarized(model) and recipe.method != "float":
+    if not recipe.args.do_train and not is_binarized(model) and recipe.asked.method != "float":
         raise ValueError(
-            f"{name} is a float model and --method {recipe.method} makes a binary one only while training. Add "
+            f"{name} is a float model and --method {recipe.asked.method} makes a binary one only while training. Add "
             "--do_train, evaluate the float model by --method float, or give the folder of a packed model."
         )
     if not recipe.args.do_train and head_is_new:
@@ -553,7 +467,6 @@ def predict(recipe: Recipe, results: Results, data: GlueData, order: list[int], 
 def share(
     recipe: Recipe,
     results: Results,
-    hub_token: str | None,
     model_args: ModelArguments,
     data_args: DataTrainingArguments,
 ) -> None:
@@ -567,8 +480,8 @@ def share(
         # Created at the start of the run, with the name that the Hub gave it.
         results.trainer.hub_model_id = recipe.args.hub_model_id
         # A StoMPPTrainer pushes its packed model, from the folder `packed` of the run's.
-        results.trainer.push_to_hub(model_name=name, token=hub_token, **details)
-    elif recipe.method == "float":
+        results.trainer.push_to_hub(model_name=name, token=recipe.args.hub_token, **details)
+    elif recipe.asked.method == "float":
         results.trainer.create_model_card(model_name=name, **details)
     else:
         write_card(recipe, results, name, **details)
