@@ -24,7 +24,7 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from glue_data import TASKS, GlueData, read_glue_task, read_own_files
+from glue_data import DataTrainingArguments, GlueData, read_data
 from glue_metric import GlueMetric
 from huggingface_hub import create_repo
 from transformers import (
@@ -34,6 +34,7 @@ from transformers import (
     DataCollatorWithPadding,
     EvalPrediction,
     HfArgumentParser,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     default_data_collator,
@@ -41,7 +42,7 @@ from transformers import (
 )
 
 from hf_stompp import StoMPPTrainingArguments
-from hf_stompp.methods import RecipeArguments
+from hf_stompp.methods import RecipeArguments, option
 from hf_stompp.recipe import Recipe, Results
 from hf_stompp.stages import evaluate_model, is_binarized, make_trainer, run_recipe, write_card
 from hf_stompp.summary import summarize, summary_table
@@ -66,17 +67,11 @@ class ModelArguments:
             "A packed or latent model of hf_stompp can be evaluated (without --do_train)."
         }
     )
-    tokenizer_name: str | None = field(
-        default=None, metadata={"help": "A tokenizer on the Hub or in a folder, where it is not the model's."}
-    )
-    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run model code that the model's repository brings along."}
-    )
-    ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "Replace a classifier head of another size by a new one."}
-    )
+    tokenizer_name: str | None = option("A tokenizer on the Hub or in a folder, where it is not the model's.")
+    cache_dir: str | None = option("Where downloads are kept.")
+    model_revision: str = option("Branch, tag or commit of the model on the Hub.", "main")
+    trust_remote_code: bool = option("Run model code that the model's repository brings along.", False)
+    ignore_mismatched_sizes: bool = option("Replace a classifier head of another size by a new one.", False)
 
     def downloads(self) -> dict[str, Any]:
         """Options of `from_pretrained`."""
@@ -85,63 +80,6 @@ class ModelArguments:
             "revision": self.model_revision,
             "trust_remote_code": self.trust_remote_code,
         }
-
-
-@dataclass
-class DataTrainingArguments:
-    """Which data is used, and how it is tokenized."""
-
-    task_name: str | None = field(default=None, metadata={"help": f"A GLUE task: {', '.join(TASKS)}."})
-    dataset_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "A folder that holds <task>/{train,validation,test}.parquet, read instead of the Hub. For mnli "
-            "also validation_mismatched.parquet and test_mismatched.parquet."
-        },
-    )
-    dataset_subdir: str | None = field(
-        default=None, metadata={"help": "The folder of the task in --dataset_dir, where it is not named like it."}
-    )
-    train_file: str | None = field(
-        default=None, metadata={"help": "A csv, tsv, json, jsonl or parquet file of one's own to train on."}
-    )
-    validation_file: str | None = field(default=None, metadata={"help": "The same to evaluate on."})
-    test_file: str | None = field(default=None, metadata={"help": "The same to predict; needs no labels."})
-    max_seq_length: int = field(default=128, metadata={"help": "Longer texts are cut to this many tokens."})
-    pad_to_max_length: bool = field(
-        default=False, metadata={"help": "Pad every text to max_seq_length, not each batch to its longest text."}
-    )
-    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again even if a cached result exists."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many examples only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many examples only."})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "Predict this many examples only."})
-
-    def __post_init__(self) -> None:
-        own_files = [file for file in (self.train_file, self.validation_file, self.test_file) if file]
-        if self.task_name is not None:
-            self.task_name = self.task_name.lower()
-            if self.task_name not in TASKS:
-                raise ValueError(f"--task_name {self.task_name} is no GLUE task. Give one of {', '.join(TASKS)}.")
-            if own_files:
-                raise ValueError(
-                    f"--task_name {self.task_name} and own files ({', '.join(own_files)}) exclude each other. Drop "
-                    "one; a local copy of a GLUE task is read by --dataset_dir."
-                )
-        elif not own_files:
-            raise ValueError("There is no data. Give --task_name, or --train_file and --validation_file.")
-        elif self.dataset_dir or self.dataset_subdir:
-            raise ValueError("--dataset_dir and --dataset_subdir need --task_name; own files are given by paths.")
-        if self.dataset_subdir and not self.dataset_dir:
-            raise ValueError("--dataset_subdir names a folder in --dataset_dir, which is missing. Give --dataset_dir.")
-        for name in ("max_seq_length", "max_train_samples", "max_eval_samples", "max_predict_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} {value} leaves nothing. Give at least 1.")
-
-    @property
-    def name(self) -> str:
-        """Name of the task, or of the first file."""
-        return self.task_name or Path(self.train_file or self.validation_file or self.test_file).stem
 
 
 def parse_arguments(
@@ -176,17 +114,13 @@ def parse_arguments(
 
 def check_stages(data_args: DataTrainingArguments, training_args: StoMPPTrainingArguments) -> None:
     """Refuse a run that does nothing, and one whose own files do not cover what it should do."""
-    if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
+    stages = {"do_train": "train_file", "do_eval": "validation_file", "do_predict": "test_file"}
+    wanted = [flag for flag in stages if getattr(training_args, flag)]
+    if not wanted:
         raise ValueError("There is nothing to do. Give --do_train, --do_eval or --do_predict.")
-    if data_args.task_name is not None:
-        return
-    for wanted, flag, name in (
-        (training_args.do_train, "do_train", "train_file"),
-        (training_args.do_eval, "do_eval", "validation_file"),
-        (training_args.do_predict, "do_predict", "test_file"),
-    ):
-        if wanted and not getattr(data_args, name):
-            raise ValueError(f"--{flag} needs --{name} (or --task_name). Give the file, or drop --{flag}.")
+    for flag in wanted:
+        if data_args.task_name is None and not getattr(data_args, stages[flag]):
+            raise ValueError(f"--{flag} needs --{stages[flag]} (or --task_name). Give the file, or drop --{flag}.")
 
 
 # ---- The run --------------------------------------------------------------------------------------------------------
@@ -213,8 +147,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(
         model_args.tokenizer_name or model_args.model_name_or_path, **model_args.downloads()
     )
-    data = read_data(model_args, data_args, training_args)
-    order = class_order(data, model_args)
+    model_config = AutoConfig.from_pretrained(model_args.model_name_or_path, **model_args.downloads())
+    stages = {"train": training_args.do_train, "validation": training_args.do_eval, "test": training_args.do_predict}
+    data = read_data(data_args, stages, None if training_args.do_train else model_config, model_args.cache_dir)
+    order = class_order(data, model_config)
     tokenize(data, order, tokenizer, data_args, training_args)
     model, head_is_new = load_model(data, order, model_args)
     recipe = Recipe(
@@ -295,46 +231,10 @@ def identity(model_args: ModelArguments, data_args: DataTrainingArguments) -> di
 # ---- Data -----------------------------------------------------------------------------------------------------------
 
 
-def read_data(
-    model_args: ModelArguments, data_args: DataTrainingArguments, training_args: StoMPPTrainingArguments
-) -> GlueData:
-    """Read the splits that the run needs, and cut them to the wanted number of examples."""
-    wanted = {"train": training_args.do_train, "validation": training_args.do_eval, "test": training_args.do_predict}
-    splits = [name for name, is_wanted in wanted.items() if is_wanted]
-    if data_args.task_name is not None:
-        data = read_glue_task(
-            data_args.task_name, splits, data_args.dataset_dir, data_args.dataset_subdir, model_args.cache_dir
-        )
-    else:
-        files = {name: getattr(data_args, f"{name}_file") for name in splits}
-        known = None if training_args.do_train else label_names_of(model_args)
-        data = read_own_files(files, known, model_args.cache_dir)
-    limits = {
-        "train": data_args.max_train_samples,
-        "validation": data_args.max_eval_samples,
-        "test": data_args.max_predict_samples,
-    }
-    for name, dataset in data.splits.items():
-        limit = limits[name.removesuffix("_mismatched")]
-        if limit is not None:
-            data.splits[name] = dataset.select(range(min(limit, dataset.num_rows)))
-    return data
-
-
-def label_names_of(model_args: ModelArguments) -> list[str] | None:
-    """Names of the classes that a model's head was trained for, `None` for a regression."""
-    config = AutoConfig.from_pretrained(model_args.model_name_or_path, **model_args.downloads())
-    if config.num_labels == 1:
-        return None
-    names = [config.id2label[index] for index in range(config.num_labels)]
-    return [str(index) if name == f"LABEL_{index}" else name for index, name in enumerate(names)]
-
-
-def class_order(data: GlueData, model_args: ModelArguments) -> list[int]:
+def class_order(data: GlueData, model_config: PreTrainedConfig) -> list[int]:
     """The model's id of each class of the data: another one where it was fine-tuned with the classes otherwise."""
     names = data.label_names or []
-    config = AutoConfig.from_pretrained(model_args.model_name_or_path, **model_args.downloads())
-    known = {str(name).lower(): index for index, name in config.id2label.items()}
+    known = {str(name).lower(): index for index, name in model_config.id2label.items()}
     if set(known) != {name.lower() for name in names}:
         return list(range(len(names)))
     return [known[name.lower()] for name in names]
@@ -353,10 +253,10 @@ def tokenize(
         logger.warning(
             "--max_seq_length %d is more than the tokenizer's %d, which is used.", data_args.max_seq_length, max_length
         )
-    padding = "max_length" if data_args.pad_to_max_length else False
+    columns, padding = data.text_columns, "max_length" if data_args.pad_to_max_length else False
 
     def tokenize_batch(batch: dict[str, list]) -> dict[str, list]:
-        texts = [["" if text is None else text for text in batch[column]] for column in data.text_columns]
+        texts = [["" if text is None else text for text in batch[column]] for column in columns]
         result = dict(tokenizer(*texts, padding=padding, max_length=max_length, truncation=True))
         if "label" in batch:
             result["label"] = [order[label] for label in batch["label"]] if order else batch["label"]
@@ -464,12 +364,7 @@ def predict(recipe: Recipe, results: Results, data: GlueData, order: list[int], 
 # ---- What is shared -------------------------------------------------------------------------------------------------
 
 
-def share(
-    recipe: Recipe,
-    results: Results,
-    model_args: ModelArguments,
-    data_args: DataTrainingArguments,
-) -> None:
+def share(recipe: Recipe, results: Results, model_args: ModelArguments, data_args: DataTrainingArguments) -> None:
     """Write the model card beside the model that the run ends with, and upload that folder if asked to."""
     details = {"finetuned_from": model_args.model_name_or_path, "tasks": "text-classification"}
     task = data_args.task_name
