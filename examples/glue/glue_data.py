@@ -11,6 +11,9 @@ from typing import Any
 import pandas
 from datasets import ClassLabel, Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
+from transformers import PreTrainedConfig
+
+from hf_stompp.methods import option
 
 
 logger = logging.getLogger(__name__)
@@ -59,6 +62,54 @@ FILE_READERS = {
 
 
 @dataclass
+class DataTrainingArguments:
+    """Which data is used, and how it is tokenized."""
+
+    task_name: str | None = option(f"A GLUE task: {', '.join(TASKS)}.")
+    dataset_dir: str | None = option(
+        "A folder that holds <task>/{train,validation,test}.parquet, read instead of the Hub. For mnli also "
+        "validation_mismatched.parquet and test_mismatched.parquet."
+    )
+    dataset_subdir: str | None = option("The folder of the task in --dataset_dir, where it is not named like it.")
+    train_file: str | None = option("A csv, tsv, json, jsonl or parquet file of one's own to train on.")
+    validation_file: str | None = option("The same to evaluate on.")
+    test_file: str | None = option("The same to predict; needs no labels.")
+    max_seq_length: int = option("Longer texts are cut to this many tokens.", 128)
+    pad_to_max_length: bool = option("Pad every text to max_seq_length, not each batch to its longest text.", False)
+    overwrite_cache: bool = option("Tokenize again even if a cached result exists.", False)
+    max_train_samples: int | None = option("Train on this many examples only.")
+    max_eval_samples: int | None = option("Evaluate on this many examples only.")
+    max_predict_samples: int | None = option("Predict this many examples only.")
+
+    def __post_init__(self) -> None:
+        own_files = [file for file in (self.train_file, self.validation_file, self.test_file) if file]
+        if self.task_name is not None:
+            self.task_name = self.task_name.lower()
+            if self.task_name not in TASKS:
+                raise ValueError(f"--task_name {self.task_name} is no GLUE task. Give one of {', '.join(TASKS)}.")
+            if own_files:
+                raise ValueError(
+                    f"--task_name {self.task_name} and own files ({', '.join(own_files)}) exclude each other. Drop "
+                    "one; a local copy of a GLUE task is read by --dataset_dir."
+                )
+        elif not own_files:
+            raise ValueError("There is no data. Give --task_name, or --train_file and --validation_file.")
+        elif self.dataset_dir or self.dataset_subdir:
+            raise ValueError("--dataset_dir and --dataset_subdir need --task_name; own files are given by paths.")
+        if self.dataset_subdir and not self.dataset_dir:
+            raise ValueError("--dataset_subdir names a folder in --dataset_dir, which is missing. Give --dataset_dir.")
+        for name in ("max_seq_length", "max_train_samples", "max_eval_samples", "max_predict_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} {value} leaves nothing. Give at least 1.")
+
+    @property
+    def name(self) -> str:
+        """Name of the task, or of the first file."""
+        return self.task_name or Path(self.train_file or self.validation_file or self.test_file).stem
+
+
+@dataclass
 class GlueData:
     """
     The examples of a run, read and checked.
@@ -84,6 +135,44 @@ class GlueData:
     @property
     def num_labels(self) -> int:
         return 1 if self.label_names is None else len(self.label_names)
+
+
+def read_data(
+    args: DataTrainingArguments, stages: dict[str, bool], model: PreTrainedConfig | None, cache_dir: str | None
+) -> GlueData:
+    """
+    Read the splits that a run needs, and cut them to the wanted number of examples.
+
+    Args:
+        args (`DataTrainingArguments`): which data.
+        stages (`dict[str, bool]`): which of `train`, `validation` and `test` are needed.
+        model (`PreTrainedConfig`, *optional*): of a trained model whose classes the files must have.
+        cache_dir (`str`, *optional*): Where `datasets` keeps what it downloads and converts.
+    """
+    splits = [name for name, is_needed in stages.items() if is_needed]
+    if args.task_name is not None:
+        data = read_glue_task(args.task_name, splits, args.dataset_dir, args.dataset_subdir, cache_dir)
+    else:
+        files = {name: getattr(args, f"{name}_file") for name in splits}
+        data = read_own_files(files, None if model is None else label_names_of(model), cache_dir)
+    limits = {
+        "train": args.max_train_samples,
+        "validation": args.max_eval_samples,
+        "test": args.max_predict_samples,
+    }
+    for name, dataset in data.splits.items():
+        limit = limits[name.removesuffix("_mismatched")]
+        if limit is not None:
+            data.splits[name] = dataset.select(range(min(limit, dataset.num_rows)))
+    return data
+
+
+def label_names_of(model: PreTrainedConfig) -> list[str] | None:
+    """Names of the classes that a model's head was trained for, `None` for a regression."""
+    if model.num_labels == 1:
+        return None
+    names = [model.id2label[index] for index in range(model.num_labels)]
+    return [str(index) if name == f"LABEL_{index}" else name for index, name in enumerate(names)]
 
 
 def read_glue_task(

@@ -17,6 +17,7 @@ from typing import Any
 
 from .. import benchmark
 from ..config import CHOICES
+from ..methods import BINARY_DEFAULTS, FLOAT_DEFAULTS, METHODS, RecipeArguments
 from ..ops import cpu
 from . import conversion, evaluation, examples, exporting, information, inspection, plotting, training
 from .errors import explain
@@ -171,7 +172,7 @@ def _add_train(commands: Any) -> None:
         "Needs datasets: pip install 'hf_stompp[glue]'.",
         "hf-stompp train google-bert/bert-base-uncased output --train_file train.csv --validation_file dev.csv "
         "--float_epochs 3",
-        "hf-stompp train output/float/model output2 --task sst2 --method stompp --epochs 10",
+        "hf-stompp train output/float output2 --task sst2 --method stompp --epochs 10",
         "hf-stompp train ... --resume",
     )
     train.add_argument("model", metavar="MODEL", help="a folder or a name on the Hub; float or latent")
@@ -189,18 +190,25 @@ def _add_train(commands: Any) -> None:
     how = train.add_argument_group("training")
     how.add_argument(
         "--method",
-        choices=["float", *training.METHODS],
-        default="stompp_ste",
-        help="stompp: frozen entries have no gradient; stompp_ste (default): a straight-through one; ste: everything "
-        "binary from the first step; float: no binarization",
+        choices=list(METHODS),
+        default=RecipeArguments.method,
+        help=f"{'; '.join(f'{name}: {method.help}' for name, method in METHODS.items())} (default: stompp_ste)",
     )
     how.add_argument(
         "--mode", choices=CHOICES["mode"], help="bnn (default): 1-bit weights and activations; bwn: weights"
     )
-    how.add_argument("--epochs", type=_positive, default=4.0, metavar="N", help="of training (default: 4)")
+    how.add_argument(
+        "--teacher",
+        metavar="MODEL",
+        help="what to distil from: float (default): the float model that is binarized, if its head is trained; none; "
+        "or a folder or name of a model that was fine-tuned on this task",
+    )
+    epochs, rate = BINARY_DEFAULTS["num_train_epochs"], BINARY_DEFAULTS["learning_rate"]
+    how.add_argument("--epochs", type=_positive, metavar="N", help=f"of training (default: {epochs:g})")
     _option(how, "--float_epochs", type=_positive, metavar="N", help="of fine-tuning in float before (default: none)")
-    _option(how, "--learning_rate", type=_positive, default=2e-4, metavar="RATE", help="default: 2e-4")
-    _option(how, "--float_learning_rate", type=_positive, default=5e-5, metavar="RATE", help="default: 5e-5")
+    _option(how, "--learning_rate", type=_positive, metavar="RATE", help=f"default: {rate:g}")
+    rate = FLOAT_DEFAULTS["learning_rate"]
+    _option(how, "--float_learning_rate", type=_positive, metavar="RATE", help=f"default: {rate:g}")
     _option(how, "--batch_size", type=_count, default=32, metavar="N", help="default: 32")
     _option(
         how, "--logging_steps", type=_count, default=0.02, metavar="N", help="between two logs (default: 2%% of all)"

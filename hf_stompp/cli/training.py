@@ -27,18 +27,13 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.modelcard import TrainingSummary
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
-from ..benchmark import compare_with_float
-from ..binarization import binarize
-from ..config import StoMPPConfig
-from ..hub import add_dynamics, model_card
-from ..packing import pack
-from ..patching import report
-from ..trainer import StoMPPTrainer, UnitProgressCallback
+from ..methods import RecipeArguments
+from ..recipe import Recipe
+from ..stages import run_recipe, write_card
+from ..summary import summarize
+from ..trainer import UnitProgressCallback
 from ..training_args import StoMPPTrainingArguments
 from .errors import CommandError, hub_errors
 from .evaluation import read_tokenizer
@@ -46,14 +41,13 @@ from .examples import Examples, class_ids, read_examples
 from .models import megabytes, read_config, state_of
 
 
-METHODS = {
-    "ste": ("ste", "immediate"),
-    "stompp": ("none", "cubic"),
-    "stompp_ste": ("ste", "cubic"),
-}
-"""Surrogate gradient and schedule of each method."""
-
 SUMMARY = "summary.json"
+
+IDENTITY = (
+    *("model", "task", "dataset_dir", "train_file", "validation_file", "text_columns", "label_column"),
+    *("max_length", "max_train_examples"),
+)
+"""Arguments that `--resume` must find as they were, beside those of the recipe."""
 
 
 class Interrupted(Exception):
@@ -61,10 +55,15 @@ class Interrupted(Exception):
 
 
 class StopAfterStep(TrainerCallback):
-    """Ends training after the step in which `stop` was set, with a checkpoint."""
+    """Ends training after the step in which `stop` was set, with a checkpoint, and the command with it."""
 
     def __init__(self) -> None:
-        self.stop = False
+        self.stop = self.is_training = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.is_training = True
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -80,6 +79,13 @@ class StopAfterStep(TrainerCallback):
         if self.stop and abs(epoch - round(epoch)) > 1e-6:
             control.should_evaluate = control.should_save = False
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.is_training = False
+        if self.stop:
+            raise Interrupted
+
 
 class QuietProgress(UnitProgressCallback):
     """The progress bar without a line for every log: stdout is the command's."""
@@ -90,10 +96,13 @@ class QuietProgress(UnitProgressCallback):
 
 @contextmanager
 def stopping_on_interrupt(callback: StopAfterStep) -> Iterator[None]:
-    """Within the block the first Ctrl-C lets the step end and a checkpoint be written; the second interrupts."""
+    """
+    Within the block the first Ctrl-C in training lets the step end and a checkpoint be written; the second, or one
+    outside training, interrupts.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if callback.stop:
+        if callback.stop or not callback.is_training:
             raise KeyboardInterrupt
         callback.stop = True
         print("\nhf-stompp: writing a checkpoint after this step (Ctrl-C again: stop at once)", file=sys.stderr)
@@ -103,6 +112,14 @@ def stopping_on_interrupt(callback: StopAfterStep) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def quiet(trainer: Trainer) -> None:
+    """Logs go to trainer_state.json and the trackers alone."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    if trainer.pop_callback(UnitProgressCallback) is not None and trainer.train_dataset is not None:
+        trainer.add_callback(QuietProgress(trainer))  # type: ignore[arg-type]
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -131,9 +148,12 @@ def class_names(examples: Examples) -> list[str]:
     return sorted({str(label) for label in examples.labels})
 
 
-def load_model(arguments: argparse.Namespace, examples: Examples) -> Any:
+def load_model(arguments: argparse.Namespace, examples: Examples) -> tuple[Any, bool, bool]:
     """
     The model to train: a classifier that knows these classes as it is, any other with a new head.
+
+    Returns:
+        `tuple`: the model, whether its head was loaded, and whether that knows these classes by name or id.
 
     Raises:
         CommandError: it cannot be trained.
@@ -166,12 +186,14 @@ def load_model(arguments: argparse.Namespace, examples: Examples) -> Any:
         options = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     folder = Path(arguments.model).expanduser()
     with hub_errors("model", arguments.model):
-        return AutoModelForSequenceClassification.from_pretrained(
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
             folder if folder.is_dir() else arguments.model,
             dtype=torch.float32,
             ignore_mismatched_sizes=not known,
+            output_loading_info=True,
             **options,
         )
+    return model, not (loading["missing_keys"] or loading["mismatched_keys"]), known
 
 
 def tokenized(examples: Examples, labels: list[int], tokenizer: Any, length: int) -> Any:
@@ -182,15 +204,16 @@ def tokenized(examples: Examples, labels: list[int], tokenizer: Any, length: int
     return datasets.Dataset.from_dict({**encoded, "labels": labels})
 
 
-def training_arguments(
-    kind: type[TrainingArguments], arguments: argparse.Namespace, folder: Path, **options: Any
-) -> Any:
-    """The Trainer's arguments of a stage, which keeps its checkpoints in `folder`."""
-    return kind(
+def training_arguments(arguments: argparse.Namespace, asked: RecipeArguments, folder: Path) -> StoMPPTrainingArguments:
+    """The Trainer's arguments: those of the command, then those of the method."""
+    is_float = asked.method == "float"
+    rate = arguments.float_learning_rate if is_float else arguments.learning_rate
+    given = {"num_train_epochs": arguments.epochs, "learning_rate": rate}
+    given = {name: value for name, value in given.items() if value is not None}
+    args = StoMPPTrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=arguments.batch_size,
         per_device_eval_batch_size=arguments.batch_size,
-        warmup_steps=0.1,
         eval_strategy="epoch",
         save_strategy="epoch",
         save_total_limit=1,
@@ -201,56 +224,10 @@ def training_arguments(
         dataloader_pin_memory=torch.cuda.is_available() and not arguments.cpu,
         report_to=arguments.report_to,
         disable_tqdm=not sys.stderr.isatty(),
-        **options,
+        **given,
     )
-
-
-def train_stage(trainer: Trainer, arguments: argparse.Namespace) -> None:
-    """
-    Trains, from the stage's last checkpoint on if `--resume` asks for it.
-
-    Raises:
-        Interrupted: Ctrl-C came.
-    """
-    callback = StopAfterStep()
-    trainer.add_callback(callback)
-    # Logs go to trainer_state.json and the trackers.
-    trainer.remove_callback(PrinterCallback)
-    if isinstance(trainer, StoMPPTrainer) and trainer.pop_callback(UnitProgressCallback) is not None:
-        trainer.add_callback(QuietProgress(trainer))
-    else:
-        trainer.remove_callback(ProgressCallback)
-    folder = str(trainer.args.output_dir)
-    checkpoint = get_last_checkpoint(folder) if arguments.resume and Path(folder).is_dir() else None
-    with stopping_on_interrupt(callback):
-        trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.state.global_step < trainer.state.max_steps:
-        raise Interrupted
-
-
-def train_float(arguments: argparse.Namespace, model: Any, folder: Path, epochs: float, data: dict[str, Any]) -> Any:
-    """Fine-tunes the float model, or takes the one that an earlier start of this run left."""
-    done = folder / "model"
-    if arguments.resume and (done / "config.json").is_file():
-        return AutoModelForSequenceClassification.from_pretrained(done, dtype=torch.float32)
-    args = training_arguments(
-        TrainingArguments, arguments, folder, num_train_epochs=epochs, learning_rate=arguments.float_learning_rate
-    )
-    train_stage(Trainer(model=model, args=args, **data), arguments)
-    model.save_pretrained(done)
-    return model
-
-
-def measured(model: Any, arguments: argparse.Namespace, output: Path, data: dict[str, Any]) -> dict[str, float]:
-    """Loss and accuracy on the validation set."""
-    args = training_arguments(StoMPPTrainingArguments, arguments, output)
-    kind = StoMPPTrainer if getattr(model.config, "quantization_config", None) is not None else Trainer
-    trainer = kind(model=model, args=args, **data)
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(UnitProgressCallback)
-    metrics = trainer.evaluate()
-    return {name: metrics[name] for name in ("eval_loss", "eval_accuracy")}
+    asked.complete(args, given)
+    return args
 
 
 def train(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -268,75 +245,67 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.max_train_examples is not None:
         training = training.first(arguments.max_train_examples)
     set_seed(arguments.seed)
-    model = load_model(arguments, training)
+    model, head_is_trained, knows_classes = load_model(arguments, training)
     with hub_errors("model", arguments.model):
         tokenizer = read_tokenizer(arguments.model)
     limit = getattr(model.config, "max_position_embeddings", arguments.max_length)
     length = min(arguments.max_length, tokenizer.model_max_length, limit)
-    data: dict[str, Any] = {
-        "train_dataset": tokenized(training, class_ids(training, model.config), tokenizer, length),
-        "eval_dataset": tokenized(validation, class_ids(validation, model.config), tokenizer, length),
-        "data_collator": DataCollatorWithPadding(tokenizer),
-        "compute_metrics": accuracy,
-        "processing_class": tokenizer,
-    }
-    output.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {
-        "model": arguments.model,
-        "output": arguments.output,
-        "method": arguments.method,
-        "examples": {"train": len(training.labels), "validation": len(validation.labels)},
-        "metrics": {},
-        "bytes": {},
-    }
-    is_float = getattr(model.config, "quantization_config", None) is None
-    epochs = arguments.epochs if arguments.method == "float" else arguments.float_epochs
-    if is_float and epochs:
-        model = train_float(arguments, model, output / "float", epochs, data)
-    if is_float:
-        result["metrics"]["float"] = measured(model, arguments, output, data)
-    if arguments.method == "float":
-        model.save_pretrained(output / "model")
-        tokenizer.save_pretrained(output / "model")
-        result["saved"] = str(Path(arguments.output) / "model")
-        return result
-    surrogate, schedule = METHODS[arguments.method]
-    if is_float:
-        options = {"mode": arguments.mode} if arguments.mode else {}
-        model = binarize(model, StoMPPConfig(surrogate=surrogate, **options))
-    args = training_arguments(
-        StoMPPTrainingArguments,
-        arguments,
-        output / "binary",
-        num_train_epochs=arguments.epochs,
-        learning_rate=arguments.learning_rate,
-        progression_schedule=schedule,
+    asked = asked_for(arguments)
+    if asked.teacher == "float" and not (knows_classes or arguments.float_epochs):
+        # Its head may have been trained for other classes.
+        asked.teacher = "none"
+    stop = StopAfterStep()
+
+    def prepare(trainer: Trainer) -> None:
+        quiet(trainer)
+        trainer.add_callback(stop)
+
+    recipe = Recipe(
+        asked,
+        training_arguments(arguments, asked, output / ("float" if asked.method == "float" else "binary")),
+        output_dir=output,
+        tokenizer=tokenizer,
+        train_dataset=tokenized(training, class_ids(training, model.config), tokenizer, length),
+        eval_datasets={"eval": tokenized(validation, class_ids(validation, model.config), tokenizer, length)},
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=accuracy,
+        identity={name: str(getattr(arguments, name)) for name in IDENTITY},
+        prepare=prepare,
     )
-    trainer = StoMPPTrainer(model=model, args=args, **data)
-    train_stage(trainer, arguments)
-    # Where `hf-stompp plot OUTPUT` looks.
-    trainer.state.save_to_json(str(output / TRAINER_STATE_NAME))
-    result["metrics"]["binary_final"] = measured(model, arguments, output, data)
-    folder = output / "packed"
-    packed = pack(model)
-    packed.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    reloaded = type(packed).from_pretrained(folder)
-    result["metrics"]["packed"] = measured(reloaded, arguments, output, data)
-    model_card(
-        reloaded,
-        output.name,
-        arguments.output,
-        summary=TrainingSummary.from_trainer(trainer),
-        evaluation=result["metrics"]["packed"],
-        progression=trainer.progression_settings(),
-        speed=compare_with_float(reloaded),
-    ).save(folder / "README.md")
-    add_dynamics(folder / "README.md", trainer.state)
-    sizes = report(packed, packed.config.quantization_config).total
-    result["bytes"] = {"float": sizes.bytes_before, "packed": sizes.bytes_packed}
-    result["saved"] = str(Path(arguments.output) / "packed")
-    return result
+    with stopping_on_interrupt(stop):
+        results = run_recipe(recipe, model, head_is_trained)
+    if asked.method == "float":
+        saved = "model"
+        trained: Any = results.model
+        trained.save_pretrained(output / saved)
+        tokenizer.save_pretrained(output / saved)
+    else:
+        saved = "packed"
+        write_card(recipe, results, output.name)
+    summary = summarize(
+        recipe,
+        results,
+        task=arguments.task,
+        model=arguments.model,
+        examples={"train": len(training.labels), "validation": len(validation.labels)},
+        output=arguments.output,
+        saved=str(Path(arguments.output) / saved),
+        command=shlex.join(["hf-stompp", *arguments.words]),
+    )
+    summary["metrics"] = {name: found for name, found in summary["metrics"].items() if found is not None}
+    (output / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+def asked_for(arguments: argparse.Namespace) -> RecipeArguments:
+    """The command's arguments as the recipe's."""
+    names = {
+        "mode": arguments.mode,
+        "float_num_train_epochs": arguments.float_epochs,
+        "float_learning_rate": None if arguments.method == "float" else arguments.float_learning_rate,
+        "teacher": arguments.teacher,
+    }
+    return RecipeArguments(arguments.method, **{name: value for name, value in names.items() if value is not None})
 
 
 def _check_sources(arguments: argparse.Namespace, output: Path) -> None:
@@ -367,9 +336,6 @@ def run(arguments: argparse.Namespace) -> None:
     except Interrupted as error:
         print(f"hf-stompp: stopped; go on with\n  {_resuming(arguments.words)}", file=sys.stderr)
         raise KeyboardInterrupt from error
-    result["command"] = shlex.join(["hf-stompp", *arguments.words])
-    summary = Path(arguments.output).expanduser() / SUMMARY
-    summary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if arguments.json:
         print(json.dumps(result, indent=2))
         return

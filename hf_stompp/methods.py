@@ -1,0 +1,205 @@
+"""What a run of the training recipe is asked for: the table of methods, and the arguments beside the Trainer's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .config import CHOICES, StoMPPConfig
+from .progression import SCHEDULES
+from .training_args import StoMPPTrainingArguments
+
+
+FLOAT_DEFAULTS: dict[str, Any] = {
+    "learning_rate": 5e-5,
+    "num_train_epochs": 4.0,
+    "warmup_steps": 0.1,
+    "train_sampling_strategy": "group_by_length",
+}
+"""Training arguments of a float run where nothing else is asked for."""
+
+BINARY_DEFAULTS: dict[str, Any] = {**FLOAT_DEFAULTS, "learning_rate": 2e-4}
+"""The same of the binary stage."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    One way to train.
+
+    Args:
+        help (`str`): what it does, for the command line and the documentation.
+        config (`dict[str, tuple]`): fields of `StoMPPConfig`, and the values of each that go with the method; the
+            first is set where none is asked for.
+        training (`dict[str, tuple]`): the same for `StoMPPTrainingArguments`.
+        defaults (`dict[str, Any]`): training arguments where nothing else is asked for; any value goes with the
+            method.
+    """
+
+    help: str
+    config: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    training: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=lambda: BINARY_DEFAULTS)
+
+
+AT_ONCE = {"progression_schedule": ("immediate",)}
+PROGRESSIVE = {"progression_schedule": tuple(name for name in SCHEDULES if name != "immediate")}
+
+METHODS: dict[str, Method] = {
+    "float": Method("no binarization", defaults=FLOAT_DEFAULTS),
+    "ste": Method(
+        "everything binary from the first step, straight-through gradient",
+        {"surrogate": ("ste", "clipped_ste")},
+        AT_ONCE,
+    ),
+    "stompp": Method(
+        "layer by layer through growing masks, frozen entries have no gradient", {"surrogate": ("none",)}, PROGRESSIVE
+    ),
+    "stompp_ste": Method(
+        "layer by layer through growing masks, straight-through gradient of frozen entries",
+        {"surrogate": ("ste", "clipped_ste")},
+        PROGRESSIVE,
+    ),
+    "bit": Method(
+        "BiT's elastic binarization: everything binary from the first step, clipped straight-through gradient, one "
+        "weight scale a matrix, {0, a} behind the feed-forward activation",
+        {"surrogate": ("clipped_ste",), "weight_scale": ("tensor",), "feed_forward_levels": ("zero_one",)},
+        AT_ONCE,
+    ),
+}
+"""Every method by its name. `float` alone binarizes nothing."""
+
+
+def option(help: str, default: Any = None, choices: Iterable[str] | None = None) -> Any:
+    """A field that `HfArgumentParser` makes an option of."""
+    return field(default=default, metadata={"help": help} | ({} if choices is None else {"choices": list(choices)}))
+
+
+@dataclass
+class RecipeArguments:
+    """
+    What a run of the recipe is asked for beside the Trainer's arguments; `HfArgumentParser` reads it.
+
+    Args:
+        method (`str`, *optional*, defaults to `"stompp_ste"`): a key of [`METHODS`].
+        float_num_train_epochs (`float`, *optional*, defaults to 0.0):
+            Epochs of float fine-tuning before the binary stage.
+        float_learning_rate (`float`, *optional*, defaults to 5e-5): of that fine-tuning.
+        teacher (`str`, *optional*, defaults to `"float"`):
+            What the binary stage distils from: the `"float"` model that is binarized, if its head is trained;
+            `"none"`; or a model's name or folder.
+        mode, surrogate, ... (*optional*):
+            Fields of [`StoMPPConfig`]. What is not given is left to the method, then to the defaults there.
+
+    Raises:
+        ValueError: there is no such method, or something contradicts it or is out of range.
+    """
+
+    method: str = option("; ".join(f"{name}: {m.help}" for name, m in METHODS.items()), "stompp_ste", METHODS)
+    float_num_train_epochs: float = option(
+        "Fine-tune the float model for so many epochs first. 0: binarize the model as it is.", 0.0
+    )
+    float_learning_rate: float = option("Learning rate of that float fine-tuning.", FLOAT_DEFAULTS["learning_rate"])
+    teacher: str = option(
+        "What the binary model is distilled from. float: the float model that is binarized, if its head is trained; "
+        "none: nothing; else the name or folder of a model that was fine-tuned on this task.",
+        "float",
+    )
+    mode: str | None = option(
+        "bnn: binary weights and activations; bwn: binary weights only.", choices=CHOICES["mode"]
+    )
+    surrogate: str | None = option(
+        "Gradient of frozen entries. The method decides between none and ste; this picks the kind.",
+        choices=CHOICES["surrogate"],
+    )
+    weight_scale: str | None = option(
+        "One scale for each output row, one for the whole matrix, or none.", choices=CHOICES["weight_scale"]
+    )
+    weight_clip: float | None = option("Clip range of weights that are not frozen, in multiples of their scale.")
+    activation_scale: str | None = option(
+        "An activation's scale, taken from the first batch, is then learned or not.",
+        choices=CHOICES["activation_scale"],
+    )
+    activation_shift: str | None = option(
+        "The same for its shift and threshold, one for each feature.", choices=CHOICES["activation_shift"]
+    )
+    activation_clip: float | None = option(
+        "Clip range of activations that are not frozen, in multiples of their scale."
+    )
+    feed_forward_levels: str | None = option(
+        "The two values of the activations between the feed-forward linears.", choices=CHOICES["feed_forward_levels"]
+    )
+    unit: str | None = option(
+        "What freezes at a time: an encoder layer, half of one, or a single linear.", choices=CHOICES["unit"]
+    )
+    binary_word_embeddings: bool | None = option(
+        "Binarize the word embeddings too, the largest part of a packed file."
+    )
+
+    def __post_init__(self) -> None:
+        if self.float_num_train_epochs < 0:
+            raise ValueError(f"--float_num_train_epochs {self.float_num_train_epochs} is negative. Give 0 or more.")
+        if self.method not in METHODS:
+            raise ValueError(f"--method {self.method} is unknown. Give {', '.join(METHODS)}.")
+        self.config()
+
+    def config(self) -> StoMPPConfig | None:
+        """The binarization asked for; `None` with the method `float`."""
+        given = {name: getattr(self, name) for name in CONFIG_FIELDS if getattr(self, name) is not None}
+        if self.method == "float":
+            _refuse_for_float(given)
+            return None
+        return StoMPPConfig(**_agreeing(self.method, METHODS[self.method].config, given))
+
+    def complete(self, args: StoMPPTrainingArguments, given: Iterable[str]) -> None:
+        """
+        Gives the training arguments that were not asked for the method's values.
+
+        Args:
+            args (`StoMPPTrainingArguments`): changed in place.
+            given (`Iterable[str]`): names of all arguments that were asked for.
+
+        Raises:
+            ValueError: one of them contradicts the method.
+        """
+        if self.method == "float":
+            own = {item.name for item in dataclasses.fields(self)} - {"method"}
+            _refuse_for_float((own | set(progression_of(args))) & set(given))
+        method = METHODS[self.method]
+        asked = {name: getattr(args, name) for name in given if hasattr(args, name)}
+        for name, value in {**method.defaults, **_agreeing(self.method, method.training, asked)}.items():
+            setattr(args, name, value)
+
+
+CONFIG_FIELDS = {item.name for item in dataclasses.fields(RecipeArguments)} & set(StoMPPConfig().__dict__)
+
+
+def progression_of(args: StoMPPTrainingArguments) -> dict[str, Any]:
+    """What [`StoMPPTrainingArguments`] adds to the arguments of Transformers."""
+    known = {item.name for item in dataclasses.fields(TrainingArguments)}
+    names = [item.name for item in dataclasses.fields(StoMPPTrainingArguments) if item.name not in known]
+    return {name: getattr(args, name) for name in names}
+
+
+def _agreeing(method: str, table: Mapping[str, tuple[Any, ...]], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a method sets, and what is given; refuses what contradicts the method."""
+    for name, values in table.items():
+        if name in given and given[name] not in values:
+            raise ValueError(
+                f"--method {method} is contradicted by --{name} {given[name]}; it goes with {' or '.join(values)}. "
+                f"Drop --{name}, or choose another method."
+            )
+    return {name: values[0] for name, values in table.items()} | dict(given)
+
+
+def _refuse_for_float(given: Iterable[str]) -> None:
+    if names := sorted(given):
+        raise ValueError(
+            f"--method float binarizes nothing and is contradicted by --{', --'.join(names)}. Drop them, or choose "
+            f"the method {', '.join(name for name in METHODS if name != 'float')}. The epochs and the learning rate "
+            "of a float run are those of training."
+        )

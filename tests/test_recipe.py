@@ -1,0 +1,347 @@
+"""The training recipe: its table of methods, its stages, and what happens to a run that is started again."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, HfArgumentParser
+
+from hf_stompp import StoMPPTrainer, StoMPPTrainingArguments, binarize, cli
+from hf_stompp.config import CHOICES, StoMPPConfig
+from hf_stompp.methods import METHODS, RecipeArguments
+from hf_stompp.patching import masked_modules, packed_modules
+from hf_stompp.recipe import Recipe
+from hf_stompp.stages import evaluate_model, make_trainer, run_recipe, write_card
+from hf_stompp.summary import summarize, summary_table
+
+
+datasets = pytest.importorskip("datasets")
+
+BINARY_METHODS = [name for name in METHODS if name != "float"]
+CLASSES = 3
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{i}" for i in range(59))]
+README = Path(__file__).parent.parent / "examples" / "glue" / "README.md"
+
+
+def examples(count: int, seed: int) -> Any:
+    """Token ids of 3 to 12 tokens; the first tells the class."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(CLASSES, (count,), generator=generator).tolist()
+    lengths = torch.randint(2, 12, (count,), generator=generator).tolist()
+    ids = [
+        [2, 5 + label, *torch.randint(8, 64, (length - 1,), generator=generator).tolist()]
+        for label, length in zip(labels, lengths, strict=True)
+    ]
+    return datasets.Dataset.from_dict({"input_ids": ids, "label": labels})
+
+
+def accuracy(prediction: transformers.EvalPrediction) -> dict[str, float]:
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+@pytest.fixture
+def model(tiny_model: Callable) -> transformers.PreTrainedModel:
+    return tiny_model("bert")
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Any:
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
+    return transformers.BertTokenizer(vocab=str(tmp_path / "vocab.txt"))
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tokenizer: Any) -> Callable[..., Recipe]:
+    """`recipe(method, folder="run", prepare=..., asked={...}, **training)`."""
+
+    def make(
+        method: str = "stompp_ste",
+        folder: str = "run",
+        prepare: Callable[[Any], None] = lambda trainer: None,
+        asked: dict[str, Any] | None = None,
+        **training: Any,
+    ) -> Recipe:
+        recipe_arguments = RecipeArguments(method, **(asked or {}))
+        given = {"max_steps": 10, **training}
+        args = StoMPPTrainingArguments(
+            output_dir=str(tmp_path / folder),
+            per_device_train_batch_size=8,
+            save_steps=2,
+            logging_steps=2,
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            **given,
+        )
+        recipe_arguments.complete(args, given)
+        return Recipe(
+            recipe_arguments,
+            args,
+            tmp_path / folder,
+            tokenizer,
+            train_dataset=examples(32, 0),
+            eval_datasets={"eval": examples(16, 1)},
+            data_collator=DataCollatorWithPadding(tokenizer),
+            compute_metrics=accuracy,
+            prepare=prepare,
+        )
+
+    return make
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+class TestMethods:
+    @pytest.mark.parametrize("method", BINARY_METHODS)
+    def test_a_run_ends_fully_binary_and_packs_to_the_same_numbers(
+        self, method: str, recipe: Callable, model: Any, logits: Callable, tmp_path: Path
+    ) -> None:
+        results = run_recipe(recipe(method), model)
+
+        trained = results.trainer.model.eval()
+        assert all(bool(module.freeze_mask.all()) for module in masked_modules(trained).values())
+        loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "packed")
+        assert packed_modules(loaded)
+        torch.testing.assert_close(logits(loaded), logits(trained), rtol=1e-4, atol=1e-5)
+        assert results.metrics["packed"]["eval_accuracy"] == results.metrics["binary_final"]["eval_accuracy"]
+        assert results.steps == {"float": 0, "binary": 10} and results.packed_weights == "final"
+        assert results.bytes["packed"] < results.bytes["float"] < results.bytes["latent"]
+
+    @pytest.mark.parametrize(
+        ("method", "config", "schedule"),
+        [
+            ("ste", {"surrogate": "ste"}, "immediate"),
+            ("stompp", {"surrogate": "none"}, "cubic"),
+            ("stompp_ste", {"surrogate": "ste"}, "cubic"),
+            (
+                "bit",
+                {"surrogate": "clipped_ste", "weight_scale": "tensor", "feed_forward_levels": "zero_one"},
+                "immediate",
+            ),
+        ],
+    )
+    def test_a_method_sets_what_its_name_says(
+        self, method: str, config: dict[str, str], schedule: str, recipe: Callable
+    ) -> None:
+        made = recipe(method)
+        expected = StoMPPConfig(**config).to_dict()
+        assert made.config.to_dict() == expected and made.args.progression_schedule == schedule
+
+    def test_the_table_is_what_the_command_lines_offer_and_the_text_lists(self) -> None:
+        commands = next(
+            action for action in cli.parser()._actions if isinstance(action, argparse._SubParsersAction)
+        ).choices
+        for parser in (commands["train"], HfArgumentParser(RecipeArguments)):
+            method = next(action for action in parser._actions if "--method" in action.option_strings)
+            assert list(method.choices) == list(METHODS)
+            assert all(entry.help in method.help for entry in METHODS.values())
+        row = next(line for line in README.read_text().splitlines() if line.startswith("| `--method` |"))
+        assert all(f"`{name}`" in row for name in METHODS)
+
+    def test_every_value_in_the_table_is_one_that_the_library_knows(self) -> None:
+        for method in METHODS.values():
+            assert all(set(values) <= set(CHOICES[name]) for name, values in method.config.items())
+            StoMPPTrainingArguments("unused", **{name: values[0] for name, values in method.training.items()})
+            StoMPPTrainingArguments("unused", **method.defaults)
+
+    @pytest.mark.parametrize(
+        ("method", "asked", "training", "message"),
+        [
+            ("sgd", {}, {}, "--method sgd is unknown. Give float, ste, stompp, stompp_ste, bit"),
+            ("stompp", {"surrogate": "ste"}, {}, "--surrogate ste; it goes with none"),
+            ("bit", {"weight_scale": "row"}, {}, "--weight_scale row; it goes with tensor"),
+            ("bit", {}, {"progression_schedule": "cubic"}, "--progression_schedule cubic; it goes with immediate"),
+            ("stompp_ste", {}, {"progression_schedule": "immediate"}, "goes with cubic or linear"),
+            ("float", {"mode": "bwn"}, {}, "contradicted by --mode"),
+            ("float", {}, {"progression_tail": 0.2}, "contradicted by --progression_tail"),
+            ("stompp", {"float_num_train_epochs": -1.0}, {}, "is negative"),
+        ],
+    )
+    def test_what_contradicts_the_method_is_refused(
+        self, method: str, asked: dict, training: dict, message: str, recipe: Callable
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            recipe(method, asked=asked, **training)
+
+    def test_what_is_asked_for_wins_over_the_defaults(self, recipe: Callable) -> None:
+        args = recipe("ste", learning_rate=3e-3, train_sampling_strategy="random").args
+        assert (args.learning_rate, args.train_sampling_strategy) == (3e-3, "random")
+        assert recipe("ste").args.learning_rate == METHODS["ste"].defaults["learning_rate"]
+
+
+class TestStages:
+    def test_the_float_stage_is_what_a_float_run_does(
+        self, recipe: Callable, tiny_model: Callable, tmp_path: Path
+    ) -> None:
+        float_run = run_recipe(
+            recipe("float", "alone", learning_rate=1e-3, num_train_epochs=2.0, max_steps=-1), tiny_model("bert")
+        )
+        asked = {"float_num_train_epochs": 2.0, "float_learning_rate": 1e-3}
+        results = run_recipe(recipe("ste", asked=asked), tiny_model("bert"))
+        assert results.steps == {"float": 8, "binary": 10}
+        assert_equal(weights(tmp_path / "alone"), weights(tmp_path / "run" / "float"))
+        assert results.metrics["float"] == float_run.metrics["float"]
+
+    def test_an_untrained_head_is_not_measured_and_teaches_nothing(self, recipe: Callable, model: Any) -> None:
+        results = run_recipe(recipe(), model, head_is_trained=False)
+        assert results.metrics["float"] is None and results.teacher is None
+
+    def test_a_latent_model_is_trained_as_it_is(self, recipe: Callable, model: Any) -> None:
+        latent = binarize(model, StoMPPConfig(mode="bwn"))
+        results = run_recipe(recipe(), latent)
+        assert results.trainer.model is latent and results.model.config.quantization_config.mode == "bwn"
+        assert "float" not in results.metrics
+
+    def test_a_packed_model_is_evaluated_and_not_trained(self, recipe: Callable, tiny_packed: Callable) -> None:
+        packed = tiny_packed("bert")
+        with pytest.raises(ValueError, match="cannot be trained"):
+            run_recipe(recipe(), packed)
+        assert set(evaluate_model(recipe(), packed).metrics["binary"]) == {"eval_loss", "eval_accuracy"}
+
+    def test_summary_and_card_tell_the_run(self, recipe: Callable, model: Any, tmp_path: Path) -> None:
+        made = recipe("bit", asked={"teacher": "none"})
+        results = run_recipe(made, model)
+        summary = summarize(made, results, task="words", model="tiny", examples={"train": 32}, command="run")
+        assert json.loads(json.dumps(summary)) == summary
+        assert (summary["method"], summary["teacher"], summary["config"]["weight_scale"]) == ("bit", None, "tensor")
+        assert "words, bit, seed 42, tiny" in summary_table(summary)
+        write_card(made, results, "tiny")
+        card = (tmp_path / "run" / "packed" / "README.md").read_text()
+        assert "# tiny" in card and f"{results.metrics['packed']['eval_accuracy']:.4f}" in card
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAfter(transformers.TrainerCallback):
+    """Ends the process, as far as a test can, after a step of one stage, whose last checkpoint is older."""
+
+    def __init__(self, trainer: Any, folder: str, step: int) -> None:
+        self.is_meant, self.step = Path(trainer.args.output_dir).name == folder, step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.is_meant and state.global_step == self.step:
+            raise Killed
+
+
+class TestRestart:
+    @pytest.mark.parametrize("stage", ["float", "cut"])
+    @pytest.mark.parametrize("method", ["stompp", "ste"])
+    def test_a_run_killed_within_an_epoch_gives_the_same_weights_when_started_again(
+        self, method: str, stage: str, recipe: Callable, tiny_model: Callable, tmp_path: Path
+    ) -> None:
+        # An epoch has 4 steps, and every second one leaves a checkpoint: the killed run goes on from step 6.
+        asked = {"float_num_train_epochs": 3.0}
+        run_recipe(recipe(method, "whole", asked=asked), tiny_model("bert"))
+        killed = recipe(method, "cut", lambda trainer: trainer.add_callback(KillAfter(trainer, stage, 7)), asked=asked)
+        with pytest.raises(Killed):
+            run_recipe(killed, tiny_model("bert"))
+        assert not (tmp_path / "cut" / "packed").exists()
+        torch.manual_seed(123)
+        run_recipe(recipe(method, "cut", asked=asked), tiny_model("bert"))
+        for folder in ("float", ".", "packed"):
+            assert_equal(weights(tmp_path / "whole" / folder), weights(tmp_path / "cut" / folder))
+
+    def test_a_finished_float_model_is_not_trained_again(
+        self, recipe: Callable, tiny_model: Callable, tmp_path: Path
+    ) -> None:
+        first = run_recipe(recipe("float"), tiny_model("bert"))
+        written = (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns
+        second = run_recipe(recipe("float"), tiny_model("bert"))
+        assert (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns == written
+        assert second.metrics == first.metrics and second.steps == first.steps == {"float": 10}
+        assert second.trainer.state.log_history[: len(first.trainer.state.log_history) - 1]
+
+    @pytest.mark.parametrize(
+        ("other", "difference"),
+        [
+            ({"method": "ste"}, "method was 'stompp_ste', is 'ste'"),
+            ({"asked": {"mode": "bwn"}}, "binarization was"),
+            ({"asked": {"teacher": "none"}}, "teacher was 'float', is 'none'"),
+            ({"learning_rate": 1.0}, "learning_rate was 0.0002, is 1.0"),
+            ({"seed": 7}, "seed was 42, is 7"),
+        ],
+    )
+    def test_the_folder_of_another_run_is_refused(
+        self, other: dict, difference: str, recipe: Callable, tiny_model: Callable, tmp_path: Path
+    ) -> None:
+        killed = recipe(prepare=lambda trainer: trainer.add_callback(KillAfter(trainer, "run", 3)))
+        with pytest.raises(Killed):
+            run_recipe(killed, tiny_model("bert"))
+        before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+        with pytest.raises(ValueError, match=f"belongs to another run: .*{difference}"):
+            run_recipe(recipe(**other), tiny_model("bert"))
+        assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+class TestOrderOfExamples:
+    def test_batches_are_grouped_by_length_and_depend_on_seed_and_epoch_alone(
+        self, recipe: Callable, model: Any
+    ) -> None:
+        trainer = make_trainer(dataclasses.replace(recipe(), train_dataset=examples(256, 0)), model, train=True)
+        sampler = trainer._get_train_sampler()
+        first = list(sampler)
+        torch.manual_seed(5)
+        assert list(sampler) == first and sorted(first) == list(range(256))
+        trainer.state.epoch = 1.25
+        second = list(sampler)
+        trainer.state.epoch = 1.0
+        assert list(sampler) == second != first
+        lengths = torch.tensor([len(trainer.train_dataset[i]["input_ids"]) for i in first]).view(-1, 8)
+        spread = (lengths.amax(1) - lengths.amin(1)).float().mean()
+        unsorted = torch.tensor([len(row) for row in trainer.train_dataset["input_ids"]]).view(-1, 8)
+        assert spread < 0.5 * (unsorted.amax(1) - unsorted.amin(1)).float().mean()
+
+    def test_predictions_come_in_the_order_of_the_data_set(self, recipe: Callable, model: Any) -> None:
+        made = recipe()
+        predictions = make_trainer(made, model).predict(made.eval_datasets["eval"])
+        assert predictions.label_ids.tolist() == made.eval_datasets["eval"]["label"][:]
+
+
+class TestTeacher:
+    @pytest.fixture
+    def folder(self, tiny_model: Callable, tmp_path: Path) -> str:
+        tiny_model("bert", seed=3).save_pretrained(tmp_path / "teacher")
+        return str(tmp_path / "teacher")
+
+    @pytest.mark.parametrize(("teacher", "expected"), [("float", "float"), ("none", None)])
+    def test_the_float_model_teaches_unless_told_otherwise(
+        self, teacher: str, expected: str | None, recipe: Callable, model: Any
+    ) -> None:
+        assert run_recipe(recipe(asked={"teacher": teacher}), model).teacher == expected
+
+    def test_a_named_model_teaches(self, folder: str, recipe: Callable, model: Any) -> None:
+        assert run_recipe(recipe(asked={"teacher": folder}), model, head_is_trained=False).teacher == folder
+
+    def test_a_teacher_that_cannot_teach_is_refused_before_anything_is_trained(
+        self, recipe: Callable, model: Any, tiny_model: Callable, tiny_packed: Callable, tmp_path: Path
+    ) -> None:
+        tiny_model("bert", transformers.AutoModel).save_pretrained(tmp_path / "headless")
+        tiny_packed("bert").save_pretrained(tmp_path / "packed")
+        for name, message in (("headless", "no trained head"), ("packed", "is binarized")):
+            with pytest.raises(ValueError, match=message):
+                run_recipe(recipe(asked={"teacher": str(tmp_path / name), "float_num_train_epochs": 1.0}), model)
+        assert not (tmp_path / "run" / "float").exists()
+
+    def test_a_trainer_that_takes_a_teacher_gets_it(self, recipe: Callable, model: Any) -> None:
+        if "teacher" not in inspect.signature(StoMPPTrainer.__init__).parameters:
+            pytest.skip("StoMPPTrainer takes no teacher yet")
+        assert make_trainer(recipe(), binarize(model), train=True, teacher=model).teacher is model
