@@ -8,7 +8,6 @@ did; [`run_recipe`] does them in order. A run that is started again goes on wher
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import logging
 from pathlib import Path
@@ -320,6 +319,7 @@ def make_trainer(
     args.push_to_hub, args.hub_token = False, None
     if not train:
         args.load_best_model_at_end, args.eval_strategy = False, IntervalStrategy.NO
+    options: dict[str, Any] = {} if teacher is None else {"teacher": teacher}
     trainer = (BinaryTrainer if is_binarized(model) else FloatTrainer)(
         model=model,
         args=args,
@@ -329,19 +329,13 @@ def make_trainer(
         processing_class=recipe.tokenizer,
         compute_metrics=recipe.compute_metrics,
         callbacks=[EvaluateLastStep()] if args.load_best_model_at_end else None,
-        **_distilling(teacher),
+        **options,
     )
     # The classifiers of Transformers accept the argument that the Trainer corrects the loss by, and ignore it; the
     # loss would be too large by the number of accumulation steps.
     trainer.model_accepts_loss_kwargs = False
     recipe.prepare(trainer)
     return trainer
-
-
-def _distilling(teacher: PreTrainedModel | None) -> dict[str, Any]:
-    """Arguments of a Trainer that distils."""
-    accepted = "teacher" in inspect.signature(StoMPPTrainer.__init__).parameters
-    return {} if teacher is None or not accepted else {"teacher": teacher}
 
 
 def train(trainer: Trainer, folder: Path) -> None:
