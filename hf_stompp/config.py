@@ -45,7 +45,7 @@ class StoMPPConfig(QuantizationConfigMixin):
     Args:
         mode (`str`, *optional*, defaults to `"bnn"`):
             `"bnn"`: binary weights and activations; `"bwn"`: binary weights, float activations (paper).
-        surrogate (`str`, *optional*, defaults to `"ste"`):
+        surrogate (`str`, *optional*, defaults to `"clipped_ste"`):
             Gradient of the frozen entries: `"none"` (STE-free, exactly 0; paper), `"ste"` (StoMPP+STE, identity;
             paper) or `"clipped_ste"` (identity within a window; BinaryNet).
         weight_scale (`str`, *optional*, defaults to `"row"`):
@@ -58,8 +58,8 @@ class StoMPPConfig(QuantizationConfigMixin):
             Clip range of the free weights, as a multiple of the weight scale (ours; the paper clips at 1, which
             destroys a pretrained network before anything is frozen).
         weight_window (`float`, *optional*):
-            Window of the surrogate `clipped_ste` for frozen weights, as a multiple of the weight scale (ours). The
-            clip range when not given.
+            Window of the surrogate `clipped_ste` for frozen weights, as a multiple of the weight scale (ours). `None`:
+            the clip range.
         activation_scale (`str`, *optional*, defaults to `"learned"`):
             Hard level of an activation, one number a tensor, initialised from the first batch, then `"learned"` (BiT)
             or `"fixed"`.
@@ -74,9 +74,9 @@ class StoMPPConfig(QuantizationConfigMixin):
             Clip range of the free activations, as a multiple of the activation scale (ours). It is far wider than that
             of the weights because activations have outliers: at 3 little is left of a pretrained network before
             anything is frozen (`benchmarks/results/clip_range.json`).
-        activation_window (`float`, *optional*):
+        activation_window (`float`, *optional*, defaults to 2.0):
             Window of the surrogate `clipped_ste` for frozen activations, as a multiple of the activation scale (ours).
-            The clip range when not given.
+            `None`: the clip range.
         feed_forward_levels (`str`, *optional*, defaults to `"signed"`):
             Levels behind the feed-forward activation function: `"signed"` = {-a, +a} about the shift, `"zero_one"` =
             {0, a} (BiT's set for non-negative tensors).
@@ -107,7 +107,7 @@ class StoMPPConfig(QuantizationConfigMixin):
     def __init__(
         self,
         mode: str = "bnn",
-        surrogate: str = "ste",
+        surrogate: str = "clipped_ste",
         weight_scale: str = "row",
         weight_center: str = "none",
         weight_clip: float = 3.0,
@@ -116,7 +116,7 @@ class StoMPPConfig(QuantizationConfigMixin):
         initial_activation_scale: float = 1.0,
         activation_shift: str = "learned",
         activation_clip: float = 10.0,
-        activation_window: float | None = None,
+        activation_window: float | None = 2.0,
         feed_forward_levels: str = "signed",
         unit: str = "layer",
         modules_to_not_convert: list[str] | None = None,
@@ -189,11 +189,6 @@ class StoMPPConfig(QuantizationConfigMixin):
                 raise ValueError(
                     f"StoMPPConfig.{field} must be a finite number above 0 (a multiple of the scale) or None (the "
                     f"clip range), got {value!r}"
-                )
-            if value is not None and self.surrogate != "clipped_ste":
-                raise ValueError(
-                    f"StoMPPConfig.{field} is the window of surrogate='clipped_ste' and is not used by "
-                    f"{self.surrogate!r}: drop it, or choose that surrogate"
                 )
         if not isinstance(self.binary_word_embeddings, bool):
             raise ValueError(

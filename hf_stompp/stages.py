@@ -28,7 +28,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
 from .benchmark import compare_with_float
-from .binarization import binarize
+from .binarization import binarize, config_of
 from .hub import add_dynamics, model_card
 from .packing import pack
 from .patching import packed_modules
@@ -63,6 +63,12 @@ def run_recipe(recipe: Recipe, model: PreTrainedModel, head_is_trained: bool = T
     """
     if packed_modules(model):
         raise ValueError("a packed model cannot be trained: unpack(model), or take the float model it was made from")
+    if is_binarized(model):
+        recipe.asked.check_latent(config_of(model))
+        if recipe.asked.teacher == "float":
+            logger.warning(
+                "A latent model has no float model beside it: nothing is distilled unless a teacher is named."
+            )
     claim_output_dir(recipe)
     # Before anything is trained: a teacher that cannot be loaded should not show after hours of work.
     teacher = load_teacher(recipe.asked.teacher)
@@ -77,6 +83,7 @@ def run_recipe(recipe: Recipe, model: PreTrainedModel, head_is_trained: bool = T
             teacher = models["float"]
         with results.timed("binarize"):
             model = binarize(copy.deepcopy(models["float"]), recipe.config)
+    results.config = config_of(model)
     results.teacher = None if teacher is None else recipe.asked.teacher
     trainer = train_binary(recipe, model, teacher, results)
     models["packed"] = results.model = pack_and_reload(recipe, trainer, results)
@@ -98,7 +105,7 @@ def _run_float(recipe: Recipe, model: PreTrainedModel, results: Results) -> Resu
 def evaluate_model(recipe: Recipe, model: PreTrainedModel) -> Results:
     """Measures a model as it is: a float one, or a latent or packed one of an earlier run."""
     kind = "binary" if is_binarized(model) else "float"
-    results = Results(model=model)
+    results = Results(model=model, config=config_of(model) if kind == "binary" else None)
     with results.timed(f"evaluate_{kind}"):
         results.metrics[kind] = measure(recipe, make_trainer(recipe, model), "eval")
     results.milliseconds = milliseconds_per_batch(make_trainer(recipe, model), {kind: model})
@@ -210,6 +217,8 @@ def train_binary(
     recipe: Recipe, model: PreTrainedModel, teacher: PreTrainedModel | None, results: Results
 ) -> StoMPPTrainer:
     """Trains a latent model until it is binary, and measures what it ends with."""
+    if not recipe.asked.train_word_embeddings:
+        model.get_input_embeddings().requires_grad_(False)
     trainer: Any = make_trainer(recipe, model, recipe.args, train=True, teacher=teacher)
     with results.timed("train_binary"):
         train(trainer, recipe.output_dir)

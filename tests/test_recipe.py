@@ -344,3 +344,45 @@ class TestTeacher:
     def test_the_trainer_gets_the_teacher(self, recipe: Callable, model: Any) -> None:
         student = binarize(copy.deepcopy(model))
         assert make_trainer(recipe(), student, train=True, teacher=model).teacher is model
+
+
+class TestStart:
+    def test_word_embeddings_that_are_not_trained_stay_as_they_were(self, recipe: Callable, model: Any) -> None:
+        before = model.get_input_embeddings().weight.detach().clone()
+        results = run_recipe(recipe(asked={"train_word_embeddings": False}, learning_rate=1e-2), model)
+        trained = results.trainer.model
+        assert torch.equal(trained.get_input_embeddings().weight, before)
+        assert not torch.equal(trained.classifier.weight, model.classifier.weight)
+
+    def test_a_latent_model_is_trained_on_as_it_was_binarized(
+        self, recipe: Callable, model: Any, tmp_path: Path
+    ) -> None:
+        config = {"feed_forward_levels": "zero_one", "activation_window": 1.5}
+        first = run_recipe(recipe("ste", asked=config), copy.deepcopy(model))
+        latent = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
+        scales = {name: value.clone() for name, value in latent.state_dict().items() if name.endswith(".scale")}
+        model.save_pretrained(tmp_path / "teacher")
+        asked = {**config, "teacher": str(tmp_path / "teacher")}
+        # So slow that nothing moves: what is not learned must be there from the start.
+        second = run_recipe(recipe("ste", folder="second", asked=asked, learning_rate=1e-12), latent)
+        assert "float" not in second.metrics and second.teacher == asked["teacher"]
+        assert second.metrics["packed"]["eval_loss"] == pytest.approx(first.metrics["packed"]["eval_loss"], rel=1e-4)
+        state = second.trainer.model.state_dict()
+        for name, value in scales.items():
+            torch.testing.assert_close(state[name], value)
+        assert second.config.feed_forward_levels == "zero_one"
+
+    @pytest.mark.parametrize(
+        ("method", "asked", "message"),
+        [
+            ("stompp", {}, "binarized with surrogate='clipped_ste', and 'none' is asked for"),
+            ("ste", {"mode": "bwn"}, "binarized with mode='bnn', and 'bwn' is asked for"),
+            ("ste", {"float_num_train_epochs": 1.0}, "has no float stage"),
+            ("float", {}, "has no float stage"),
+        ],
+    )
+    def test_a_latent_model_that_was_binarized_otherwise_is_refused(
+        self, method: str, asked: dict[str, Any], message: str, recipe: Callable, model: Any
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            run_recipe(recipe(method, asked=asked), binarize(model))
