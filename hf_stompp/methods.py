@@ -105,6 +105,8 @@ class RecipeArguments:
         train_word_embeddings (`bool`, *optional*, defaults to `True`):
             Whether the binary stage trains the word embeddings. They are most of a small model's parameters, and a
             student starts with those of its teacher.
+        dropout (`float`, *optional*):
+            Probability of every `nn.Dropout` in the binary stage; that of the model when not given.
         mode, surrogate, ... (*optional*):
             Fields of [`StoMPPConfig`]. What is not given is left to the method, then to the defaults there.
 
@@ -124,6 +126,9 @@ class RecipeArguments:
     )
     train_word_embeddings: bool = option(
         "Train the word embeddings in the binary stage too. Without them a step takes less time and memory.", True
+    )
+    dropout: float | None = option(
+        "Probability of every dropout layer in the binary stage. That of the model when not given."
     )
     mode: str | None = option(
         "bnn: binary weights and activations; bwn: binary weights only.", choices=CHOICES["mode"]
@@ -174,6 +179,8 @@ class RecipeArguments:
             raise ValueError(f"--float_num_train_epochs {self.float_num_train_epochs} is negative. Give 0 or more.")
         if self.method not in METHODS:
             raise ValueError(f"--method {self.method} is unknown. Give {', '.join(METHODS)}.")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ValueError(f"--dropout {self.dropout} is no probability. Give 0 or more, and less than 1.")
         if self.binary_word_embeddings and not self.train_word_embeddings:
             raise ValueError(
                 "--binary_word_embeddings need training and are contradicted by --no_train_word_embeddings. Drop one."

@@ -24,7 +24,14 @@ FINISHED = "finished.json"
 TEACHERS = ("float", "none")
 """Teachers that are no model's name: the float model of the run, and no teacher."""
 
-ASKED_SETTINGS = ("method", "float_num_train_epochs", "float_learning_rate", "teacher", "train_word_embeddings")
+ASKED_SETTINGS = (
+    "method",
+    "float_num_train_epochs",
+    "float_learning_rate",
+    "teacher",
+    "train_word_embeddings",
+    "dropout",
+)
 
 TRAINING_SETTINGS = (
     *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size"),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedModel,
@@ -219,6 +220,9 @@ def train_binary(
     """Trains a latent model until it is binary, and measures what it ends with."""
     if not recipe.asked.train_word_embeddings:
         model.get_input_embeddings().requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and recipe.asked.dropout is not None:
+            module.p = recipe.asked.dropout
     trainer: Any = make_trainer(recipe, model, recipe.args, train=True, teacher=teacher)
     with results.timed("train_binary"):
         train(trainer, recipe.output_dir)

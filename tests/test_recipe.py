@@ -354,6 +354,14 @@ class TestStart:
         assert torch.equal(trained.get_input_embeddings().weight, before)
         assert not torch.equal(trained.classifier.weight, model.classifier.weight)
 
+    def test_dropout_is_that_which_is_asked_for_and_that_of_the_model_otherwise(
+        self, recipe: Callable, model: Any
+    ) -> None:
+        for asked, expected in ((None, 0.1), (0.0, 0.0)):
+            folder = f"dropout-{asked}"
+            trained = run_recipe(recipe(folder=folder, asked={"dropout": asked}), copy.deepcopy(model)).trainer.model
+            assert {m.p for m in trained.modules() if isinstance(m, torch.nn.Dropout)} == {expected}
+
     def test_a_latent_model_is_trained_on_as_it_was_binarized(
         self, recipe: Callable, model: Any, tmp_path: Path
     ) -> None:
