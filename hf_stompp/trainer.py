@@ -144,6 +144,7 @@ class StoMPPTrainer(PushingTrainer):
         self.model_accepts_loss_kwargs = False
         self._refuse_unsupported()
         config_of(self.model)
+        self.teacher_name = None if teacher is None else teacher.name_or_path
         self.teacher = None if teacher is None else self._prepare_teacher(teacher)
         self.progression_callback = ProgressionCallback(self)
         self.add_callback(self.progression_callback)
@@ -524,6 +525,10 @@ class StoMPPTrainer(PushingTrainer):
         ]
         settings = {name: getattr(self.args, name) for name in names}
         settings |= {"mask_seed": progression.seed, "units": len(progression.units)}
+        if self.teacher is not None:
+            losses = self.args.distillation_losses
+            settings |= {"teacher": self.teacher_name, "distillation_losses": losses}
+            settings |= {"distillation_temperature": self.args.distillation_temperature}
         return settings | {
             "optimizer steps": progression.total_steps,
             "fully binary from step": progression.committed_step,

@@ -409,3 +409,15 @@ def test_a_packed_teacher_and_the_student_itself_are_refused(tmp_path: Path) -> 
         check_teacher(student, pack(committed), {"logits": 1.0})
     with pytest.raises(ValueError, match="the teacher is the student itself"):
         make_trainer(tmp_path, student, student, texts())
+
+
+def test_the_card_names_the_teacher_and_what_was_learned_from_it(tmp_path: Path) -> None:
+    teacher = make_teacher()
+    teacher.name_or_path = "somebody/a-float-model"
+    trainer = make_trainer(tmp_path, make_student(teacher), teacher, texts(), distillation_losses=HIDDEN)
+    trainer.train()
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "| teacher | somebody/a-float-model |" in card
+    assert "| distillation_losses | {'normalized_hidden_states': 1.0} |" in card
+    assert "`activation_window=2.0`" in card
