@@ -400,7 +400,7 @@ def _method(config: StoMPPConfig) -> str:
         f"2606.27759](https://arxiv.org/abs/2606.27759)): {what} replaced by their signs through "
         f"random masks that grow through the encoder, {SURROGATE_WORDS[config.surrogate]} "
         f"(`surrogate={config.surrogate!r}`). Settings of the binarization: "
-        + ", ".join(f"`{name}={getattr(config, name)!r}`" for name in _SETTINGS)
+        + ", ".join(f"`{name}={getattr(config, name)!r}`" for name in _SETTINGS if getattr(config, name) is not None)
         + "."
     )
 
