@@ -32,19 +32,13 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
-from hf_stompp import StoMPPConfig, binarize
+from hf_stompp import binarize
 from hf_stompp.benchmark import surroundings
 from hf_stompp.freezing import Freezing, initialize_activations
+from hf_stompp.methods import METHODS, RecipeArguments
 from hf_stompp.ops import cpu
 from hf_stompp.progression import Progression, plan_progression
 
-
-METHODS: dict[str, dict[str, Any] | None] = {
-    "float": None,
-    "ste": {"surrogate": "ste", "schedule": "immediate"},
-    "stompp": {"surrogate": "none", "schedule": "cubic"},
-    "stompp_ste": {"surrogate": "ste", "schedule": "cubic"},
-}
 
 LABELS = {"float": "float", "ste": "vanilla STE", "stompp": "StoMPP, STE-free", "stompp_ste": "StoMPP+STE"}
 
@@ -124,14 +118,14 @@ class Run:
     """One method: a model, its optimizer, and how far its masks are."""
 
     def __init__(self, method: str, model: nn.Module, steps: int, device: torch.device, dtype: torch.dtype) -> None:
-        settings = METHODS[method]
         self.method, self.device, self.dtype = method, device, dtype
         self.model = copy.deepcopy(model)
         self.progression: Progression | None = None
-        if settings is not None:
-            binarize(self.model, StoMPPConfig(surrogate=settings["surrogate"]))
+        if method != "float":
+            binarize(self.model, RecipeArguments(method).config())
             units = self.model.config.quantization_config.units
-            self.progression = plan_progression(units, steps, schedule=settings["schedule"])
+            schedule = METHODS[method].training["progression_schedule"][0]
+            self.progression = plan_progression(units, steps, schedule=schedule)
             self.freezing = Freezing(self.model, self.progression)
         self.model.to(device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
@@ -334,7 +328,7 @@ def plot(path: Path) -> Path:
 
     result = json.loads(path.read_text(encoding="utf-8"))
     figure, (times, memory) = pyplot.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
-    colors = dict(zip(METHODS, ("#444444", "#d08a28", "#2a78b5", "#3f9c5a"), strict=True))
+    colors = dict(zip(LABELS, ("#444444", "#d08a28", "#2a78b5", "#3f9c5a"), strict=True))
     for method, rows in result["records"].items():
         steps = [row["step"] for row in rows]
         style: dict[str, Any] = {"color": colors[method], "label": LABELS[method], "linewidth": 1.6}
@@ -362,7 +356,7 @@ def main() -> None:
     parser.add_argument("--model", choices=["minilm", *SIZES], default="minilm")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=list(LABELS), default=list(LABELS))
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=64)
