@@ -64,6 +64,8 @@ def run_recipe(recipe: Recipe, model: PreTrainedModel, head_is_trained: bool = T
     """
     if packed_modules(model):
         raise ValueError("a packed model cannot be trained: unpack(model), or take the float model it was made from")
+    if is_binarized(model) and recipe.asked.method == "float":
+        raise ValueError("the method float takes a float model, and this one is binarized: choose another method")
     claim_output_dir(recipe)
     # Before anything is trained: a teacher that cannot be loaded should not show after hours of work.
     teacher = load_teacher(recipe.asked.teacher)
@@ -282,6 +284,13 @@ def write_card(recipe: Recipe, results: Results, name: str, **details: Any) -> N
 
 class FloatTrainer(ReproducibleGrouping, Trainer):
     """Of the float stage."""
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # As StoMPPTrainer's: a finished run that is resumed would take one more step.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
 
 class BinaryTrainer(ReproducibleGrouping, StoMPPTrainer):

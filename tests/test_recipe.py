@@ -209,10 +209,14 @@ class TestStages:
         assert results.trainer.model is latent and results.model.config.quantization_config.mode == "bwn"
         assert "float" not in results.metrics
 
-    def test_a_packed_model_is_evaluated_and_not_trained(self, recipe: Callable, tiny_packed: Callable) -> None:
+    def test_a_packed_model_is_evaluated_and_not_trained(
+        self, recipe: Callable, tiny_packed: Callable, tiny_model: Callable
+    ) -> None:
         packed = tiny_packed("bert")
         with pytest.raises(ValueError, match="cannot be trained"):
             run_recipe(recipe(), packed)
+        with pytest.raises(ValueError, match="takes a float model"):
+            run_recipe(recipe("float"), binarize(tiny_model("bert")))
         assert set(evaluate_model(recipe(), packed).metrics["binary"]) == {"eval_loss", "eval_accuracy"}
 
     def test_summary_and_card_tell_the_run(self, recipe: Callable, model: Any, tmp_path: Path) -> None:
@@ -232,13 +236,20 @@ class Killed(Exception):
 
 
 class KillAfter(transformers.TrainerCallback):
-    """Ends the process, as far as a test can, after a step of one stage, whose last checkpoint is older."""
+    """
+    Ends the process, as far as a test can, after a step of one stage, whose last checkpoint is older; after step 10,
+    when the last checkpoint is written and the model is not.
+    """
 
     def __init__(self, trainer: Any, folder: str, step: int) -> None:
         self.is_meant, self.step = Path(trainer.args.output_dir).name == folder, step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.is_meant and state.global_step == self.step:
+        if self.is_meant and state.global_step == self.step < 10:
+            raise Killed
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.is_meant and self.step == 10:
             raise Killed
 
 
@@ -259,6 +270,20 @@ class TestRestart:
         run_recipe(recipe(method, "cut", asked=asked), tiny_model("bert"))
         for folder in ("float", ".", "packed"):
             assert_equal(weights(tmp_path / "whole" / folder), weights(tmp_path / "cut" / folder))
+
+    @pytest.mark.parametrize("method", ["float", "stompp_ste"])
+    def test_a_run_killed_after_its_last_step_takes_no_more(
+        self, method: str, recipe: Callable, tiny_model: Callable, tmp_path: Path
+    ) -> None:
+        run_recipe(recipe(method, "whole"), tiny_model("bert"))
+        with pytest.raises(Killed):
+            run_recipe(
+                recipe(method, "cut", lambda trainer: trainer.add_callback(KillAfter(trainer, "cut", 10))),
+                tiny_model("bert"),
+            )
+        assert not (tmp_path / "cut" / "model.safetensors").exists()
+        assert run_recipe(recipe(method, "cut"), tiny_model("bert")).trainer.state.global_step == 10
+        assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
     def test_a_finished_float_model_is_not_trained_again(
         self, recipe: Callable, tiny_model: Callable, tmp_path: Path

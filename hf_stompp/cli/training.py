@@ -83,7 +83,7 @@ class StopAfterStep(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.is_training = False
-        if self.stop:
+        if self.stop and state.global_step < state.max_steps:
             raise Interrupted
 
 
