@@ -1,5 +1,6 @@
 """
-What a training step costs, over a whole run: float fine-tuning, vanilla STE, StoMPP STE-free and StoMPP+STE.
+What a training step costs, over a whole run: float fine-tuning, vanilla STE, StoMPP STE-free and StoMPP+STE, and the
+last with a teacher beside it.
 
     python benchmarks/training.py --model minilm --output benchmarks/results/training_minilm_fp32.json
     python benchmarks/training.py --plot benchmarks/results/training_*.json
@@ -34,13 +35,24 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 
 from hf_stompp import binarize
 from hf_stompp.benchmark import surroundings
+from hf_stompp.distillation import Comparison, distillation_loss
 from hf_stompp.freezing import Freezing, initialize_activations
 from hf_stompp.methods import METHODS, RecipeArguments
 from hf_stompp.ops import cpu
 from hf_stompp.progression import Progression, plan_progression
+from hf_stompp.training_args import DEFAULT_LOSSES
 
 
-LABELS = {"float": "float", "ste": "vanilla STE", "stompp": "StoMPP, STE-free", "stompp_ste": "StoMPP+STE"}
+TEACHER = "_teacher"
+"""Ends the name of a method that is measured with a teacher."""
+
+LABELS = {
+    "float": "float",
+    "ste": "vanilla STE",
+    "stompp": "StoMPP, STE-free",
+    "stompp_ste": "StoMPP+STE",
+    "stompp_ste_teacher": "StoMPP+STE, teacher",
+}
 
 SIZES = {
     "bert-base": BertConfig(),
@@ -122,12 +134,14 @@ class Run:
         self.model = copy.deepcopy(model)
         self.progression: Progression | None = None
         if method != "float":
-            binarize(self.model, RecipeArguments(method).config())
+            known = method.removesuffix(TEACHER)
+            binarize(self.model, RecipeArguments(known).config())
             units = self.model.config.quantization_config.units
-            schedule = METHODS[method].training["progression_schedule"][0]
+            schedule = METHODS[known].training["progression_schedule"][0]
             self.progression = plan_progression(units, steps, schedule=schedule)
             self.freezing = Freezing(self.model, self.progression)
         self.model.to(device).train()
+        self.teacher = model.to(device).eval() if method.endswith(TEACHER) else None
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
 
     def persistent_bytes(self) -> int:
@@ -147,7 +161,7 @@ class Run:
             marks[0] += self._now() - marks[-1]
             marks[-1] = self._now()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            loss = self.model(**batch).loss
+            loss = self._loss(batch)
         marks.append(self._now())
         loss.backward()
         marks.append(self._now())
@@ -161,6 +175,14 @@ class Run:
         marks.append(self._now())
         parts = ["masks_advance", "forward", "backward", "update"]
         return dict(zip(parts, (b - a for a, b in itertools.pairwise(marks)), strict=True))
+
+    def _loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        if self.teacher is None:
+            return self.model(**batch).loss
+        texts = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        with torch.no_grad():
+            target = self.teacher(**texts, output_hidden_states=True)
+        return distillation_loss(self.model(**texts, output_hidden_states=True), target, DEFAULT_LOSSES, Comparison())
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -328,7 +350,7 @@ def plot(path: Path) -> Path:
 
     result = json.loads(path.read_text(encoding="utf-8"))
     figure, (times, memory) = pyplot.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
-    colors = dict(zip(LABELS, ("#444444", "#d08a28", "#2a78b5", "#3f9c5a"), strict=True))
+    colors = dict(zip(LABELS, ("#444444", "#d08a28", "#2a78b5", "#3f9c5a", "#8a5a9c"), strict=True))
     for method, rows in result["records"].items():
         steps = [row["step"] for row in rows]
         style: dict[str, Any] = {"color": colors[method], "label": LABELS[method], "linewidth": 1.6}
@@ -344,7 +366,7 @@ def plot(path: Path) -> Path:
     memory.set_xlabel("optimizer step (shaded: the windows of the encoder layers, in turn)")
     times.set_title(f"{result['model']}, {result['dtype']}, {result['batch']} x {result['length']} tokens", loc="left")
     handles, names = times.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(handles, names, loc="outside lower center", ncols=5, frameon=False)
     target = Path(__file__).parent.parent / "docs" / "figures" / f"{path.stem}.png"
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=110)

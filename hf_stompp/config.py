@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .nn.functional import LEVELS, SURROGATES, WEIGHT_SCALES
+from .nn.functional import LEVELS, SURROGATES, WEIGHT_CENTERS, WEIGHT_SCALES
 
 
 QUANT_METHOD = "stompp"
@@ -19,6 +19,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("bnn", "bwn"),
     "surrogate": tuple(SURROGATES),
     "weight_scale": tuple(WEIGHT_SCALES),
+    "weight_center": tuple(WEIGHT_CENTERS),
     "activation_scale": ("learned", "fixed"),
     "activation_shift": ("learned", "fixed", "none"),
     "feed_forward_levels": tuple(LEVELS),
@@ -28,6 +29,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
 """Allowed values of the fields that name one of several."""
 
 MODULE_KINDS = ("linear", "activation", "embedding")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class StoMPPConfig(QuantizationConfigMixin):
@@ -40,26 +45,38 @@ class StoMPPConfig(QuantizationConfigMixin):
     Args:
         mode (`str`, *optional*, defaults to `"bnn"`):
             `"bnn"`: binary weights and activations; `"bwn"`: binary weights, float activations (paper).
-        surrogate (`str`, *optional*, defaults to `"ste"`):
+        surrogate (`str`, *optional*, defaults to `"clipped_ste"`):
             Gradient of the frozen entries: `"none"` (STE-free, exactly 0; paper), `"ste"` (StoMPP+STE, identity;
-            paper) or `"clipped_ste"` (identity within the clip range; BinaryNet).
+            paper) or `"clipped_ste"` (identity within a window; BinaryNet).
         weight_scale (`str`, *optional*, defaults to `"row"`):
             Hard level of a weight: mean magnitude of its output `"row"` (XNOR-Net, BiBERT) or of the whole `"tensor"`
             (BiT), or 1 (`"none"`; paper).
+        weight_center (`str`, *optional*, defaults to `"none"`):
+            What is subtracted from a linear layer's weight before its sign is taken: nothing (paper), the mean of
+            its output `"row"` (BiBERT) or of the whole `"tensor"` (BiT).
         weight_clip (`float`, *optional*, defaults to 3.0):
             Clip range of the free weights, as a multiple of the weight scale (ours; the paper clips at 1, which
             destroys a pretrained network before anything is frozen).
+        weight_window (`float`, *optional*):
+            Window of the surrogate `clipped_ste` for frozen weights, as a multiple of the weight scale (ours). `None`:
+            the clip range.
         activation_scale (`str`, *optional*, defaults to `"learned"`):
             Hard level of an activation, one number a tensor, initialised from the first batch, then `"learned"` (BiT)
             or `"fixed"`.
+        initial_activation_scale (`float`, *optional*, defaults to 1.0):
+            First value of the activation scale, as a multiple of the mean distance from the shift (of the mean of
+            what is positive, with the levels `"zero_one"`), at which the two levels fit the first batch best
+            (XNOR-Net). BiT starts at 2.
         activation_shift (`str`, *optional*, defaults to `"learned"`):
             Shift and threshold of a binary activation, one number a feature, initialised from the first batch, then
             `"learned"` (BiT) or `"fixed"`, or `"none"`: both 0.
         activation_clip (`float`, *optional*, defaults to 10.0):
             Clip range of the free activations, as a multiple of the activation scale (ours). It is far wider than that
             of the weights because activations have outliers: at 3 little is left of a pretrained network before
-            anything is
-            frozen (`benchmarks/results/clip_range.json`).
+            anything is frozen (`benchmarks/results/clip_range.json`).
+        activation_window (`float`, *optional*, defaults to 2.0):
+            Window of the surrogate `clipped_ste` for frozen activations, as a multiple of the activation scale (ours).
+            `None`: the clip range.
         feed_forward_levels (`str`, *optional*, defaults to `"signed"`):
             Levels behind the feed-forward activation function: `"signed"` = {-a, +a} about the shift, `"zero_one"` =
             {0, a} (BiT's set for non-negative tensors).
@@ -90,12 +107,16 @@ class StoMPPConfig(QuantizationConfigMixin):
     def __init__(
         self,
         mode: str = "bnn",
-        surrogate: str = "ste",
+        surrogate: str = "clipped_ste",
         weight_scale: str = "row",
+        weight_center: str = "none",
         weight_clip: float = 3.0,
+        weight_window: float | None = None,
         activation_scale: str = "learned",
+        initial_activation_scale: float = 1.0,
         activation_shift: str = "learned",
         activation_clip: float = 10.0,
+        activation_window: float | None = 2.0,
         feed_forward_levels: str = "signed",
         unit: str = "layer",
         modules_to_not_convert: list[str] | None = None,
@@ -111,10 +132,14 @@ class StoMPPConfig(QuantizationConfigMixin):
         self.mode = mode
         self.surrogate = surrogate
         self.weight_scale = weight_scale
+        self.weight_center = weight_center
         self.weight_clip = weight_clip
+        self.weight_window = weight_window
         self.activation_scale = activation_scale
+        self.initial_activation_scale = initial_activation_scale
         self.activation_shift = activation_shift
         self.activation_clip = activation_clip
+        self.activation_window = activation_window
         self.feed_forward_levels = feed_forward_levels
         self.unit = unit
         self.modules_to_not_convert = (
@@ -148,11 +173,22 @@ class StoMPPConfig(QuantizationConfigMixin):
             if getattr(self, field) not in choices:
                 raise ValueError(f"StoMPPConfig.{field} must be one of {list(choices)}, got {getattr(self, field)!r}")
         for field in ("weight_clip", "activation_clip"):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 1:
+            if not _is_finite(getattr(self, field)) or getattr(self, field) < 1:
                 raise ValueError(
                     f"StoMPPConfig.{field} must be a finite number of at least 1 (a multiple of the scale), got "
-                    f"{value!r}"
+                    f"{getattr(self, field)!r}"
+                )
+        if not _is_finite(self.initial_activation_scale) or self.initial_activation_scale <= 0:
+            raise ValueError(
+                f"StoMPPConfig.initial_activation_scale must be a finite number above 0, got "
+                f"{self.initial_activation_scale!r}"
+            )
+        for field in ("weight_window", "activation_window"):
+            value = getattr(self, field)
+            if value is not None and (not _is_finite(value) or value <= 0):
+                raise ValueError(
+                    f"StoMPPConfig.{field} must be a finite number above 0 (a multiple of the scale) or None (the "
+                    f"clip range), got {value!r}"
                 )
         if not isinstance(self.binary_word_embeddings, bool):
             raise ValueError(

@@ -386,16 +386,22 @@ def _machine(model: PreTrainedModel) -> str:
     return f"{processor()['name']}, {torch.get_num_threads()} threads, {dtype}"
 
 
+_SETTINGS = (
+    *("mode", "unit", "weight_scale", "weight_center", "weight_clip", "weight_window", "activation_scale"),
+    *("initial_activation_scale", "activation_shift", "activation_clip", "activation_window", "feed_forward_levels"),
+)
+"""Fields of the config that a card tells."""
+
+
 def _method(config: StoMPPConfig) -> str:
     what = "weights and activations are" if config.mode == "bnn" else "weights are"
     return (
         "StoMPP, Stochastic Masked Partial Progressive Binarization ([arXiv "
         f"2606.27759](https://arxiv.org/abs/2606.27759)): {what} replaced by their signs through "
         f"random masks that grow through the encoder, {SURROGATE_WORDS[config.surrogate]} "
-        f"(`surrogate={config.surrogate!r}`). Settings of the binarization: `mode={config.mode!r}`, "
-        f"`unit={config.unit!r}`, `weight_scale={config.weight_scale!r}`, `weight_clip={config.weight_clip}`, "
-        f"`activation_scale={config.activation_scale!r}`, `activation_shift={config.activation_shift!r}`, "
-        f"`activation_clip={config.activation_clip}`."
+        f"(`surrogate={config.surrogate!r}`). Settings of the binarization: "
+        + ", ".join(f"`{name}={getattr(config, name)!r}`" for name in _SETTINGS if getattr(config, name) is not None)
+        + "."
     )
 
 

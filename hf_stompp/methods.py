@@ -53,7 +53,7 @@ METHODS: dict[str, Method] = {
     "float": Method("no binarization", defaults=FLOAT_DEFAULTS),
     "ste": Method(
         "everything binary from the first step, straight-through gradient",
-        {"surrogate": ("ste", "clipped_ste")},
+        {"surrogate": ("clipped_ste", "ste")},
         AT_ONCE,
     ),
     "stompp": Method(
@@ -61,14 +61,24 @@ METHODS: dict[str, Method] = {
     ),
     "stompp_ste": Method(
         "layer by layer through growing masks, straight-through gradient of frozen entries",
-        {"surrogate": ("ste", "clipped_ste")},
+        {"surrogate": ("clipped_ste", "ste")},
         PROGRESSIVE,
     ),
     "bit": Method(
-        "BiT's elastic binarization: everything binary from the first step, clipped straight-through gradient, one "
-        "weight scale a matrix, {0, a} behind the feed-forward activation",
-        {"surrogate": ("clipped_ste",), "weight_scale": ("tensor",), "feed_forward_levels": ("zero_one",)},
+        "BiT's elastic binarization: everything binary from the first step, straight-through gradient (of activations "
+        "within one scale), weights centred with one scale a matrix, {0, a} behind the feed-forward activation",
+        {
+            "surrogate": ("clipped_ste",),
+            "weight_scale": ("tensor",),
+            "weight_center": ("tensor",),
+            # So wide that it is the identity.
+            "weight_window": (1000.0,),
+            "activation_window": (1.0,),
+            "initial_activation_scale": (2.0,),
+            "feed_forward_levels": ("zero_one",),
+        },
         AT_ONCE,
+        {**BINARY_DEFAULTS, "distillation_losses": {"logits": 1.0, "hidden_states": 1.0}},
     ),
 }
 """Every method by its name. `float` alone binarizes nothing."""
@@ -92,6 +102,11 @@ class RecipeArguments:
         teacher (`str`, *optional*, defaults to `"float"`):
             What the binary stage distils from: the `"float"` model that is binarized, if its head is trained;
             `"none"`; or a model's name or folder.
+        train_word_embeddings (`bool`, *optional*, defaults to `True`):
+            Whether the binary stage trains the word embeddings. They are most of a small model's parameters, and a
+            student starts with those of its teacher.
+        dropout (`float`, *optional*):
+            Probability of every `nn.Dropout` in the binary stage; that of the model when not given.
         mode, surrogate, ... (*optional*):
             Fields of [`StoMPPConfig`]. What is not given is left to the method, then to the defaults there.
 
@@ -109,6 +124,12 @@ class RecipeArguments:
         "none: nothing; else the name or folder of a model that was fine-tuned on this task.",
         "float",
     )
+    train_word_embeddings: bool = option(
+        "Train the word embeddings in the binary stage too. Without them a step takes less time and memory.", True
+    )
+    dropout: float | None = option(
+        "Probability of every dropout layer in the binary stage. That of the model when not given."
+    )
     mode: str | None = option(
         "bnn: binary weights and activations; bwn: binary weights only.", choices=CHOICES["mode"]
     )
@@ -119,16 +140,29 @@ class RecipeArguments:
     weight_scale: str | None = option(
         "One scale for each output row, one for the whole matrix, or none.", choices=CHOICES["weight_scale"]
     )
+    weight_center: str | None = option(
+        "Take the sign of a weight less the mean of its row, of its tensor, or of nothing.",
+        choices=CHOICES["weight_center"],
+    )
     weight_clip: float | None = option("Clip range of weights that are not frozen, in multiples of their scale.")
+    weight_window: float | None = option(
+        "With --surrogate clipped_ste: within how many scales a frozen weight passes its gradient."
+    )
     activation_scale: str | None = option(
         "An activation's scale, taken from the first batch, is then learned or not.",
         choices=CHOICES["activation_scale"],
+    )
+    initial_activation_scale: float | None = option(
+        "First value of that scale, as a multiple of the mean distance from the shift."
     )
     activation_shift: str | None = option(
         "The same for its shift and threshold, one for each feature.", choices=CHOICES["activation_shift"]
     )
     activation_clip: float | None = option(
         "Clip range of activations that are not frozen, in multiples of their scale."
+    )
+    activation_window: float | None = option(
+        "With --surrogate clipped_ste: within how many scales a frozen activation passes its gradient."
     )
     feed_forward_levels: str | None = option(
         "The two values of the activations between the feed-forward linears.", choices=CHOICES["feed_forward_levels"]
@@ -145,6 +179,12 @@ class RecipeArguments:
             raise ValueError(f"--float_num_train_epochs {self.float_num_train_epochs} is negative. Give 0 or more.")
         if self.method not in METHODS:
             raise ValueError(f"--method {self.method} is unknown. Give {', '.join(METHODS)}.")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ValueError(f"--dropout {self.dropout} is no probability. Give 0 or more, and less than 1.")
+        if self.binary_word_embeddings and not self.train_word_embeddings:
+            raise ValueError(
+                "--binary_word_embeddings need training and are contradicted by --no_train_word_embeddings. Drop one."
+            )
         self.config()
 
     def config(self) -> StoMPPConfig | None:
@@ -154,6 +194,25 @@ class RecipeArguments:
             _refuse_for_float(given)
             return None
         return StoMPPConfig(**_agreeing(self.method, METHODS[self.method].config, given))
+
+    def check_latent(self, config: StoMPPConfig) -> None:
+        """
+        Checks that a latent model, which has been binarized as its `config` says, can be trained as is asked for.
+
+        Raises:
+            ValueError: another binarization is asked for, or a float stage.
+        """
+        if self.float_num_train_epochs > 0 or self.method == "float":
+            raise ValueError("the model is latent, binarized already: it has no float stage. Name a float model.")
+        table = METHODS[self.method].config
+        asked = {name: getattr(self, name) for name in CONFIG_FIELDS if getattr(self, name) is not None}
+        for name in {*table, *asked}:
+            allowed = (asked[name],) if name in asked else table[name]
+            if getattr(config, name) not in allowed:
+                raise ValueError(
+                    f"the model is latent, binarized with {name}={getattr(config, name)!r}, and {allowed[0]!r} is "
+                    f"asked for (--method {self.method}). Ask for what it was binarized with, or name a float model."
+                )
 
     def complete(self, args: StoMPPTrainingArguments, given: Iterable[str]) -> None:
         """
@@ -190,7 +249,8 @@ def _agreeing(method: str, table: Mapping[str, tuple[Any, ...]], given: Mapping[
     for name, values in table.items():
         if name in given and given[name] not in values:
             raise ValueError(
-                f"--method {method} is contradicted by --{name} {given[name]}; it goes with {' or '.join(values)}. "
+                f"--method {method} is contradicted by --{name} {given[name]}; it goes with "
+                f"{' or '.join(map(str, values))}. "
                 f"Drop --{name}, or choose another method."
             )
     return {name: values[0] for name, values in table.items()} | dict(given)

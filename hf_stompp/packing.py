@@ -74,7 +74,7 @@ def pack(model: Model) -> Model:
         source: Any = latent[name]
         if isinstance(module, PackedBinaryLinear):
             scale, bias = _packed_values(source)
-            module.packed_weight.copy_(pack_bits(source.weight))
+            module.packed_weight.copy_(pack_bits(source.centered_weight()))
             module.scale.copy_(scale)
             if module.bias is not None and bias is not None:
                 module.bias.copy_(bias)
@@ -120,6 +120,8 @@ def unpack(model: Model) -> Model:
     config.feed_forward_levels = "signed"
     # Rows have scales now, whatever the kind they came from: the input's amplitude was folded into them.
     config.weight_scale = "row"
+    # The signs are what is stored: a mean would change them.
+    config.weight_center = "none"
     swap_in_float(latent, config)
     swap_in_masked(latent, config)
     values = dict(model.named_modules())

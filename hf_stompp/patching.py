@@ -143,7 +143,11 @@ def swap_in_masked(model: nn.Module, config: StoMPPConfig) -> None:
     """
     check_fits(model, config, {"linear": (nn.Linear,), "activation": (nn.Module,), "embedding": (nn.Embedding,)})
     modules = dict(model.named_modules())
-    settings: dict[str, Any] = {"clip": config.weight_clip, "surrogate": config.surrogate}
+    settings: dict[str, Any] = {
+        "clip": config.weight_clip,
+        "surrogate": config.surrogate,
+        "window": config.weight_window,
+    }
 
     def activation(features: int, device: torch.device, function: nn.Module | None = None) -> MaskedBinaryActivation:
         return MaskedBinaryActivation(
@@ -152,7 +156,9 @@ def swap_in_masked(model: nn.Module, config: StoMPPConfig) -> None:
             levels=config.feed_forward_levels if function is not None else "signed",
             clip=config.activation_clip,
             surrogate=config.surrogate,
+            window=config.activation_window,
             scale=config.activation_scale,
+            initial_scale=config.initial_activation_scale,
             shift=config.activation_shift,
             device=device,
         )
@@ -164,7 +170,13 @@ def swap_in_masked(model: nn.Module, config: StoMPPConfig) -> None:
         if entry["kind"] == "linear":
             place = {"device": old.weight.device, "dtype": old.weight.dtype}
             new = MaskedBinaryLinear(
-                old.in_features, old.out_features, entry["bias"], scale=config.weight_scale, **settings, **place
+                old.in_features,
+                old.out_features,
+                entry["bias"],
+                scale=config.weight_scale,
+                center=config.weight_center,
+                **settings,
+                **place,
             )
             new.weight = old.weight
             if old.bias is not None:

@@ -24,7 +24,14 @@ FINISHED = "finished.json"
 TEACHERS = ("float", "none")
 """Teachers that are no model's name: the float model of the run, and no teacher."""
 
-ASKED_SETTINGS = ("method", "float_num_train_epochs", "float_learning_rate", "teacher")
+ASKED_SETTINGS = (
+    "method",
+    "float_num_train_epochs",
+    "float_learning_rate",
+    "teacher",
+    "train_word_embeddings",
+    "dropout",
+)
 
 TRAINING_SETTINGS = (
     *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size"),
@@ -83,6 +90,7 @@ class Results:
         seconds (`dict[str, float]`): wall-clock time of each stage.
         packed_weights (`str`, *optional*): `"final"` or `"best"`: which weights were packed.
         teacher (`str`, *optional*): what the binary stage distilled from.
+        config (`StoMPPConfig`, *optional*): of the binary model.
         trainer (`Trainer`, *optional*): of the last training.
         model (`PreTrainedModel`, *optional*): the model that the run ends with, as loaded from its folder.
     """
@@ -94,6 +102,7 @@ class Results:
     seconds: dict[str, float] = field(default_factory=dict)
     packed_weights: str | None = None
     teacher: str | None = None
+    config: StoMPPConfig | None = None
     trainer: Trainer | None = None
     model: PreTrainedModel | None = None
 

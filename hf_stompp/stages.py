@@ -8,13 +8,13 @@ did; [`run_recipe`] does them in order. A run that is started again goes on wher
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedModel,
@@ -29,7 +29,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 
 from .benchmark import compare_with_float
-from .binarization import binarize
+from .binarization import binarize, config_of
 from .hub import add_dynamics, model_card
 from .packing import pack
 from .patching import packed_modules
@@ -64,8 +64,12 @@ def run_recipe(recipe: Recipe, model: PreTrainedModel, head_is_trained: bool = T
     """
     if packed_modules(model):
         raise ValueError("a packed model cannot be trained: unpack(model), or take the float model it was made from")
-    if is_binarized(model) and recipe.asked.method == "float":
-        raise ValueError("the method float takes a float model, and this one is binarized: choose another method")
+    if is_binarized(model):
+        recipe.asked.check_latent(config_of(model))
+        if recipe.asked.teacher == "float":
+            logger.warning(
+                "A latent model has no float model beside it: nothing is distilled unless a teacher is named."
+            )
     claim_output_dir(recipe)
     # Before anything is trained: a teacher that cannot be loaded should not show after hours of work.
     teacher = load_teacher(recipe.asked.teacher)
@@ -80,6 +84,7 @@ def run_recipe(recipe: Recipe, model: PreTrainedModel, head_is_trained: bool = T
             teacher = models["float"]
         with results.timed("binarize"):
             model = binarize(copy.deepcopy(models["float"]), recipe.config)
+    results.config = config_of(model)
     results.teacher = None if teacher is None else recipe.asked.teacher
     trainer = train_binary(recipe, model, teacher, results)
     models["packed"] = results.model = pack_and_reload(recipe, trainer, results)
@@ -101,7 +106,7 @@ def _run_float(recipe: Recipe, model: PreTrainedModel, results: Results) -> Resu
 def evaluate_model(recipe: Recipe, model: PreTrainedModel) -> Results:
     """Measures a model as it is: a float one, or a latent or packed one of an earlier run."""
     kind = "binary" if is_binarized(model) else "float"
-    results = Results(model=model)
+    results = Results(model=model, config=config_of(model) if kind == "binary" else None)
     with results.timed(f"evaluate_{kind}"):
         results.metrics[kind] = measure(recipe, make_trainer(recipe, model), "eval")
     results.milliseconds = milliseconds_per_batch(make_trainer(recipe, model), {kind: model})
@@ -213,6 +218,11 @@ def train_binary(
     recipe: Recipe, model: PreTrainedModel, teacher: PreTrainedModel | None, results: Results
 ) -> StoMPPTrainer:
     """Trains a latent model until it is binary, and measures what it ends with."""
+    if not recipe.asked.train_word_embeddings:
+        model.get_input_embeddings().requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and recipe.asked.dropout is not None:
+            module.p = recipe.asked.dropout
     trainer: Any = make_trainer(recipe, model, recipe.args, train=True, teacher=teacher)
     with results.timed("train_binary"):
         train(trainer, recipe.output_dir)
@@ -329,6 +339,7 @@ def make_trainer(
     args.push_to_hub, args.hub_token = False, None
     if not train:
         args.load_best_model_at_end, args.eval_strategy = False, IntervalStrategy.NO
+    options: dict[str, Any] = {} if teacher is None else {"teacher": teacher}
     trainer = (BinaryTrainer if is_binarized(model) else FloatTrainer)(
         model=model,
         args=args,
@@ -338,19 +349,13 @@ def make_trainer(
         processing_class=recipe.tokenizer,
         compute_metrics=recipe.compute_metrics,
         callbacks=[EvaluateLastStep()] if args.load_best_model_at_end else None,
-        **_distilling(teacher),
+        **options,
     )
     # The classifiers of Transformers accept the argument that the Trainer corrects the loss by, and ignore it; the
     # loss would be too large by the number of accumulation steps.
     trainer.model_accepts_loss_kwargs = False
     recipe.prepare(trainer)
     return trainer
-
-
-def _distilling(teacher: PreTrainedModel | None) -> dict[str, Any]:
-    """Arguments of a Trainer that distils."""
-    accepted = "teacher" in inspect.signature(StoMPPTrainer.__init__).parameters
-    return {} if teacher is None or not accepted else {"teacher": teacher}
 
 
 def train(trainer: Trainer, folder: Path) -> None:

@@ -113,7 +113,7 @@ def summarize(recipe: Recipe, results: Results, **known: Any) -> dict[str, Any]:
     Returns:
         `dict[str, Any]`: plain JSON.
     """
-    args, config = recipe.args, recipe.config
+    args, config = recipe.args, results.config
     summary = {
         "task": None,
         "method": recipe.asked.method,

@@ -14,6 +14,7 @@ from transformers.trainer_callback import ExportableState, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from .binarization import config_of
+from .distillation import LABELS, OUTPUTS, Comparison, check_teacher, distillation_loss
 from .freezing import Freezing, check_masks, initialize_activations
 from .integrity import checkpoint_files, tensor_digest, verify_files
 from .nn import MaskedBinaryActivation
@@ -118,9 +119,18 @@ class StoMPPTrainer(PushingTrainer):
       in training.
     - no checkpoint from before the network is committed counts as the best, so early stopping waits for that too.
     - logs carry `frozen_fraction/all` (share of all binary entries) and `frozen_fraction/<unit>`.
+    - with a `teacher`, training minimises `args.distillation_losses`: no labels are needed unless these name them.
+      Evaluation reports the model's own loss as ever, and the distillation loss where there are no labels.
+
+    Args:
+        teacher (`PreTrainedModel`, *optional*):
+            A float model that the binary one learns from: same tokenizer, classes and, for losses of hidden states or
+            attentions, same layers. It is put into evaluation mode, gets no gradient, and is in no checkpoint.
+        args, kwargs: those of [`~transformers.Trainer`].
 
     Raises:
-        ValueError: the model is not binarized, or the run would use nn.DataParallel, FSDP or DeepSpeed.
+        ValueError: the model is not binarized, the teacher does not fit it, or the run would use nn.DataParallel,
+            FSDP or DeepSpeed.
     """
 
     model: PreTrainedModel
@@ -129,11 +139,13 @@ class StoMPPTrainer(PushingTrainer):
     # BERT's classification loss ignores num_items_in_batch, and Trainer would not divide by the accumulation steps.
     loss_is_scaled_for_ga = False
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, teacher: PreTrainedModel | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False
         self._refuse_unsupported()
         config_of(self.model)
+        self.teacher_name = None if teacher is None else teacher.name_or_path
+        self.teacher = None if teacher is None else self._prepare_teacher(teacher)
         self.progression_callback = ProgressionCallback(self)
         self.add_callback(self.progression_callback)
         if self.pop_callback(ProgressCallback) is not None:
@@ -161,6 +173,63 @@ class StoMPPTrainer(PushingTrainer):
                 )
             # Transformers leaves it off with activation checkpointing.
             self.args.ddp_find_unused_parameters = True
+
+    def _prepare_teacher(self, teacher: PreTrainedModel) -> nn.Module:
+        losses = cast(dict[str, float], self.args.distillation_losses)
+        check_teacher(self.model, teacher, losses)
+        if self.args.label_smoothing_factor and LABELS not in losses:
+            raise ValueError(
+                f"label_smoothing_factor smooths labels, and distillation_losses={losses} does not look at them: give "
+                f"{LABELS!r} a weight, or leave label_smoothing_factor at 0"
+            )
+        if "attentions" in losses:
+            # Other implementations never form the probabilities.
+            self.model.set_attn_implementation("eager")
+            teacher.set_attn_implementation("eager")
+        # A loss that needs no labels can be evaluated without them.
+        self.can_return_loss = self.can_return_loss or LABELS not in losses
+        return self.accelerator.prepare_model(teacher.eval(), evaluation_mode=True)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """
+        The loss of [`~transformers.Trainer.compute_loss`]; with a teacher, in training and where there are no labels,
+        the weighted sum of the distillation losses.
+
+        Args:
+            model (`nn.Module`).
+            inputs (`dict[str, Any]`): arguments of its forward.
+            return_outputs (`bool`, *optional*, defaults to `False`).
+            num_items_in_batch (`Tensor` or `int`, *optional*): as in Transformers.
+
+        Returns:
+            `Tensor` of shape `()`, or with `return_outputs` `tuple(Tensor, ModelOutput)`.
+        """
+        if self.teacher is None or (not model.training and any(name in inputs for name in self.label_names)):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        losses = cast(dict[str, float], self.args.distillation_losses)
+        unlabelled = {name: value for name, value in inputs.items() if name not in self.label_names}
+        wanted = {OUTPUTS[name]: True for name in losses if name in OUTPUTS}
+        with torch.no_grad():
+            target = self.teacher(**unlabelled, **wanted)
+        loss: Any = 0.0
+        if LABELS in losses:
+            loss, outputs = super().compute_loss(model, {**inputs, **wanted}, True, num_items_in_batch)
+            loss = losses[LABELS] * loss
+        else:
+            outputs = model(**unlabelled, **wanted)
+        how = Comparison(
+            mask=inputs.get("attention_mask"),
+            temperature=self.args.distillation_temperature,
+            multi_label=self.model.config.problem_type == "multi_label_classification",
+        )
+        loss = loss + distillation_loss(outputs, target, losses, how)
+        return (loss, outputs) if return_outputs else loss
 
     def plan(self, total_steps: int) -> Progression:
         """
@@ -456,6 +525,10 @@ class StoMPPTrainer(PushingTrainer):
         ]
         settings = {name: getattr(self.args, name) for name in names}
         settings |= {"mask_seed": progression.seed, "units": len(progression.units)}
+        if self.teacher is not None:
+            losses = self.args.distillation_losses
+            settings |= {"teacher": self.teacher_name, "distillation_losses": losses}
+            settings |= {"distillation_temperature": self.args.distillation_temperature}
         return settings | {
             "optimizer steps": progression.total_steps,
             "fully binary from step": progression.committed_step,

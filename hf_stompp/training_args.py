@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
+from .distillation import LABELS, LOSSES, check_losses
 from .progression import ORDERS, SCHEDULES, steps_of
+
+
+DEFAULT_LOSSES = {"logits": 1.0, "normalized_hidden_states": 1.0}
+"""What a student learns from its teacher unless told otherwise."""
 
 
 @dataclass
@@ -39,6 +46,16 @@ class StoMPPTrainingArguments(TrainingArguments):
             STE-free only: whether LayerNorm, biases, activation scales and shifts of a committed unit go on learning
             (ours). Its latent weights never do. On by default, as in the paper: over three seeds on SST-2 the two
             could not be told apart (docs/training.md).
+
+    > Parameters that control distillation, where [`StoMPPTrainer`] has a teacher
+
+    Args:
+        distillation_losses (`dict[str, float]` or `str`, *optional*):
+            What the student learns from the teacher, and with what weight: keys of
+            [`~hf_stompp.distillation.LOSSES`], and `"labels"` for the model's own loss beside them. As a string:
+            JSON. [`DEFAULT_LOSSES`] when not given.
+        distillation_temperature (`float`, *optional*, defaults to 1.0):
+            Temperature of the logits.
 
     > Parameters that control evaluation
 
@@ -78,12 +95,23 @@ class StoMPPTrainingArguments(TrainingArguments):
         default=True,
         metadata={"help": "STE-free: let LayerNorm, biases, scales and shifts of committed units go on learning."},
     )
+    distillation_losses: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": f"What is learned from a teacher, as JSON: a weight for some of {', '.join(LOSSES)}, and {LABELS} "
+            f"for the model's own loss. {json.dumps(DEFAULT_LOSSES)} when not given."
+        },
+    )
+    distillation_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature of teacher's and student's logits."}
+    )
     eval_mixed: bool = field(
         default=True, metadata={"help": "Evaluate the partly binary network of training too, as eval_mixed_*."}
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_distillation()
         for name, table in (("progression_order", ORDERS), ("progression_schedule", SCHEDULES)):
             if getattr(self, name) not in table:
                 raise ValueError(f"{name} must be one of {sorted(table)}, got {getattr(self, name)!r}")
@@ -93,3 +121,16 @@ class StoMPPTrainingArguments(TrainingArguments):
             raise ValueError(f"progression_overlap must lie in [0, 1), got {self.progression_overlap}")
         if not 1 <= self.refresh_period < math.inf:
             raise ValueError(f"refresh_period must be at least 1 step, got {self.refresh_period}")
+
+    def _check_distillation(self) -> None:
+        losses = DEFAULT_LOSSES if self.distillation_losses is None else self.distillation_losses
+        if isinstance(losses, str):
+            try:
+                losses = json.loads(losses)
+            except ValueError as error:
+                raise ValueError(f"distillation_losses={losses!r} is no JSON ({error})") from error
+        self.distillation_losses = check_losses(losses)
+        if not 0 < self.distillation_temperature < math.inf:
+            raise ValueError(
+                f"distillation_temperature must be a finite number above 0, got {self.distillation_temperature}"
+            )

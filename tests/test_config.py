@@ -16,12 +16,16 @@ LINEAR = {"name": "encoder.layer.0.dense", "kind": "linear", "unit": "encoder.la
 
 OTHER_VALUES = {
     "mode": "bwn",
-    "surrogate": "clipped_ste",
+    "surrogate": "none",
     "weight_scale": "tensor",
+    "weight_center": "tensor",
     "weight_clip": 2.0,
+    "weight_window": 1.5,
     "activation_scale": "fixed",
+    "initial_activation_scale": 2.0,
     "activation_shift": "none",
     "activation_clip": 1.5,
+    "activation_window": 0.5,
     "feed_forward_levels": "zero_one",
     "unit": "sublayer",
     "modules_to_not_convert": ["pooler"],
@@ -61,6 +65,19 @@ def test_a_choice_that_does_not_exist_is_refused_by_name_with_what_there_is(fiel
 def test_a_clip_range_below_one_or_not_finite_is_refused(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"StoMPPConfig.{field} must be a finite number of at least 1"):
         StoMPPConfig(**{field: value})
+
+
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, "2", True, None], ids=repr)
+def test_an_initial_scale_that_is_not_above_zero_or_not_finite_is_refused(value: object) -> None:
+    with pytest.raises(ValueError, match="StoMPPConfig.initial_activation_scale must be a finite number above 0"):
+        StoMPPConfig(initial_activation_scale=value)
+
+
+@pytest.mark.parametrize("field", ["weight_window", "activation_window"])
+@pytest.mark.parametrize("value", [0, -3.0, math.nan, math.inf, "3", True, [3.0]], ids=repr)
+def test_a_window_that_is_not_above_zero_or_not_finite_is_refused(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"StoMPPConfig.{field} must be a finite number above 0"):
+        StoMPPConfig(surrogate="clipped_ste", **{field: value})
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ CONFIGS = {
     "bnn-zero_one": {"feed_forward_levels": "zero_one"},
     "bnn-tensor_scale": {"weight_scale": "tensor"},
     "bnn-no_scale": {"weight_scale": "none"},
+    "bnn-centered": {"weight_scale": "tensor", "weight_center": "tensor"},
     "bnn-fixed": {"activation_scale": "fixed", "activation_shift": "fixed"},
     "bnn-no_shift": {"activation_shift": "none"},
     "bnn-zero_one-no_shift": {"feed_forward_levels": "zero_one", "activation_shift": "none"},
@@ -24,6 +25,7 @@ CONFIGS = {
     "bwn": {"mode": "bwn"},
     "bwn-tensor_scale": {"mode": "bwn", "weight_scale": "tensor"},
     "bwn-no_scale": {"mode": "bwn", "weight_scale": "none"},
+    "bwn-centered": {"mode": "bwn", "weight_center": "row"},
     "bwn-embeddings": {"mode": "bwn", "binary_word_embeddings": True},
 }
 all_configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

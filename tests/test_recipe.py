@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
-import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +16,8 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, HfArgumentParser
 
-from hf_stompp import StoMPPTrainer, StoMPPTrainingArguments, binarize, cli
-from hf_stompp.config import CHOICES, StoMPPConfig
+from hf_stompp import StoMPPTrainingArguments, binarize, cli
+from hf_stompp.config import StoMPPConfig
 from hf_stompp.methods import METHODS, RecipeArguments
 from hf_stompp.patching import masked_modules, packed_modules
 from hf_stompp.recipe import Recipe
@@ -127,12 +127,20 @@ class TestMethods:
     @pytest.mark.parametrize(
         ("method", "config", "schedule"),
         [
-            ("ste", {"surrogate": "ste"}, "immediate"),
+            ("ste", {"surrogate": "clipped_ste"}, "immediate"),
             ("stompp", {"surrogate": "none"}, "cubic"),
-            ("stompp_ste", {"surrogate": "ste"}, "cubic"),
+            ("stompp_ste", {"surrogate": "clipped_ste"}, "cubic"),
             (
                 "bit",
-                {"surrogate": "clipped_ste", "weight_scale": "tensor", "feed_forward_levels": "zero_one"},
+                {
+                    "surrogate": "clipped_ste",
+                    "weight_scale": "tensor",
+                    "weight_center": "tensor",
+                    "weight_window": 1000.0,
+                    "activation_window": 1.0,
+                    "initial_activation_scale": 2.0,
+                    "feed_forward_levels": "zero_one",
+                },
                 "immediate",
             ),
         ],
@@ -157,7 +165,8 @@ class TestMethods:
 
     def test_every_value_in_the_table_is_one_that_the_library_knows(self) -> None:
         for method in METHODS.values():
-            assert all(set(values) <= set(CHOICES[name]) for name, values in method.config.items())
+            for name, values in method.config.items():
+                assert all(getattr(StoMPPConfig(**{name: value}), name) == value for value in values)
             StoMPPTrainingArguments("unused", **{name: values[0] for name, values in method.training.items()})
             StoMPPTrainingArguments("unused", **method.defaults)
 
@@ -167,6 +176,7 @@ class TestMethods:
             ("sgd", {}, {}, "--method sgd is unknown. Give float, ste, stompp, stompp_ste, bit"),
             ("stompp", {"surrogate": "ste"}, {}, "--surrogate ste; it goes with none"),
             ("bit", {"weight_scale": "row"}, {}, "--weight_scale row; it goes with tensor"),
+            ("bit", {"activation_window": 2.0}, {}, "--activation_window 2.0; it goes with 1.0"),
             ("bit", {}, {"progression_schedule": "cubic"}, "--progression_schedule cubic; it goes with immediate"),
             ("stompp_ste", {}, {"progression_schedule": "immediate"}, "goes with cubic or linear"),
             ("float", {"mode": "bwn"}, {}, "contradicted by --mode"),
@@ -209,14 +219,10 @@ class TestStages:
         assert results.trainer.model is latent and results.model.config.quantization_config.mode == "bwn"
         assert "float" not in results.metrics
 
-    def test_a_packed_model_is_evaluated_and_not_trained(
-        self, recipe: Callable, tiny_packed: Callable, tiny_model: Callable
-    ) -> None:
+    def test_a_packed_model_is_evaluated_and_not_trained(self, recipe: Callable, tiny_packed: Callable) -> None:
         packed = tiny_packed("bert")
         with pytest.raises(ValueError, match="cannot be trained"):
             run_recipe(recipe(), packed)
-        with pytest.raises(ValueError, match="takes a float model"):
-            run_recipe(recipe("float"), binarize(tiny_model("bert")))
         assert set(evaluate_model(recipe(), packed).metrics["binary"]) == {"eval_loss", "eval_accuracy"}
 
     def test_summary_and_card_tell_the_run(self, recipe: Callable, model: Any, tmp_path: Path) -> None:
@@ -366,7 +372,56 @@ class TestTeacher:
                 run_recipe(recipe(asked={"teacher": str(tmp_path / name), "float_num_train_epochs": 1.0}), model)
         assert not (tmp_path / "run" / "float").exists()
 
-    def test_a_trainer_that_takes_a_teacher_gets_it(self, recipe: Callable, model: Any) -> None:
-        if "teacher" not in inspect.signature(StoMPPTrainer.__init__).parameters:
-            pytest.skip("StoMPPTrainer takes no teacher yet")
-        assert make_trainer(recipe(), binarize(model), train=True, teacher=model).teacher is model
+    def test_the_trainer_gets_the_teacher(self, recipe: Callable, model: Any) -> None:
+        student = binarize(copy.deepcopy(model))
+        assert make_trainer(recipe(), student, train=True, teacher=model).teacher is model
+
+
+class TestStart:
+    def test_word_embeddings_that_are_not_trained_stay_as_they_were(self, recipe: Callable, model: Any) -> None:
+        before = model.get_input_embeddings().weight.detach().clone()
+        results = run_recipe(recipe(asked={"train_word_embeddings": False}, learning_rate=1e-2), model)
+        trained = results.trainer.model
+        assert torch.equal(trained.get_input_embeddings().weight, before)
+        assert not torch.equal(trained.classifier.weight, model.classifier.weight)
+
+    def test_dropout_is_that_which_is_asked_for_and_that_of_the_model_otherwise(
+        self, recipe: Callable, model: Any
+    ) -> None:
+        for asked, expected in ((None, 0.1), (0.0, 0.0)):
+            folder = f"dropout-{asked}"
+            trained = run_recipe(recipe(folder=folder, asked={"dropout": asked}), copy.deepcopy(model)).trainer.model
+            assert {m.p for m in trained.modules() if isinstance(m, torch.nn.Dropout)} == {expected}
+
+    def test_a_latent_model_is_trained_on_as_it_was_binarized(
+        self, recipe: Callable, model: Any, tmp_path: Path
+    ) -> None:
+        config = {"feed_forward_levels": "zero_one", "activation_window": 1.5}
+        first = run_recipe(recipe("ste", asked=config), copy.deepcopy(model))
+        latent = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
+        scales = {name: value.clone() for name, value in latent.state_dict().items() if name.endswith(".scale")}
+        model.save_pretrained(tmp_path / "teacher")
+        asked = {**config, "teacher": str(tmp_path / "teacher")}
+        # So slow that nothing moves: what is not learned must be there from the start.
+        second = run_recipe(recipe("ste", folder="second", asked=asked, learning_rate=1e-12), latent)
+        assert "float" not in second.metrics and second.teacher == asked["teacher"]
+        assert second.metrics["packed"]["eval_loss"] == pytest.approx(first.metrics["packed"]["eval_loss"], rel=1e-4)
+        state = second.trainer.model.state_dict()
+        for name, value in scales.items():
+            torch.testing.assert_close(state[name], value)
+        assert second.config.feed_forward_levels == "zero_one"
+
+    @pytest.mark.parametrize(
+        ("method", "asked", "message"),
+        [
+            ("stompp", {}, "binarized with surrogate='clipped_ste', and 'none' is asked for"),
+            ("ste", {"mode": "bwn"}, "binarized with mode='bnn', and 'bwn' is asked for"),
+            ("ste", {"float_num_train_epochs": 1.0}, "has no float stage"),
+            ("float", {}, "has no float stage"),
+        ],
+    )
+    def test_a_latent_model_that_was_binarized_otherwise_is_refused(
+        self, method: str, asked: dict[str, Any], message: str, recipe: Callable, model: Any
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            run_recipe(recipe(method, asked=asked), binarize(model))

@@ -9,7 +9,7 @@ import pytest
 
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "training.py"
-METHODS = ["float", "ste", "stompp", "stompp_ste"]
+METHODS = ["float", "ste", "stompp", "stompp_ste", "stompp_ste_teacher"]
 
 
 @pytest.mark.slow

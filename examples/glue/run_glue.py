@@ -43,6 +43,7 @@ from transformers import (
 
 from hf_stompp import StoMPPTrainingArguments
 from hf_stompp.methods import RecipeArguments, option
+from hf_stompp.patching import packed_modules
 from hf_stompp.recipe import Recipe, Results
 from hf_stompp.stages import evaluate_model, is_binarized, make_trainer, run_recipe, write_card
 from hf_stompp.summary import summarize, summary_table
@@ -311,12 +312,13 @@ def load_model(data: GlueData, order: list[int], model_args: ModelArguments) -> 
 
 
 def check_model(recipe: Recipe, model: PreTrainedModel, head_is_new: bool, model_args: ModelArguments) -> None:
-    """Refuse to train a model that is binarized already, and to evaluate a float one as if it were."""
+    """Refuse to train a packed model, and to evaluate a float one as if it were binary."""
     name = model_args.model_name_or_path
-    if recipe.args.do_train and is_binarized(model):
+    if recipe.args.do_train and packed_modules(model):
         raise ValueError(
-            f"{name} is binarized already. Give the float model to --model_name_or_path; to go on with an interrupted "
-            "run, repeat its command with the same --output_dir. Without --do_train a binarized model is evaluated."
+            f"{name} is packed, and cannot be trained. Give the float model to --model_name_or_path, or a latent one; "
+            "to go on with an interrupted run, repeat its command with the same --output_dir. Without --do_train a "
+            "packed model is evaluated."
         )
     if not recipe.args.do_train and not is_binarized(model) and recipe.asked.method != "float":
         raise ValueError(

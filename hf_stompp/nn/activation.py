@@ -43,7 +43,11 @@ class MaskedBinaryActivation(MaskedBinaryModule):
         levels (`str`, *optional*, defaults to `"signed"`): a key of [`~hf_stompp.nn.functional.LEVELS`].
         clip (`float`, *optional*, defaults to 10.0): clip range of the smooth branch as a multiple of the scale.
         surrogate (`str`, *optional*, defaults to `"ste"`): a key of [`~hf_stompp.nn.functional.SURROGATES`].
+        window (`float`, *optional*): of the surrogate `clipped_ste`, as a multiple of the scale; the clip range when
+            not given.
         scale (`str`, *optional*, defaults to `"learned"`): `"learned"` or `"fixed"` at its first value.
+        initial_scale (`float`, *optional*, defaults to 1.0): first value of the scale, as a multiple of what the first
+            batch says.
         shift (`str`, *optional*, defaults to `"learned"`): `"learned"`, `"fixed"` at its first value, or `"none"`: no
             shift, threshold 0. Holds for the threshold as well.
         device (`torch.device`, *optional*).
@@ -60,7 +64,9 @@ class MaskedBinaryActivation(MaskedBinaryModule):
         levels: str = "signed",
         clip: float = 10.0,
         surrogate: str = "ste",
+        window: float | None = None,
         scale: str = "learned",
+        initial_scale: float = 1.0,
         shift: str = "learned",
         device: torch.device | None = None,
     ) -> None:
@@ -69,6 +75,8 @@ class MaskedBinaryActivation(MaskedBinaryModule):
         self.activation = activation
         self.levels = levels
         self.clip = clip
+        self.window = window
+        self.initial_scale = initial_scale
         self.has_shift = shift != "none"
         self._register("scale", (), scale == "learned", device)
         self._register("shift", (features,), shift == "learned" and levels == "signed", device)
@@ -162,7 +170,7 @@ class MaskedBinaryActivation(MaskedBinaryModule):
             middle = mean if self.has_shift else torch.zeros_like(mean)
             self.shift.copy_(middle)
             scale = _positive(reduce((value - middle).abs().sum()) / (count * self.features))
-        self.scale.copy_(scale.squeeze())
+        self.scale.copy_(self.initial_scale * scale.squeeze())
         if self.has_shift:
             self.threshold.copy_(self._pre_activation_of(middle))
         self.initialized = True
@@ -198,6 +206,7 @@ class MaskedBinaryActivation(MaskedBinaryModule):
             self.clip,
             self.surrogate,
             self.levels,
+            self.window,
             blocked=self.blocks_gradient,
         )
 

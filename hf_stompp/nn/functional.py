@@ -29,6 +29,7 @@ from ..ops import (
 __all__ = [
     "LEVELS",
     "SURROGATES",
+    "WEIGHT_CENTERS",
     "WEIGHT_SCALES",
     "compute_dtype",
     "masked_binary_activation",
@@ -62,6 +63,20 @@ Weight scale by name: `weight (rows, in_features) -> scale (rows, 1)` in float64
 - `row`: mean |w| of each row (XNOR-Net, arXiv 1603.05279, eq. 6; BiBERT).
 - `tensor`: mean |w| of the whole tensor (BiT, arXiv 2205.13016).
 - `none`: 1, the bare sign.
+"""
+
+WEIGHT_CENTERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda weight: weight,
+    "row": lambda weight: weight - weight.mean(dim=-1, keepdim=True),
+    "tensor": lambda weight: weight - weight.mean(),
+}
+"""
+What the sign of a weight is taken of, by name: `weight (rows, in_features) -> weight less its mean (rows,
+in_features)`, differentiable.
+
+- `none`: the weight itself (paper).
+- `row`: less the mean of its row (BiBERT, arXiv 2203.06390).
+- `tensor`: less the mean of the whole tensor (BiT, arXiv 2205.13016).
 """
 
 LEVELS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]] = {
@@ -103,17 +118,21 @@ def weight_scale(weight: Tensor, kind: str) -> Tensor:
 
 class _MaskedBinaryWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor, scale: Tensor, clip: float, surrogate: str) -> Tensor:
+    def forward(
+        ctx: Any, weight: Tensor, mask: Tensor, scale: Tensor, clip: float, surrogate: str, window: float
+    ) -> Tensor:
         ctx.save_for_backward(weight, mask, scale)
-        ctx.settings = clip, surrogate
+        ctx.settings = clip, surrogate, window
         return masked_weight(weight, mask, scale, clip, weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return masked_weight_grad(grad, *ctx.saved_tensors, *ctx.settings), None, None, None, None
+        return masked_weight_grad(grad, *ctx.saved_tensors, *ctx.settings), None, None, None, None, None
 
 
-def masked_binary_weight(weight: Tensor, mask: Tensor, scale: Tensor, clip: float, surrogate: str) -> Tensor:
+def masked_binary_weight(
+    weight: Tensor, mask: Tensor, scale: Tensor, clip: float, surrogate: str, window: float | None = None
+) -> Tensor:
     """
     Masked binarization of a weight: `M * scale * sign(w) + (1 - M) * clip(w, -clip * scale, clip * scale)`.
 
@@ -123,11 +142,13 @@ def masked_binary_weight(weight: Tensor, mask: Tensor, scale: Tensor, clip: floa
         scale (`Tensor` of shape `(rows, 1)`): from [`weight_scale`].
         clip (`float`): clip range as a multiple of the scale.
         surrogate (`str`): a key of [`SURROGATES`], the gradient of the frozen entries.
+        window (`float`, *optional*): within how many scales `clipped_ste` passes the gradient of a frozen entry; the
+            clip range when not given.
 
     Returns:
         `Tensor` of shape `(rows, in_features)`: dtype of `weight`.
     """
-    return _MaskedBinaryWeight.apply(weight, mask, scale, clip, surrogate)
+    return _MaskedBinaryWeight.apply(weight, mask, scale, clip, surrogate, clip if window is None else window)
 
 
 class _MaskedBinaryLinear(torch.autograd.Function):
@@ -143,25 +164,26 @@ class _MaskedBinaryLinear(torch.autograd.Function):
         bias: Tensor | None,
         clip: float,
         surrogate: str,
+        window: float,
     ) -> Tensor:
         ctx.save_for_backward(input, weight, mask, scale)
-        ctx.settings = clip, surrogate
+        ctx.settings = clip, surrogate, window
         return F.linear(input, masked_weight(weight, mask, scale, clip, input.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, mask, scale = ctx.saved_tensors
-        clip, surrogate = ctx.settings
+        clip, surrogate, window = ctx.settings
         rows = grad.reshape(-1, grad.shape[-1])
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_input = grad @ masked_weight(weight, mask, scale, clip, grad.dtype)
         if ctx.needs_input_grad[1]:
             product = rows.T @ input.reshape(-1, input.shape[-1])
-            grad_weight = masked_weight_grad(product, weight, mask, scale, clip, surrogate)
+            grad_weight = masked_weight_grad(product, weight, mask, scale, clip, surrogate, window)
         if ctx.needs_input_grad[4]:
             grad_bias = rows.sum(dim=0)
-        return grad_input, grad_weight, None, None, grad_bias, None, None
+        return grad_input, grad_weight, None, None, grad_bias, None, None, None
 
 
 def masked_binary_linear(
@@ -172,6 +194,7 @@ def masked_binary_linear(
     bias: Tensor | None,
     clip: float,
     surrogate: str,
+    window: float | None = None,
     blocked: bool = False,
 ) -> Tensor:
     """
@@ -179,7 +202,7 @@ def masked_binary_linear(
 
     Args:
         input (`Tensor` of shape `(..., in_features)`).
-        weight, mask, scale, clip, surrogate: as in [`masked_binary_weight`].
+        weight, mask, scale, clip, surrogate, window: as in [`masked_binary_weight`].
         bias (`Tensor` of shape `(out_features,)`, *optional*).
         blocked (`bool`, *optional*, defaults to `False`): the mask is full and the surrogate `none`: the weight gets
             no gradient, not even 0, so that an optimizer leaves it alone.
@@ -190,7 +213,8 @@ def masked_binary_linear(
     dtype = compute_dtype(input)
     bias = None if bias is None else bias.to(dtype)
     weight = weight.detach() if blocked else weight
-    return _MaskedBinaryLinear.apply(input.to(dtype), weight, mask, scale, bias, clip, surrogate)
+    window = clip if window is None else window
+    return _MaskedBinaryLinear.apply(input.to(dtype), weight, mask, scale, bias, clip, surrogate, window)
 
 
 class _PackedLinear(torch.autograd.Function):
@@ -256,9 +280,10 @@ class _MaskedBinaryActivation(torch.autograd.Function):
         center: Tensor,
         bound: Tensor,
         surrogate: str,
+        window: Tensor,
     ) -> Tensor:
         output, passes, upper = masked_activation(
-            value, pre_activation, mask, threshold, offset, amplitude, center, bound, surrogate
+            value, pre_activation, mask, threshold, offset, amplitude, center, bound, surrogate, window
         )
         ctx.save_for_backward(mask, passes, upper)
         ctx.like = [(t.shape, t.dtype) for t in (threshold, offset, amplitude, center, bound)]
@@ -272,7 +297,7 @@ class _MaskedBinaryActivation(torch.autograd.Function):
         # The mask is constant down a column: its sums belong either to the two levels or to the clip range.
         terms = [-passed * mask, held * mask, by_level * mask, held * ~mask, by_level * ~mask]
         grads = [term.sum_to_size(shape).to(dtype) for term, (shape, dtype) in zip(terms, ctx.like, strict=True)]
-        return grad_value, None, None, *grads, None
+        return grad_value, None, None, *grads, None, None
 
 
 def masked_binary_activation(
@@ -285,6 +310,7 @@ def masked_binary_activation(
     clip: float,
     surrogate: str,
     levels: str = "signed",
+    window: float | None = None,
     blocked: bool = False,
 ) -> Tensor:
     """
@@ -310,6 +336,8 @@ def masked_binary_activation(
         clip (`float`): clip range as a multiple of the scale.
         surrogate (`str`): a key of [`SURROGATES`].
         levels (`str`, *optional*, defaults to `"signed"`): a key of [`LEVELS`].
+        window (`float`, *optional*): within how many scales of its centre `clipped_ste` passes the gradient of a
+            frozen value; the clip range when not given.
         blocked (`bool`, *optional*, defaults to `False`): the mask is full and the surrogate `none`: value and
             threshold get no gradient, not even 0, nor does anything that reaches the loss through them alone.
 
@@ -321,6 +349,7 @@ def masked_binary_activation(
     amplitude, center, pre_activation = amplitude.view_as(amplitude), center.view_as(center), pre_activation.detach()
     if blocked:
         value, threshold = value.detach(), threshold.detach()
+    reach = (clip if window is None else window) * scale.detach()
     return _MaskedBinaryActivation.apply(
-        value, pre_activation, mask, threshold, offset, amplitude, center, clip * scale, surrogate
+        value, pre_activation, mask, threshold, offset, amplitude, center, clip * scale, surrogate, reach
     )

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import binary_linear, binary_linear_sign, fold, pack_sign
-from .functional import compute_dtype, masked_binary_linear, masked_binary_weight, packed_linear, weight_scale
+from .functional import (
+    WEIGHT_CENTERS,
+    compute_dtype,
+    masked_binary_linear,
+    masked_binary_weight,
+    packed_linear,
+    weight_scale,
+)
 from .module import BinaryInputModule, MaskedBinaryModule, as_bits, as_integers, identity
 
 
@@ -29,8 +36,11 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
         out_features (`int`).
         bias (`bool`, *optional*, defaults to `True`).
         scale (`str`, *optional*, defaults to `"row"`): a key of [`~hf_stompp.nn.functional.WEIGHT_SCALES`].
+        center (`str`, *optional*, defaults to `"none"`): a key of [`~hf_stompp.nn.functional.WEIGHT_CENTERS`].
         clip (`float`, *optional*, defaults to 3.0): clip range of the weight as a multiple of its scale.
         surrogate (`str`, *optional*, defaults to `"ste"`): a key of [`~hf_stompp.nn.functional.SURROGATES`].
+        window (`float`, *optional*): of the surrogate `clipped_ste`, as a multiple of the scale; the clip range when
+            not given.
         device (`torch.device`, *optional*).
         dtype (`torch.dtype`, *optional*): of weight and bias.
     """
@@ -41,8 +51,10 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
         out_features: int,
         bias: bool = True,
         scale: str = "row",
+        center: str = "none",
         clip: float = 3.0,
         surrogate: str = "ste",
+        window: float | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -50,7 +62,9 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
         self.in_features = in_features
         self.out_features = out_features
         self.scale = scale
+        self.center = center
         self.clip = clip
+        self.window = window
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
@@ -60,9 +74,13 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
         self.binarizes_input = False
         self._packed: tuple[tuple[Any, ...], tuple[Tensor, Tensor]] | None = None
 
+    def centered_weight(self) -> Tensor:
+        """What signs and scales are taken of: the latent weight, less its mean where that is asked for."""
+        return WEIGHT_CENTERS[self.center](self.weight)
+
     def row_scale(self) -> Tensor:
         """Scale of the hard level of each row, float32 of shape `(out_features, 1)`."""
-        return weight_scale(self.weight, self.scale)
+        return weight_scale(self.centered_weight(), self.scale)
 
     def packed(self) -> tuple[Tensor, Tensor]:
         """
@@ -85,7 +103,8 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
 
     @torch.no_grad()
     def _pack(self) -> tuple[Tensor, Tensor]:
-        return pack_sign(self.weight.detach())[0], self.row_scale()
+        weight = self.centered_weight().detach()
+        return pack_sign(weight)[0], weight_scale(weight, self.scale)
 
     def _set_committed(self, committed: bool) -> None:
         super()._set_committed(committed)
@@ -102,14 +121,16 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
             return self._multiply_bits(input)
         if self.binarizes_input:
             input = self.input_activation.shared_output(input, self)
+        weight = self.centered_weight()
         return masked_binary_linear(
             input,
-            self.weight,
+            weight,
             self.freeze_mask,
-            self.row_scale(),
+            weight_scale(weight, self.scale),
             self.bias,
             self.clip,
             self.surrogate,
+            self.window,
             blocked=self.blocks_gradient,
         )
 
@@ -143,7 +164,7 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"scale={self.scale!r}, clip={self.clip}, surrogate={self.surrogate!r}"
+            f"scale={self.scale!r}, center={self.center!r}, clip={self.clip}, surrogate={self.surrogate!r}"
         )
 
 
@@ -155,7 +176,8 @@ class MaskedBinaryEmbedding(MaskedBinaryModule):
         num_embeddings (`int`).
         embedding_dim (`int`).
         padding_idx (`int`, *optional*): this row gets no gradient.
-        clip (`float`), surrogate (`str`): as in [`MaskedBinaryLinear`]; the scale is always that of a row.
+        clip (`float`), surrogate (`str`), window (`float`, *optional*): as in [`MaskedBinaryLinear`]; the scale is
+            always that of a row.
         device (`torch.device`, *optional*).
         dtype (`torch.dtype`, *optional*).
     """
@@ -167,6 +189,7 @@ class MaskedBinaryEmbedding(MaskedBinaryModule):
         padding_idx: int | None = None,
         clip: float = 3.0,
         surrogate: str = "ste",
+        window: float | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -175,6 +198,7 @@ class MaskedBinaryEmbedding(MaskedBinaryModule):
         self.embedding_dim = embedding_dim
         self.padding_idx = padding_idx
         self.clip = clip
+        self.window = window
         self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim, device=device, dtype=dtype))
 
     def row_scale(self) -> Tensor:
@@ -185,7 +209,7 @@ class MaskedBinaryEmbedding(MaskedBinaryModule):
         weight = self.weight.detach() if self.blocks_gradient else self.weight
         rows = F.embedding(input, weight, self.padding_idx)
         mask = F.embedding(input, self.freeze_mask)
-        return masked_binary_weight(rows, mask, weight_scale(rows, "row"), self.clip, self.surrogate)
+        return masked_binary_weight(rows, mask, weight_scale(rows, "row"), self.clip, self.surrogate, self.window)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, clip={self.clip}, surrogate={self.surrogate!r}"

@@ -18,7 +18,7 @@ from .native import check_origin, open_or_build
 from .schema import FLOATS, empty_output, empty_output_bits, empty_packing, register
 
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 # enum hf_stompp_kernel, in the order in which they are preferred.
 KERNELS = ("amx", "avx512", "avx2", "neon", "scalar")
@@ -34,8 +34,8 @@ _SURROGATES = {"none": 0, "ste": 1, "clipped_ste": 2}
 # The records of hf_stompp.h: fields of 64 bits, pointers as numbers, NULL as 0.
 _packing = struct.Struct("9q").pack
 _product = struct.Struct("15q").pack
-_masked_weight = struct.Struct("6qd6q").pack
-_masked_activation = struct.Struct("19q").pack
+_masked_weight = struct.Struct("6qdd6q").pack
+_masked_activation = struct.Struct("20q").pack
 _sign_product = struct.Struct("8q").pack
 
 _NO_MEMORY = 1
@@ -262,18 +262,18 @@ class NativeKernels:
         if not {weight.dtype, dtype} <= set(FLOATS) or scale.dtype != torch.float32:
             return reference.masked_weight(weight, mask, scale, clip, dtype)
         output = weight.new_empty(weight.shape, dtype=dtype)
-        self._mask_weight(weight, mask, scale, clip, None, "none", output, dtype)
+        self._mask_weight(weight, mask, scale, clip, None, "none", clip, output, dtype)
         return output
 
     def masked_weight_grad(
-        self, grad: Tensor, weight: Tensor, mask: Tensor, scale: Tensor, clip: float, surrogate: str
+        self, grad: Tensor, weight: Tensor, mask: Tensor, scale: Tensor, clip: float, surrogate: str, window: float
     ) -> Tensor:
         """See [`~hf_stompp.ops.reference.masked_weight_grad`]; arguments have been checked."""
         is_known = {weight.dtype, grad.dtype} <= set(FLOATS) and surrogate in _SURROGATES
         if not is_known or scale.dtype != torch.float32:
-            return reference.masked_weight_grad(grad, weight, mask, scale, clip, surrogate)
+            return reference.masked_weight_grad(grad, weight, mask, scale, clip, surrogate, window)
         output = weight.new_empty(weight.shape)
-        self._mask_weight(weight, mask, scale, clip, grad.contiguous(), surrogate, output, grad.dtype)
+        self._mask_weight(weight, mask, scale, clip, grad.contiguous(), surrogate, window, output, grad.dtype)
         return output
 
     def _mask_weight(
@@ -284,6 +284,7 @@ class NativeKernels:
         clip: float,
         grad: Tensor | None,
         surrogate: str,
+        window: float,
         output: Tensor,
         other_dtype: torch.dtype,
     ) -> None:
@@ -296,6 +297,7 @@ class NativeKernels:
             mask.data_ptr(),
             scale.data_ptr(),
             clip,
+            window,
             scale.numel(),
             weight.shape[-1],
             0 if grad is None else grad.data_ptr(),
@@ -316,16 +318,17 @@ class NativeKernels:
         center: Tensor,
         bound: Tensor,
         surrogate: str,
+        window: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See [`~hf_stompp.ops.reference.masked_activation`]; arguments have been checked."""
         if value.dtype not in FLOATS or surrogate not in _SURROGATES:
             return reference.masked_activation(
-                value, pre_activation, mask, threshold, offset, amplitude, center, bound, surrogate
+                value, pre_activation, mask, threshold, offset, amplitude, center, bound, surrogate, window
             )
         output, passes, upper = value.new_empty(value.shape), empty_packing(value)[0], empty_packing(value)[0]
         features = value.shape[-1]
         vectors = [t.float().expand(features).contiguous() for t in (threshold, offset, center)]
-        numbers = [t.float() for t in (amplitude, bound)]
+        numbers = [t.float() for t in (amplitude, bound, window)]
         value, pre_activation, mask = value.contiguous(), pre_activation.contiguous(), mask.contiguous()
         arguments = _masked_activation(
             self._index,
@@ -339,6 +342,7 @@ class NativeKernels:
             numbers[0].data_ptr(),
             vectors[2].data_ptr(),
             numbers[1].data_ptr(),
+            numbers[2].data_ptr(),
             _SURROGATES[surrogate],
             value.shape[:-1].numel(),
             features,
@@ -363,7 +367,7 @@ class NativeKernels:
         arguments = _masked_activation(
             self._index,
             torch.get_num_threads(),
-            *(0, 0, _DTYPES[grad.dtype], mask.data_ptr(), 0, 0, 0, 0, 0, 0),
+            *(0, 0, _DTYPES[grad.dtype], mask.data_ptr(), 0, 0, 0, 0, 0, 0, 0),
             grad.shape[:-1].numel(),
             grad.shape[-1],
             passes.data_ptr(),

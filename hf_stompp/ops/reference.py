@@ -20,12 +20,13 @@ SURROGATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 """
 Gradient rules by name, each a function `(mask, inside) -> passes` of booleans that broadcast against each other.
-`inside` tells which entries lie within the clip range; `passes` tells which entries the gradient passes through (with
-slope 1; it is 0 elsewhere).
+`inside` tells which entries lie within their range: a free entry's is the clip range, a frozen one's the *window*.
+`passes` tells which entries the gradient passes through (with slope 1; it is 0 elsewhere).
 
 - `none`: STE-free; a frozen entry passes exactly 0 (the paper).
 - `ste`: StoMPP+STE; a frozen entry passes the gradient unchanged (the paper's identity surrogate).
-- `clipped_ste`: a frozen entry passes the gradient of the hardtanh it replaced (BinaryNet, arXiv 1602.02830, eq. 4).
+- `clipped_ste`: a frozen entry passes the gradient unchanged within the window, and none outside (BinaryNet, arXiv
+  1602.02830, eq. 4; that the window may be narrower than the clip range is ours).
 """
 
 
@@ -332,7 +333,7 @@ def masked_weight(weight: Tensor, mask: Tensor, scale: Tensor, clip: float, dtyp
 
 
 def masked_weight_grad(
-    grad: Tensor, weight: Tensor, mask: Tensor, scale: Tensor, clip: float, surrogate: str
+    grad: Tensor, weight: Tensor, mask: Tensor, scale: Tensor, clip: float, surrogate: str, window: float
 ) -> Tensor:
     """
     Gradient of [`masked_weight`] with respect to the weight: `grad` where it passes, 0 elsewhere.
@@ -341,12 +342,13 @@ def masked_weight_grad(
         grad (`Tensor` of shape `(..., in_features)`): any floating dtype.
         weight, mask, scale, clip: as in [`masked_weight`].
         surrogate (`str`): a key of [`SURROGATES`], the gradient of the frozen entries.
+        window (`float`): range of a frozen weight as a multiple of the scale.
 
     Returns:
         `Tensor` of shape `(..., in_features)`: dtype of `weight`.
     """
     work = torch.promote_types(weight.dtype, torch.float32)
-    bound = clip * scale.to(work)
+    bound = torch.where(mask, window * scale.to(work), clip * scale.to(work))
     passes = SURROGATES[surrogate](mask, weight.to(work).abs() <= bound)
     return torch.where(passes, grad, 0).to(weight.dtype).contiguous()
 
@@ -361,6 +363,7 @@ def masked_activation(
     center: Tensor,
     bound: Tensor,
     surrogate: str,
+    window: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """
     Masked binarization of an activation: `offset +- amplitude` where `M` is set, `+` where `pre_activation >=
@@ -373,6 +376,7 @@ def masked_activation(
         threshold, offset, center (`Tensor` of shape `(features,)` or `()`): floating.
         amplitude, bound (`Tensor` of shape `()`): floating.
         surrogate (`str`): a key of [`SURROGATES`].
+        window (`Tensor` of shape `()`): floating, range of a frozen entry on either side of the centre.
 
     Returns:
         `tuple(Tensor, Tensor, Tensor)`: the result in the dtype of `value`, computed in float32 or wider and rounded
@@ -382,14 +386,15 @@ def masked_activation(
     """
     work = torch.promote_types(value.dtype, torch.float32)
     dtype = value.dtype
-    value, threshold, offset, amplitude, center, bound = (
-        t.to(work) for t in (value, threshold, offset, amplitude, center, bound)
+    value, threshold, offset, amplitude, center, bound, window = (
+        t.to(work) for t in (value, threshold, offset, amplitude, center, bound, window)
     )
     low, high = center - bound, center + bound
     above = pre_activation.to(work) >= threshold
     hard = torch.where(above, offset + amplitude, offset - amplitude)
     output = torch.where(mask, hard, _clip(value, low, high)).to(dtype).contiguous()
-    passes = SURROGATES[surrogate](mask, (value >= low) & (value <= high))
+    reach = torch.where(mask, window, bound)
+    passes = SURROGATES[surrogate](mask, (value >= center - reach) & (value <= center + reach))
     return output, pack_bools(passes), pack_bools(torch.where(mask, above, value > center))
 
 

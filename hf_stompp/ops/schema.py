@@ -31,9 +31,11 @@ SCHEMAS = (
     "fold(Tensor packed_weight, Tensor row_scale, Tensor offset, Tensor amplitude, Tensor? bias, int in_features) -> "
     "(Tensor scale, Tensor constant)",
     "masked_weight(Tensor weight, Tensor mask, Tensor scale, float clip, ScalarType dtype) -> Tensor",
-    "masked_weight_grad(Tensor grad, Tensor weight, Tensor mask, Tensor scale, float clip, str surrogate) -> Tensor",
+    "masked_weight_grad(Tensor grad, Tensor weight, Tensor mask, Tensor scale, float clip, str surrogate, "
+    "float window) -> Tensor",
     "masked_activation(Tensor value, Tensor pre_activation, Tensor mask, Tensor threshold, Tensor offset, "
-    "Tensor amplitude, Tensor center, Tensor bound, str surrogate) -> (Tensor output, Tensor passes, Tensor upper)",
+    "Tensor amplitude, Tensor center, Tensor bound, str surrogate, Tensor window) -> "
+    "(Tensor output, Tensor passes, Tensor upper)",
     "masked_activation_grad(Tensor grad, Tensor passes, Tensor upper, Tensor mask) -> "
     "(Tensor grad_value, Tensor sums)",
 )
@@ -284,6 +286,7 @@ def check_masked_activation(
     center: Tensor,
     bound: Tensor,
     surrogate: str,
+    window: Tensor,
 ) -> None:
     """
     Checks the arguments of `masked_activation`.
@@ -307,7 +310,7 @@ def check_masked_activation(
     _check_feature_mask(op, mask, value)
     features = value.shape[-1]
     vectors = {"threshold": threshold, "offset": offset, "center": center}
-    for name, tensor in {**vectors, "amplitude": amplitude, "bound": bound}.items():
+    for name, tensor in {**vectors, "amplitude": amplitude, "bound": bound, "window": window}.items():
         if not tensor.is_floating_point():
             raise TypeError(f"hf_stompp::{op}: {name} must be floating, got {tensor.dtype}")
         if tensor.shape != () and (name not in vectors or tensor.shape != (features,)):
@@ -440,11 +443,13 @@ def _checked(implementation: Callable[[], Any]) -> dict[str, Callable]:
         return implementation().masked_weight(weight, mask, scale, clip, dtype)
 
     def masked_weight_grad(
-        grad: Tensor, weight: Tensor, mask: Tensor, scale: Tensor, clip: float, surrogate: str
+        grad: Tensor, weight: Tensor, mask: Tensor, scale: Tensor, clip: float, surrogate: str, window: float
     ) -> Tensor:
         check_masked_weight("masked_weight_grad", weight, mask, scale, clip, grad)
         _check_surrogate("masked_weight_grad", surrogate)
-        return implementation().masked_weight_grad(grad, weight, mask, scale, clip, surrogate)
+        if not window > 0:
+            raise ValueError(f"hf_stompp::masked_weight_grad: window must be positive, got {window}")
+        return implementation().masked_weight_grad(grad, weight, mask, scale, clip, surrogate, window)
 
     def masked_activation(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         check_masked_activation(*arguments)

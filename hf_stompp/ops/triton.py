@@ -53,14 +53,14 @@ def _weight_kernel(weight, mask, scale, output, clip, size, columns, block: tl.c
 
 @triton.jit
 def _weight_grad_kernel(
-    grad, weight, mask, scale, output, clip, size, columns, rule: tl.constexpr, block: tl.constexpr
+    grad, weight, mask, scale, output, clip, window, size, columns, rule: tl.constexpr, block: tl.constexpr
 ):
     index = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     live = index < size
     w = tl.load(weight + index, mask=live, other=0.0).to(tl.float32)
     g = tl.load(grad + index, mask=live, other=0.0).to(tl.float32)
     frozen = tl.load(mask + index, mask=live, other=0) != 0
-    bound = clip * tl.load(scale + index // columns, mask=live, other=0.0)
+    bound = tl.where(frozen, window, clip) * tl.load(scale + index // columns, mask=live, other=0.0)
     passes = _passes(frozen, (w <= bound) & (w >= -bound), rule)
     tl.store(output + index, tl.where(passes, g, 0.0).to(output.dtype.element_ty), mask=live)
 
@@ -75,6 +75,7 @@ def _activation_kernel(
     amplitude,
     center,
     bound,
+    window,
     output,
     passes_bits,
     upper_bits,
@@ -94,7 +95,7 @@ def _activation_kernel(
     t = tl.load(threshold + feature, mask=is_feature, other=0.0)[None, :, :]
     o = tl.load(offset + feature, mask=is_feature, other=0.0)[None, :, :]
     c = tl.load(center + feature, mask=is_feature, other=0.0)[None, :, :]
-    a, b = tl.load(amplitude), tl.load(bound)
+    a, b = tl.load(amplitude), tl.where(frozen, tl.load(window), tl.load(bound))
     index = row[:, None, None] * features + feature[None, :, :]
     live = (row < rows)[:, None, None] & is_feature[None, :, :]
     v = tl.load(value + index, mask=live, other=0.0).to(tl.float32)
@@ -174,18 +175,18 @@ def masked_weight(weight: Tensor, mask: Tensor, scale: Tensor, clip: float, dtyp
 
 
 def masked_weight_grad(
-    grad: Tensor, weight: Tensor, mask: Tensor, scale: Tensor, clip: float, surrogate: str
+    grad: Tensor, weight: Tensor, mask: Tensor, scale: Tensor, clip: float, surrogate: str, window: float
 ) -> Tensor:
     """See [`~hf_stompp.ops.reference.masked_weight_grad`]; arguments have been checked."""
     is_known = weight.dtype in FLOATS and grad.dtype in FLOATS and surrogate in _FROZEN_RULES
     if not is_known or scale.dtype != torch.float32:
-        return reference.masked_weight_grad(grad, weight, mask, scale, clip, surrogate)
+        return reference.masked_weight_grad(grad, weight, mask, scale, clip, surrogate, window)
     grad, weight, mask, scale = grad.contiguous(), weight.contiguous(), mask.contiguous(), scale.contiguous()
     output, size = weight.new_empty(weight.shape), weight.numel()
     if size:
         rule = _FROZEN_RULES[surrogate]
         _weight_grad_kernel[(triton.cdiv(size, _ELEMENTS),)](
-            grad, weight, mask, scale, output, clip, size, weight.shape[-1], rule=rule, block=_ELEMENTS
+            grad, weight, mask, scale, output, clip, window, size, weight.shape[-1], rule=rule, block=_ELEMENTS
         )
     return output
 
@@ -200,11 +201,12 @@ def masked_activation(
     center: Tensor,
     bound: Tensor,
     surrogate: str,
+    window: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See [`~hf_stompp.ops.reference.masked_activation`]; arguments have been checked."""
     if value.dtype not in FLOATS or surrogate not in _FROZEN_RULES:
         return reference.masked_activation(
-            value, pre_activation, mask, threshold, offset, amplitude, center, bound, surrogate
+            value, pre_activation, mask, threshold, offset, amplitude, center, bound, surrogate, window
         )
     features = value.shape[-1]
     output, passes, upper = value.new_empty(value.shape), empty_packing(value)[0], empty_packing(value)[0]
@@ -213,7 +215,18 @@ def masked_activation(
         threshold, offset, center = (t.float().expand(features).contiguous() for t in (threshold, offset, center))
         _activation_kernel[(triton.cdiv(rows, _ROWS), triton.cdiv(row_bytes, _BYTES))](
             *(value.contiguous(), pre_activation.contiguous(), mask.contiguous(), threshold, offset),
-            *(amplitude.float(), center, bound.float(), output, passes, upper, rows, features, row_bytes),
+            *(
+                amplitude.float(),
+                center,
+                bound.float(),
+                window.float(),
+                output,
+                passes,
+                upper,
+                rows,
+                features,
+                row_bytes,
+            ),
             rule=_FROZEN_RULES[surrogate],
             block_rows=_ROWS,
             block_bytes=_BYTES,

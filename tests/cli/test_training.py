@@ -94,7 +94,7 @@ def test_json_is_all_that_is_printed(float_model: str, files: list[str], tmp_pat
 def test_method_says_gradient_and_schedule(
     float_model: str, files: list[str], tmp_path: Path, printed: Callable
 ) -> None:
-    for method, surrogate, schedule in [("ste", "ste", "immediate"), ("stompp", "none", "cubic")]:
+    for method, surrogate, schedule in [("ste", "clipped_ste", "immediate"), ("stompp", "none", "cubic")]:
         output = tmp_path / method
         printed("train", float_model, output, *files, *SHORT, "--epochs", 3, "--method", method, "--mode", "bwn")
         state = json.loads(next(output.glob("binary/checkpoint-*/trainer_state.json")).read_text())

@@ -150,7 +150,7 @@ def test_float(run_glue, arguments, own_files, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "method, surrogate, schedule",
-    [("ste", "ste", "immediate"), ("stompp", "none", "cubic"), ("stompp_ste", "ste", "cubic")],
+    [("ste", "clipped_ste", "immediate"), ("stompp", "none", "cubic"), ("stompp_ste", "clipped_ste", "cubic")],
 )
 def test_binary_methods(run_glue, arguments, own_files, tmp_path, method, surrogate, schedule):
     summary = run_glue.main(arguments("do_train", "do_eval", method=method, **own_files))
@@ -220,7 +220,7 @@ def test_packed_model_is_evaluated_without_training(run_glue, arguments, own_fil
     argv = arguments("do_eval", validation_file=own_files["validation_file"])
     argv += ["--model_name_or_path", str(tmp_path / "output" / "packed"), "--output_dir", str(tmp_path / "again")]
     assert run_glue.main(argv)["metrics"]["binary"] == trained["metrics"]["packed"]
-    with pytest.raises(ValueError, match="is binarized already"):
+    with pytest.raises(ValueError, match="is packed, and cannot be trained"):
         run_glue.main([*argv, "--do_train", "--train_file", str(own_files["train_file"])])
 
 

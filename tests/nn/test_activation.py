@@ -76,6 +76,17 @@ def test_first_batch_of_zero_one_levels_sets_scale_to_the_mean_of_the_positives(
     assert torch.count_nonzero(module.shift) == 0
 
 
+@pytest.mark.parametrize("levels", ["signed", "zero_one"])
+def test_the_initial_scale_is_a_multiple_of_what_the_first_batch_says(levels: str) -> None:
+    batch = draw(16, 3)
+    modules = [MaskedBinaryActivation(3, nn.ReLU(), levels=levels, initial_scale=scale) for scale in (1.0, 2.0)]
+    for module in modules:
+        module(batch)
+    assert modules[1].scale.item() == 2.0 * modules[0].scale.item()
+    assert torch.equal(modules[1].shift, modules[0].shift)
+    assert torch.equal(modules[1].threshold, modules[0].threshold)
+
+
 def test_threshold_behind_relu_is_where_it_reaches_the_mean() -> None:
     module = MaskedBinaryActivation(3, nn.ReLU())
     module(torch.tensor([[1.0, -1.0, -5.0], [3.0, 2.0, -1.0]]))

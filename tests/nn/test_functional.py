@@ -32,18 +32,23 @@ def gelu_and_slope(x: float) -> tuple[float, float]:
     return x * cumulative, cumulative + x * math.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
 
 
-def reference_weight(w: Tensor, mask: Tensor, scale: Tensor, clip: float, surrogate: str, upstream: Tensor):
+def reference_weight(w, mask, scale, clip, surrogate, upstream, window=None):
+    window = clip if window is None else window
     out, grad = torch.zeros_like(w), torch.zeros_like(w)
     for r, c in itertools.product(range(w.shape[0]), range(w.shape[1])):
         x, a, frozen = w[r, c].item(), scale[r, 0].item(), mask[r, c].item()
         inside = -clip * a <= x <= clip * a
         free = x if inside else math.copysign(clip * a, x)
         out[r, c] = (a if x >= 0 else -a) if frozen else free
-        grad[r, c] = upstream[r, c].item() if passes_gradient(frozen, inside, surrogate) else 0.0
+        in_reach = abs(x) <= (window if frozen else clip) * a
+        grad[r, c] = upstream[r, c].item() if passes_gradient(frozen, in_reach, surrogate) else 0.0
     return out, grad
 
 
-def reference_activation(pre, mask, threshold, scale, shift, clip, surrogate, levels, with_gelu, upstream):
+def reference_activation(
+    pre, mask, threshold, scale, shift, clip, surrogate, levels, with_gelu, upstream, window=None
+):
+    window = clip if window is None else window
     out, d_pre = torch.zeros_like(pre), torch.zeros_like(pre)
     d_threshold, d_shift, d_scale = torch.zeros_like(threshold), torch.zeros_like(shift), 0.0
     a, signed = scale.item(), levels == "signed"
@@ -53,7 +58,8 @@ def reference_activation(pre, mask, threshold, scale, shift, clip, surrogate, le
         center = middle if signed else 0.0
         inside = abs(value - center) <= clip * a
         above = x >= threshold[f].item()
-        passes = passes_gradient(frozen, inside, surrogate)
+        in_reach = abs(value - center) <= (window if frozen else clip) * a
+        passes = passes_gradient(frozen, in_reach, surrogate)
         if frozen:
             low, high = (middle - a, middle + a) if signed else (0.0, a)
             out[n, f] = high if above else low
@@ -84,12 +90,13 @@ def draw_mask(*shape: int, seed: int = 1) -> Tensor:
 
 @pytest.mark.parametrize("surrogate", SURROGATES)
 @pytest.mark.parametrize("clip", [1.0, 2.0], ids=["clip1", "clip2"])
-def test_weight_value_and_gradient_equal_the_definition(surrogate: str, clip: float) -> None:
+@pytest.mark.parametrize("window", [0.5, 1.5, 100.0])
+def test_weight_value_and_gradient_equal_the_definition(surrogate: str, clip: float, window: float) -> None:
     w, mask, upstream = draw(5, 13).requires_grad_(), draw_mask(5, 13), draw(5, 13, seed=2)
     scale = torch.tensor([[0.3], [0.5], [0.7], [1.1], [0.02]], dtype=torch.float64)
-    out = masked_binary_weight(w, mask, scale, clip, surrogate)
+    out = masked_binary_weight(w, mask, scale, clip, surrogate, window)
     out.backward(upstream)
-    expected, grad = reference_weight(w.detach(), mask, scale, clip, surrogate, upstream)
+    expected, grad = reference_weight(w.detach(), mask, scale, clip, surrogate, upstream, window)
     torch.testing.assert_close(out.detach(), expected, rtol=1e-15, atol=0)
     assert torch.equal(w.grad, grad)
 
@@ -100,6 +107,20 @@ def test_weight_on_the_edge_of_the_clip_range_still_passes_the_gradient(surrogat
     mask = torch.zeros(1, 4, dtype=torch.bool)
     masked_binary_weight(w, mask, torch.tensor([[0.5]]), 3.0, surrogate).sum().backward()
     assert w.grad.tolist() == [[1.0, 1.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_the_window_is_the_clip_range_unless_another_is_given(surrogate: str) -> None:
+    w, mask, scale = draw(8, 32), draw_mask(8, 32), torch.full((8, 1), 0.5, dtype=torch.float64)
+    grads = []
+    for window in (None, 1.5):
+        latent, pre = w.clone().requires_grad_(), w.clone().requires_grad_()
+        masked_binary_weight(latent, mask, scale, 1.5, surrogate, window).sum().backward()
+        zeros, level = torch.zeros(32, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)
+        arguments = mask[0], zeros, level, zeros, 1.5, surrogate
+        masked_binary_activation(pre, pre, *arguments, window=window).sum().backward()
+        grads.append((latent.grad, pre.grad))
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
 
 
 def test_frozen_weights_pass_no_gradient_without_ste() -> None:
@@ -169,17 +190,18 @@ def test_level_follows_the_input_of_gelu_where_its_output_rounds_to_minus_zero(l
 @pytest.mark.parametrize("surrogate", SURROGATES)
 @pytest.mark.parametrize("levels", LEVELS)
 @pytest.mark.parametrize("with_gelu", [False, True], ids=["identity", "gelu"])
+@pytest.mark.parametrize("window", [0.5, 1.5, 3.0])
 def test_activation_value_and_every_gradient_equal_the_definition(
-    surrogate: str, levels: str, with_gelu: bool
+    surrogate: str, levels: str, with_gelu: bool, window: float
 ) -> None:
     pre, upstream = (3 * draw(24, 6)).requires_grad_(), draw(24, 6, seed=3)
     mask = torch.tensor([True, False, True, False, True, False])
     threshold, shift = draw(6, seed=4).requires_grad_(), (0.5 * draw(6, seed=5)).requires_grad_()
     scale = torch.tensor(0.9, dtype=torch.float64, requires_grad=True)
     arguments = mask, threshold, scale, shift, 1.5, surrogate, levels
-    out = masked_binary_activation(F.gelu(pre) if with_gelu else pre, pre, *arguments)
+    out = masked_binary_activation(F.gelu(pre) if with_gelu else pre, pre, *arguments, window)
     out.backward(upstream)
-    expected, *gradients = reference_activation(pre.detach(), *arguments, with_gelu, upstream)
+    expected, *gradients = reference_activation(pre.detach(), *arguments, with_gelu, upstream, window)
     close = {"rtol": 1e-12, "atol": 1e-13}
     torch.testing.assert_close(out.detach(), expected, **close)
     for name, tensor, gradient in zip(

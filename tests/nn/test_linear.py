@@ -48,7 +48,7 @@ def commit(layer: MaskedBinaryLinear) -> MaskedBinaryLinear:
 def pack_by_hand(layer: MaskedBinaryLinear, upstream: bool = False) -> PackedBinaryLinear:
     binary_input = layer.input_activation is not None
     packed = PackedBinaryLinear(layer.in_features, layer.out_features, layer.bias is not None, binary_input)
-    packed.packed_weight.copy_(pack_bits(layer.weight))
+    packed.packed_weight.copy_(pack_bits(layer.centered_weight()))
     scale, bias = layer.folded() if binary_input else (layer.row_scale().flatten(), layer.bias)
     packed.scale.copy_(scale)
     if packed.bias is not None:
@@ -84,9 +84,13 @@ def test_an_empty_mask_clips_the_input_about_its_shift() -> None:
 @pytest.mark.parametrize("binary_input", [True, False], ids=["bnn", "bwn"])
 @pytest.mark.parametrize("scale", ["row", "tensor", "none"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-def test_a_full_mask_gives_the_product_of_the_levels(binary_input: bool, scale: str, bias: bool) -> None:
-    layer, x = commit(make_linear(11, 3, binary_input, bias=bias, scale=scale)), draw(2, 11)
+@pytest.mark.parametrize("center", ["none", "row", "tensor"])
+def test_a_full_mask_gives_the_product_of_the_levels(binary_input: bool, scale: str, bias: bool, center: str) -> None:
+    layer, x = commit(make_linear(11, 3, binary_input, bias=bias, scale=scale, center=center)), draw(2, 11)
     w = layer.weight.tolist()
+    row_means = [math.fsum(row) / 11 for row in w]
+    middle = {"none": [0.0] * 3, "row": row_means, "tensor": [sum(row_means) / 3] * 3}[center]
+    w = [[value - mean for value in row] for row, mean in zip(w, middle, strict=True)]
     means = [math.fsum(abs(v) for v in row) / 11 for row in w]
     scales = {"row": means, "tensor": [sum(means) / 3] * 3, "none": [1.0] * 3}[scale]
     values = x.tolist()
@@ -208,6 +212,28 @@ def test_committed_evaluation_on_float_inputs_equals_the_packed_layer_bit_for_bi
     layer, x = commit(make_linear(65, 9, binary_input=False, bias=bias)).eval(), draw(4, 65)
     with torch.no_grad():
         assert torch.equal(pack_by_hand(layer)(x), layer(x))
+
+
+@pytest.mark.parametrize("center", ["row", "tensor"])
+def test_a_committed_layer_of_centred_weights_equals_the_packed_layer_bit_for_bit(center: str) -> None:
+    layer, x = commit(make_linear(70, 9, center=center)).eval(), draw(4, 70)
+    with torch.no_grad():
+        # As if training had moved every weight up: the signs of the weights themselves would all be +.
+        layer.weight.add_(1.0)
+        assert torch.equal(pack_by_hand(layer)(x), layer(x))
+    assert 0.2 < (layer.centered_weight() >= 0).float().mean() < 0.8
+
+
+def test_the_gradient_of_a_centred_weight_is_centred() -> None:
+    layer = commit(make_linear(11, 3, surrogate="ste", center="row"))
+    upstream = draw(2, 3, seed=5)
+    layer(draw(2, 11)).backward(upstream)
+    free = commit(make_linear(11, 3, surrogate="ste"))
+    with torch.no_grad():
+        free.weight.copy_(layer.centered_weight())
+    free(draw(2, 11)).backward(upstream)
+    expected = free.weight.grad - free.weight.grad.mean(dim=1, keepdim=True)
+    torch.testing.assert_close(layer.weight.grad, expected)
 
 
 def test_a_layer_without_bias_gets_the_folded_offset_when_packed() -> None:

@@ -32,7 +32,7 @@ def test_weight_and_its_gradient_equal_the_reference(shape: Any, dtype: Any, sur
     for output in DTYPES:
         arguments = weight, mask, scale, 1.3, output
         assert torch.equal(triton.masked_weight(*arguments), reference.masked_weight(*arguments))
-    arguments = grad, weight, mask, scale, 1.3, surrogate
+    arguments = grad, weight, mask, scale, 1.3, surrogate, 0.9
     assert torch.equal(triton.masked_weight_grad(*arguments), reference.masked_weight_grad(*arguments))
 
 
@@ -43,8 +43,8 @@ def test_activation_and_its_gradient_equal_the_reference(shape: Any, dtype: Any,
     features = shape[-1]
     value, pre, grad = (torch.randn(shape).to(dtype) for _ in range(3))
     mask, vectors = draw_mask(features), [0.1 * torch.randn(features) for _ in range(3)]
-    amplitude, bound = torch.tensor(0.7), torch.tensor(1.1)
-    arguments = value, pre, mask, vectors[0], vectors[1], amplitude, vectors[2], bound, surrogate
+    amplitude, bound, window = torch.tensor(0.7), torch.tensor(1.1), torch.tensor(0.9)
+    arguments = value, pre, mask, vectors[0], vectors[1], amplitude, vectors[2], bound, surrogate, window
 
     expected = reference.masked_activation(*arguments)
     assert all(torch.equal(a, b) for a, b in zip(triton.masked_activation(*arguments), expected, strict=True))

@@ -458,16 +458,20 @@ static void check_masked_weight(int64_t rows, int64_t columns, int weight_dtype,
     uint8_t *gradient = allocate_elements(count, size_of(other_dtype)), *scale = allocate_elements(rows, 4);
     uint8_t *value = allocate_output(count, size_of(other_dtype));
     uint8_t *weight_gradient = allocate_output(count, size_of(weight_dtype));
-    float *expected = allocate(count * 4), *bounds = allocate(rows * 4);
+    float *expected = allocate(count * 4), *bounds = allocate(rows * 4), *windows = allocate(rows * 4);
+    /* No float32, as the clip ranges: wider than they are or narrower. */
+    double window = 2.2 / clip;
     fill_values(weight, weight_dtype, count);
     fill_values(gradient, other_dtype, count);
     for (int64_t m = 0; m < rows; m++) {
         float drawn = draw_scale();
         memcpy(scale + 4 * m, &drawn, 4);
         bounds[m] = (float)clip * drawn;
+        windows[m] = (float)window * drawn;
     }
     for (int64_t i = 0; i < count; i++) {
-        float bound = bounds[i / columns], edges[] = {bound, -bound, 0.0f, -0.0f};
+        float bound = bounds[i / columns], reach = windows[i / columns];
+        float edges[] = {bound, -bound, reach, -reach, 0.0f, -0.0f};
         put_on_edges(weight, weight_dtype, i, edges, LENGTH(edges));
         mask[i] = (uint8_t)draw(2);
     }
@@ -477,7 +481,9 @@ static void check_masked_weight(int64_t rows, int64_t columns, int weight_dtype,
         for (int64_t i = 0; i < count; i++) {
             float w = value_at(weight, weight_dtype, i), level = float_at(scale, i / columns);
             float bound = bounds[i / columns];
-            int frozen = mask[i], inside = w >= -bound && w <= bound;
+            int frozen = mask[i];
+            float reach = frozen ? windows[i / columns] : bound;
+            int inside = w >= -reach && w <= reach;
             if (of_value)
                 expected[i] = frozen ? (w >= 0 ? level : -level) : clip_to(w, -bound, bound);
             else
@@ -491,7 +497,7 @@ static void check_masked_weight(int64_t rows, int64_t columns, int weight_dtype,
             clear_output(output, of_value ? other_bytes : weight_bytes);
             int status = hf_stompp_masked_weight(&(struct hf_stompp_masked_weight){
                 .kernel = kernel, .threads = threads, .weight = weight, .weight_dtype = weight_dtype, .mask = mask,
-                .scale = (const float *)scale, .clip = clip, .rows = rows, .columns = columns,
+                .scale = (const float *)scale, .clip = clip, .window = window, .rows = rows, .columns = columns,
                 .gradient = of_value ? NULL : gradient, .surrogate = of_value ? 0 : surrogate, .output = output,
                 .other_dtype = other_dtype});
             if (status != HF_STOMPP_OK) fail_masked(kernel, rows, columns, c.options, "masked_weight: not OK");
@@ -507,6 +513,7 @@ static void check_masked_weight(int64_t rows, int64_t columns, int weight_dtype,
     release_elements(weight_gradient, size_of(weight_dtype));
     free(expected);
     free(bounds);
+    free(windows);
 }
 
 /* A masked activation with its expected bits, of which the gradient is taken. */
@@ -584,7 +591,7 @@ static void check_masked_activation(int64_t rows, int64_t features, int dtype, i
     uint8_t *value = allocate_elements(count, size), *pre_activation = allocate_elements(count, size);
     uint8_t *threshold = allocate_elements(features, 4), *offset = allocate_elements(features, 4);
     uint8_t *center = allocate_elements(features, 4), *amplitude = allocate_elements(1, 4);
-    uint8_t *bound = allocate_elements(1, 4);
+    uint8_t *bound = allocate_elements(1, 4), *window = allocate_elements(1, 4);
     uint8_t *output = allocate_output(count, size), *passes = allocate_output(bytes, 1);
     uint8_t *upper = allocate_output(bytes, 1);
     float *expected = allocate(count * 4);
@@ -596,7 +603,9 @@ static void check_masked_activation(int64_t rows, int64_t features, int dtype, i
     fill_factors(threshold, features);
     float reach = 0.0f;
     while (!(reach > 0) || isinf(reach)) reach = draw_scale();
+    float narrow = 0.6f * reach;
     memcpy(bound, &reach, 4);
+    memcpy(window, &narrow, 4);
     memcpy(amplitude, &(float){0.75f}, 4);
     for (int64_t k = 0; k < features; k++) {
         a.mask[k] = (uint8_t)draw(2);
@@ -606,7 +615,7 @@ static void check_masked_activation(int64_t rows, int64_t features, int dtype, i
     }
     for (int64_t i = 0; i < count; i++) {
         float middle = float_at(center, i % features), limit = float_at(threshold, i % features);
-        float edges[] = {middle - reach, middle + reach, middle};
+        float edges[] = {middle - reach, middle + reach, middle - narrow, middle + narrow, middle};
         put_on_edges(value, dtype, i, edges, LENGTH(edges));
         if (!isnan(limit)) put_on_edges(pre_activation, dtype, i, &limit, 1);
     }
@@ -618,7 +627,9 @@ static void check_masked_activation(int64_t rows, int64_t features, int dtype, i
             int frozen = a.mask[k], above = value_at(pre_activation, dtype, i) >= float_at(threshold, k);
             expected[i] = frozen ? (above ? level + half : level - half) : clip_to(v, low, high);
             expected[i] = round_to(expected[i], dtype);
-            a.passes[i] = gradient_passes(surrogate, frozen, v >= low && v <= high) ? 1 : -1;
+            float within = frozen ? narrow : reach;
+            int inside = v >= middle - within && v <= middle + within;
+            a.passes[i] = gradient_passes(surrogate, frozen, inside) ? 1 : -1;
             a.upper[i] = (frozen ? above : v > middle) ? 1 : -1;
         }
         pack(a.passes, rows, features, a.pass_bits);
@@ -634,7 +645,7 @@ static void check_masked_activation(int64_t rows, int64_t features, int dtype, i
                 .kernel = kernel, .threads = threads, .value = value, .pre_activation = pre_activation, .dtype = dtype,
                 .mask = a.mask, .threshold = (const float *)threshold, .offset = (const float *)offset,
                 .amplitude = (const float *)amplitude, .center = (const float *)center, .bound = (const float *)bound,
-                .surrogate = surrogate, .rows = rows, .features = features, .passes = passes, .upper = upper,
+                .window = (const float *)window, .surrogate = surrogate, .rows = rows, .features = features, .passes = passes, .upper = upper,
                 .output = output});
             if (status != HF_STOMPP_OK) fail_masked(kernel, rows, features, a.of.options, "value: not OK");
             check_masked_output(kernel, &a.of, output, dtype, expected, "value");
@@ -647,6 +658,7 @@ static void check_masked_activation(int64_t rows, int64_t features, int dtype, i
     release_elements(value, size);
     release_elements(pre_activation, size);
     release_elements(threshold, 4);
+    release_elements(window, 4);
     release_elements(offset, 4);
     release_elements(center, 4);
     release_elements(amplitude, 4);

@@ -471,8 +471,8 @@ def simple_arguments() -> dict[str, tuple[Any, ...]]:
         "sign_product": (weight, 300, draw(300).double(), False),
         "fold": (weight, draw(70, 1).abs(), draw(300), torch.tensor(0.7), bias, 300),
         "masked_weight": (*masked, torch.float32),
-        "masked_weight_grad": (draw(5, 300), *masked, "none"),
-        "masked_activation": (x, x, mask, *vectors, "none"),
+        "masked_weight_grad": (draw(5, 300), *masked, "none", 1.3),
+        "masked_activation": (x, x, mask, *vectors, "none", torch.tensor(0.9)),
         "masked_activation_grad": (x, flags, flags, mask),
     }
 
@@ -766,8 +766,9 @@ def test_weight_and_its_gradient_equal_the_reference(shape: Any, dtype: torch.dt
 
     value = torch.ops.hf_stompp.masked_weight(*on_gpu(weight, mask, scale, 1.3, dtype))
     assert torch.equal(value.cpu(), reference.masked_weight(weight, mask, scale, 1.3, dtype))
-    passed = torch.ops.hf_stompp.masked_weight_grad(*on_gpu(grad, weight, mask, scale, 1.3, surrogate))
-    assert torch.equal(passed.cpu(), reference.masked_weight_grad(grad, weight, mask, scale, 1.3, surrogate))
+    arguments = grad, weight, mask, scale, 1.3, surrogate, 0.9
+    passed = torch.ops.hf_stompp.masked_weight_grad(*on_gpu(*arguments))
+    assert torch.equal(passed.cpu(), reference.masked_weight_grad(*arguments))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -776,8 +777,8 @@ def test_weight_and_its_gradient_equal_the_reference(shape: Any, dtype: torch.dt
 def test_activation_and_its_gradient_equal_the_reference(shape: Any, dtype: torch.dtype, surrogate: str) -> None:
     value, pre, grad = (draw(*shape, dtype=dtype) for _ in range(3))
     mask, (threshold, offset, center) = torch.rand(shape[-1]) < 0.5, (0.1 * draw(shape[-1]) for _ in range(3))
-    amplitude, bound = torch.tensor(0.7), torch.tensor(1.1)
-    arguments = value, pre, mask, threshold, offset, amplitude, center, bound, surrogate
+    amplitude, bound, window = torch.tensor(0.7), torch.tensor(1.1), torch.tensor(0.9)
+    arguments = value, pre, mask, threshold, offset, amplitude, center, bound, surrogate, window
 
     expected = reference.masked_activation(*arguments)
     found = torch.ops.hf_stompp.masked_activation(*on_gpu(*arguments))

@@ -195,14 +195,10 @@ def weight_edges(dtype: torch.dtype, clip: float) -> tuple[Tensor, Tensor, Tenso
     return weight, mask, torch.tensor(SCALES)[:, None]
 
 
-def weight_elements(
-    weight: Tensor, mask: Tensor, scale: Tensor, clip: float
-) -> list[tuple[float, bool, float, float]]:
-    """Weight, mask, scale, bound."""
+def weight_elements(weight: Tensor, mask: Tensor, scale: Tensor) -> list[tuple[float, bool, float]]:
+    """Weight, mask, scale."""
     scales = scale.expand_as(weight).flatten().tolist()
-    return [
-        (w, m, s, clip * s) for w, m, s in zip(weight.flatten().tolist(), mask.flatten().tolist(), scales, strict=True)
-    ]
+    return list(zip(weight.flatten().tolist(), mask.flatten().tolist(), scales, strict=True))
 
 
 @pytest.mark.parametrize("clip", CLIPS)
@@ -210,9 +206,9 @@ def weight_elements(
 def test_weight_is_frozen_or_clipped(kernels: Kernels, dtype: torch.dtype, clip: float, garbage: None) -> None:
     arguments = weight_edges(dtype, clip)
     values = []
-    for w, frozen, scale, bound in weight_elements(*arguments, clip):
+    for w, frozen, scale in weight_elements(*arguments):
         hard = scale if w >= 0 else -scale
-        values.append(hard if frozen else expected_clip(w, -bound, bound))
+        values.append(hard if frozen else expected_clip(w, -clip * scale, clip * scale))
     for output_dtype in DTYPES:
         actual = kernels.masked_weight(*arguments, clip, output_dtype)
         assert same(actual, filled(values, arguments[0].shape, output_dtype)), output_dtype
@@ -223,16 +219,18 @@ def test_weight_is_frozen_or_clipped(kernels: Kernels, dtype: torch.dtype, clip:
 def test_weight_gradient_passes_by_the_rule(
     kernels: Kernels, dtype: torch.dtype, surrogate: str, garbage: None
 ) -> None:
-    for clip, grad_dtype in itertools.product(CLIPS, DTYPES):
+    # The window of frozen weights is narrower than the clip range, wider, or none.
+    for clip, window, grad_dtype in itertools.product(CLIPS, [0.5, *CLIPS, math.inf], DTYPES):
         arguments = weight_edges(dtype, clip)
         drawn = itertools.islice(itertools.cycle(GRADIENTS), arguments[0].numel())
         grad = torch.tensor(list(drawn), dtype=torch.float64).view(arguments[0].shape).to(grad_dtype)
         values = []
-        elements = weight_elements(*arguments, clip)
-        for (w, frozen, _, bound), g in zip(elements, grad.flatten().tolist(), strict=True):
-            values.append(g if expected_passes(surrogate, frozen, -bound <= w <= bound) else 0.0)
-        actual = kernels.masked_weight_grad(grad, *arguments, clip, surrogate)
-        assert same(actual, filled(values, grad.shape, dtype)), (clip, grad_dtype)
+        elements = weight_elements(*arguments)
+        for (w, frozen, scale), g in zip(elements, grad.flatten().tolist(), strict=True):
+            reach = (window if frozen else clip) * scale
+            values.append(g if expected_passes(surrogate, frozen, -reach <= w <= reach) else 0.0)
+        actual = kernels.masked_weight_grad(grad, *arguments, clip, surrogate, window)
+        assert same(actual, filled(values, grad.shape, dtype)), (clip, window, grad_dtype)
 
 
 def test_row_of_scale_zero_is_zero_and_passes_at_zero_alone(kernels: Kernels) -> None:
@@ -244,7 +242,7 @@ def test_row_of_scale_zero_is_zero_and_passes_at_zero_alone(kernels: Kernels) ->
         output = kernels.masked_weight(weight, mask, scale, 1.5, torch.float32)
         # Either zero: of two bounds that are equal PyTorch takes the one or the other.
         assert output.eq(0).tolist() == [[True] * 15 + [False]] and output[0, -1].isnan()
-        grad = kernels.masked_weight_grad(torch.ones(1, 16), weight, mask, scale, 1.5, "clipped_ste")
+        grad = kernels.masked_weight_grad(torch.ones(1, 16), weight, mask, scale, 1.5, "clipped_ste", 1.5)
         assert torch.equal(grad != 0, weight == 0)
 
 
@@ -256,13 +254,13 @@ def test_scale_may_be_of_any_floating_dtype(kernels: Kernels) -> None:
         outputs = [kernels.masked_weight(weight, mask, one, 1.25, torch.bfloat16) for one in (given, equal)]
         assert same(*outputs)
         grad = torch.ones_like(weight)
-        outputs = [kernels.masked_weight_grad(grad, weight, mask, one, 1.25, "none") for one in (given, equal)]
+        outputs = [kernels.masked_weight_grad(grad, weight, mask, one, 1.25, "none", 1.25) for one in (given, equal)]
         assert same(*outputs)
 
 
 # Free and frozen features, so that both sides of their ranges and levels are exact in every dtype.
 CENTERS, OFFSETS, THRESHOLDS = [0.0, 0.5, -1.25, -0.0], [0.25, -0.5, 0.0], [0.75, -0.0, -0.125]
-BOUND, AMPLITUDE = 1.5, 0.375
+BOUND, WINDOW, AMPLITUDE = 1.5, 0.75, 0.375
 
 
 @functools.cache
@@ -274,7 +272,7 @@ def activation_edges(dtype: torch.dtype) -> dict[str, Tensor]:
     center, offset, threshold, mask = (list(field) for field in zip(*columns, strict=True))
     values, decisions = [], []
     for c, limit in zip(center, threshold, strict=True):
-        value = edges([0.0, c, c + BOUND, c - BOUND, 1e-40, 6e-8], dtype)
+        value = edges([0.0, c, c + BOUND, c - BOUND, c + WINDOW, c - WINDOW, 1e-40, 6e-8], dtype)
         decisive = edges([0.0 if math.isnan(limit) else limit, 6e-8], dtype)
         values.append(value * 3)
         decisions.append(generator.choice(decisive, 3 * len(value)).tolist())
@@ -286,6 +284,7 @@ def activation_edges(dtype: torch.dtype) -> dict[str, Tensor]:
         **{name: torch.tensor(vector) for name, vector in vectors.items()},
         "amplitude": torch.tensor(AMPLITUDE),
         "bound": torch.tensor(BOUND),
+        "window": torch.tensor(WINDOW),
     }
 
 
@@ -295,20 +294,22 @@ def activation_case(
 ) -> tuple[dict[str, Any], Outputs]:
     """Arguments and what they must give; `shared` names the vectors of which only the first number is passed."""
     arguments = activation_edges(dtype) | {"surrogate": surrogate}
-    for name in ("threshold", "offset", "amplitude", "center", "bound"):
+    for name in ("threshold", "offset", "amplitude", "center", "bound", "window"):
         number = arguments[name][0] if name in shared else arguments[name]
         arguments[name] = number.to(parameter_dtype)
     value = arguments["value"]
-    names = ("mask", "threshold", "offset", "amplitude", "center", "bound")
+    names = ("mask", "threshold", "offset", "amplitude", "center", "bound", "window")
     numbers = [arguments[name].expand(value.shape[-1]).tolist() for name in names]
     output, passes, upper = [], [], []
     for row in zip(value.tolist(), arguments["pre_activation"].tolist(), strict=True):
-        for v, decides, frozen, threshold, offset, amplitude, center, bound in zip(*row, *numbers, strict=True):
+        for v, decides, *settings in zip(*row, *numbers, strict=True):
+            frozen, threshold, offset, amplitude, center, bound, window = settings
             low, high = center - bound, center + bound
+            reach = window if frozen else bound
             above = decides >= threshold
             hard = offset + amplitude if above else offset - amplitude
             output.append(hard if frozen else expected_clip(v, low, high))
-            passes.append(expected_passes(surrogate, frozen, low <= v <= high))
+            passes.append(expected_passes(surrogate, frozen, center - reach <= v <= center + reach))
             upper.append(above if frozen else v > center)
     bits = (expected_bits(np.array(flags).reshape(value.shape)) for flags in (passes, upper))
     return arguments, (filled(output, value.shape, dtype), *bits)
@@ -420,6 +421,11 @@ class Case:
         shape = "x".join(map(str, (*self.leading, self.features)))
         return f"{shape}-{names[0]}-{names[1]}-{self.surrogate}-clip-{self.clip}" + "-shared" * self.shared
 
+    @property
+    def window(self) -> float:
+        """Of the surrogate, no float32 either: wider than the clip range or narrower."""
+        return 2.6 - self.clip
+
 
 def deal(shapes: list[tuple[tuple[int, ...], int]]) -> list[Case]:
     """The options are dealt out evenly, in random order."""
@@ -475,6 +481,7 @@ def draw(op: str, case: Case) -> dict[str, Any]:
             "center": center,
             "bound": torch.tensor(case.clip),
             "surrogate": case.surrogate,
+            "window": torch.tensor(case.window),
         }
     scale = draw_values(generator, (*case.leading, 1), torch.float32).abs().nan_to_num(0.5, posinf=math.inf)
     # Of a range of nothing the reference makes either zero.
@@ -483,7 +490,7 @@ def draw(op: str, case: Case) -> dict[str, Any]:
     arguments = {"weight": values(case.dtype), "mask": mask, "scale": scale, "clip": case.clip}
     if op == "masked_weight":
         return arguments | {"dtype": case.other_dtype}
-    return {"grad": values(case.other_dtype)} | arguments | {"surrogate": case.surrogate}
+    return {"grad": values(case.other_dtype)} | arguments | {"surrogate": case.surrogate, "window": case.window}
 
 
 @functools.cache
@@ -551,7 +558,7 @@ def test_every_number_is_converted_as_pytorch_converts_it(
     for other in NATIVE_DTYPES:
         assert same(native_kernel.masked_weight(numbers, mask, scale, 1.0, other), numbers.to(other))
         weight = torch.zeros_like(numbers, dtype=other)
-        passed = native_kernel.masked_weight_grad(numbers, weight, mask, scale, 1.0, "none")
+        passed = native_kernel.masked_weight_grad(numbers, weight, mask, scale, 1.0, "none", 1.0)
         assert same(passed, numbers.to(other))
 
 
@@ -562,14 +569,18 @@ def test_clip_range_is_a_product_rounded_to_float32(kernels: Kernels) -> None:
     around = [np.nextafter(bound, np.float32(-1)), bound, np.nextafter(bound, np.float32(1))]
     weight, mask = torch.tensor(np.array([around])), torch.zeros(1, 3, dtype=torch.bool)
     assert same(kernels.masked_weight(weight, mask, scale, clip, torch.float32), weight.clamp(max=float(bound)))
-    grad = kernels.masked_weight_grad(torch.ones(1, 3), weight, mask, scale, clip, "none")
+    grad = kernels.masked_weight_grad(torch.ones(1, 3), weight, mask, scale, clip, "none", 5.0)
+    assert grad.tolist() == [[1.0, 1.0, 0.0]]
+    grad = kernels.masked_weight_grad(torch.ones(1, 3), weight, ~mask, scale, 5.0, "clipped_ste", clip)
     assert grad.tolist() == [[1.0, 1.0, 0.0]]
 
 
 NOT_A_NUMBER = {
     "scale of a weight": ("masked_weight", {"scale": torch.full((37, 1), math.nan)}),
     "infinite multiple of nothing": ("masked_weight", {"scale": torch.zeros(37, 1), "clip": math.inf}),
+    "infinite window of nothing": ("masked_weight_grad", {"scale": torch.zeros(37, 1), "window": math.inf}),
     "bound of an activation": ("masked_activation", {"bound": torch.tensor(math.nan)}),
+    "window of an activation": ("masked_activation", {"window": torch.tensor(math.nan)}),
     "centre of an activation": ("masked_activation", {"center": torch.tensor(math.nan)}),
 }
 
@@ -894,6 +905,7 @@ REFUSED = {
         *WEIGHT_REFUSES,
         *refused("grad", (ROWS, COLUMNS), NOT_FLOATING, torch.float32, MATRIX_SHAPES),
         *SURROGATE_REFUSES,
+        *(Refusal("window", window, ValueError) for window in [0.0, -0.0, -1.0, math.nan, -math.inf]),
     ],
     "masked_activation": [
         *refused("value", (ROWS, COLUMNS), without(torch.float32), torch.float32, MATRIX_SHAPES),
@@ -905,7 +917,7 @@ REFUSED = {
         ),
         *itertools.chain.from_iterable(
             refused(name, (), NOT_FLOATING, torch.float32, [(0,), (1,), (COLUMNS,), (1, 1)])
-            for name in ("amplitude", "bound")
+            for name in ("amplitude", "bound", "window")
         ),
         *SURROGATE_REFUSES,
     ],

@@ -10,7 +10,7 @@
 
 #include <stdint.h>
 
-#define HF_STOMPP_ABI_VERSION 2
+#define HF_STOMPP_ABI_VERSION 3
 
 #if defined(_WIN32)
 #define HF_STOMPP_EXPORT __declspec(dllexport)
@@ -103,7 +103,7 @@ struct hf_stompp_product {
 HF_STOMPP_EXPORT int hf_stompp_binary_linear(const struct hf_stompp_product *);
 
 /* Without a gradient: output = scale * sign(weight) where the mask is set, else weight clipped to +-clip * scale.
- * With one: output = gradient where it passes, else 0.
+ * With one: output = gradient where it passes, else 0; the range of a frozen weight is +-window * scale.
  */
 struct hf_stompp_masked_weight {
     int64_t kernel, threads;
@@ -114,7 +114,7 @@ struct hf_stompp_masked_weight {
     const uint8_t *mask;
     /* rows */
     const float *scale;
-    double clip;
+    double clip, window;
     int64_t rows, columns;
     /* NULL, or rows x columns of other_dtype. */
     const void *gradient;
@@ -127,8 +127,8 @@ struct hf_stompp_masked_weight {
 HF_STOMPP_EXPORT int hf_stompp_masked_weight(const struct hf_stompp_masked_weight *);
 
 /* Without sums: output = offset +- amplitude where the mask is set, + where pre_activation >= threshold; else
- * value clipped to center +- bound. passes: whether the gradient passes to the value; upper: which side of the middle
- * it is on. With one: output = gradient where it passes, else 0, and sums over the rows.
+ * value clipped to center +- bound. passes: whether the gradient passes to the value, whose range is center +- window
+ * where the mask is set; upper: which side of the middle it is on. With one: output = gradient where it passes, else 0, and sums over the rows.
  */
 struct hf_stompp_masked_activation {
     int64_t kernel, threads;
@@ -137,8 +137,8 @@ struct hf_stompp_masked_activation {
     int64_t dtype;
     /* features of 0 and 1. */
     const uint8_t *mask;
-    /* features, features, 1, features, 1. */
-    const float *threshold, *offset, *amplitude, *center, *bound;
+    /* features, features, 1, features, 1, 1. */
+    const float *threshold, *offset, *amplitude, *center, *bound, *window;
     int64_t surrogate, rows, features;
     /* rows of bits of features. */
     uint8_t *passes, *upper;

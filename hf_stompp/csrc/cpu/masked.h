@@ -51,7 +51,7 @@ ALWAYS_INLINE void flags_of_bits(uint64_t bits, uint8_t *flags) {
     }
 }
 
-/* What a surrogate says of a frozen entry: its gradient always passes, or passes within the clip range. */
+/* What a surrogate says of a frozen entry: its gradient always passes, or passes within the window. */
 struct rule {
     uint8_t always, inside;
 };
@@ -90,7 +90,7 @@ ALWAYS_INLINE void weight_gradient_rows(const struct hf_stompp_masked_weight *p,
                                         int64_t weight_dtype, int64_t gradient_dtype) {
     struct rule rule = rule_of(p->surrogate);
     for (int64_t row = begin; row < end; row++) {
-        float bound = (float)p->clip * p->scale[row];
+        float bound = (float)p->clip * p->scale[row], window = (float)p->window * p->scale[row];
         for (int64_t k = 0; k < p->columns; k += BLOCK) {
             int64_t first = row * p->columns + k, count = min_int64(BLOCK, p->columns - k);
             float w[BLOCK], gradient[BLOCK];
@@ -99,7 +99,8 @@ ALWAYS_INLINE void weight_gradient_rows(const struct hf_stompp_masked_weight *p,
             load_block(p->gradient, gradient_dtype, first, count, gradient);
             memcpy(frozen, p->mask + first, (size_t)count);
             for (int j = 0; j < BLOCK; j++) {
-                uint8_t inside = (w[j] <= bound) & (w[j] >= -bound);
+                float reach = frozen[j] ? window : bound;
+                uint8_t inside = (w[j] <= reach) & (w[j] >= -reach);
                 gradient[j] = passes(rule, frozen[j], inside) ? gradient[j] : 0.0f;
             }
             store_block(gradient, p->output, weight_dtype, first, count);
@@ -128,7 +129,7 @@ static void masked_weight(const struct hf_stompp_masked_weight *p, int64_t begin
         FOR_DTYPES(weight_rows, (p, begin, end), p->weight_dtype, p->other_dtype);
 }
 
-/* What a block of columns of an activation is clipped to, and its two levels. */
+/* What a block of columns of an activation is clipped to, or its window where it is frozen, and its two levels. */
 struct levels {
     float low[BLOCK], high[BLOCK], center[BLOCK], lower[BLOCK], upper[BLOCK], threshold[BLOCK];
     uint8_t frozen[BLOCK];
@@ -139,9 +140,10 @@ static inline void load_levels(const struct hf_stompp_masked_activation *p, int6
     memset(levels, 0, sizeof *levels);
     for (int64_t j = 0; j < count; j++) {
         float center = p->center[k + j], offset = p->offset[k + j];
+        float reach = p->mask[k + j] ? p->window[0] : p->bound[0];
         levels->center[j] = center;
-        levels->low[j] = center - p->bound[0];
-        levels->high[j] = center + p->bound[0];
+        levels->low[j] = center - reach;
+        levels->high[j] = center + reach;
         levels->lower[j] = offset - p->amplitude[0];
         levels->upper[j] = offset + p->amplitude[0];
         levels->threshold[j] = p->threshold[k + j];
