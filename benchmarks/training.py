@@ -33,22 +33,18 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
-from hf_stompp import StoMPPConfig, binarize
+from hf_stompp import binarize
 from hf_stompp.benchmark import surroundings
 from hf_stompp.distillation import Comparison, distillation_loss
 from hf_stompp.freezing import Freezing, initialize_activations
+from hf_stompp.methods import METHODS, RecipeArguments
 from hf_stompp.ops import cpu
 from hf_stompp.progression import Progression, plan_progression
 from hf_stompp.training_args import DEFAULT_LOSSES
 
 
-METHODS: dict[str, dict[str, Any] | None] = {
-    "float": None,
-    "ste": {"surrogate": "ste", "schedule": "immediate"},
-    "stompp": {"surrogate": "none", "schedule": "cubic"},
-    "stompp_ste": {"surrogate": "ste", "schedule": "cubic"},
-    "stompp_ste_teacher": {"surrogate": "ste", "schedule": "cubic", "teacher": True},
-}
+TEACHER = "_teacher"
+"""Ends the name of a method that is measured with a teacher."""
 
 LABELS = {
     "float": "float",
@@ -134,17 +130,18 @@ class Run:
     """One method: a model, its optimizer, and how far its masks are."""
 
     def __init__(self, method: str, model: nn.Module, steps: int, device: torch.device, dtype: torch.dtype) -> None:
-        settings = METHODS[method]
         self.method, self.device, self.dtype = method, device, dtype
         self.model = copy.deepcopy(model)
         self.progression: Progression | None = None
-        if settings is not None:
-            binarize(self.model, StoMPPConfig(surrogate=settings["surrogate"]))
+        if method != "float":
+            known = method.removesuffix(TEACHER)
+            binarize(self.model, RecipeArguments(known).config())
             units = self.model.config.quantization_config.units
-            self.progression = plan_progression(units, steps, schedule=settings["schedule"])
+            schedule = METHODS[known].training["progression_schedule"][0]
+            self.progression = plan_progression(units, steps, schedule=schedule)
             self.freezing = Freezing(self.model, self.progression)
         self.model.to(device).train()
-        self.teacher = model.to(device).eval() if settings is not None and settings.get("teacher") else None
+        self.teacher = model.to(device).eval() if method.endswith(TEACHER) else None
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
 
     def persistent_bytes(self) -> int:
@@ -353,7 +350,7 @@ def plot(path: Path) -> Path:
 
     result = json.loads(path.read_text(encoding="utf-8"))
     figure, (times, memory) = pyplot.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
-    colors = dict(zip(METHODS, ("#444444", "#d08a28", "#2a78b5", "#3f9c5a", "#8a5a9c"), strict=True))
+    colors = dict(zip(LABELS, ("#444444", "#d08a28", "#2a78b5", "#3f9c5a", "#8a5a9c"), strict=True))
     for method, rows in result["records"].items():
         steps = [row["step"] for row in rows]
         style: dict[str, Any] = {"color": colors[method], "label": LABELS[method], "linewidth": 1.6}
@@ -381,7 +378,7 @@ def main() -> None:
     parser.add_argument("--model", choices=["minilm", *SIZES], default="minilm")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=list(LABELS), default=list(LABELS))
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=64)

@@ -136,6 +136,7 @@ def claim_output_dir(recipe: Recipe) -> None:
     }
     settings = json.loads(json.dumps(settings, default=str))
     file = recipe.output_dir / SETTINGS
+    recipe.output_dir.mkdir(parents=True, exist_ok=True)
     if _holds_work(recipe):
         earlier = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         changed = [name for name in settings if earlier.get(name) != settings[name]]
@@ -145,8 +146,7 @@ def claim_output_dir(recipe: Recipe) -> None:
                 f"{recipe.output_dir} belongs to another run: {differences}. Choose another folder, delete this one, "
                 "or give the earlier settings to resume that run."
             )
-    if recipe.args.should_save:
-        recipe.output_dir.mkdir(parents=True, exist_ok=True)
+    elif recipe.args.should_save:
         file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 

@@ -295,6 +295,13 @@ def write_card(recipe: Recipe, results: Results, name: str, **details: Any) -> N
 class FloatTrainer(ReproducibleGrouping, Trainer):
     """Of the float stage."""
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # As StoMPPTrainer's: a finished run that is resumed would take one more step.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
 
 class BinaryTrainer(ReproducibleGrouping, StoMPPTrainer):
     """Of the binary stage."""

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, HfArgumentParser
 
 from hf_stompp import StoMPPTrainingArguments, binarize, cli
-from hf_stompp.config import CHOICES, StoMPPConfig
+from hf_stompp.config import StoMPPConfig
 from hf_stompp.methods import METHODS, RecipeArguments
 from hf_stompp.patching import masked_modules, packed_modules
 from hf_stompp.recipe import Recipe
@@ -127,12 +127,20 @@ class TestMethods:
     @pytest.mark.parametrize(
         ("method", "config", "schedule"),
         [
-            ("ste", {"surrogate": "ste"}, "immediate"),
+            ("ste", {"surrogate": "clipped_ste"}, "immediate"),
             ("stompp", {"surrogate": "none"}, "cubic"),
-            ("stompp_ste", {"surrogate": "ste"}, "cubic"),
+            ("stompp_ste", {"surrogate": "clipped_ste"}, "cubic"),
             (
                 "bit",
-                {"surrogate": "clipped_ste", "weight_scale": "tensor", "feed_forward_levels": "zero_one"},
+                {
+                    "surrogate": "clipped_ste",
+                    "weight_scale": "tensor",
+                    "weight_center": "tensor",
+                    "weight_window": 1000.0,
+                    "activation_window": 1.0,
+                    "initial_activation_scale": 2.0,
+                    "feed_forward_levels": "zero_one",
+                },
                 "immediate",
             ),
         ],
@@ -157,7 +165,8 @@ class TestMethods:
 
     def test_every_value_in_the_table_is_one_that_the_library_knows(self) -> None:
         for method in METHODS.values():
-            assert all(set(values) <= set(CHOICES[name]) for name, values in method.config.items())
+            for name, values in method.config.items():
+                assert all(getattr(StoMPPConfig(**{name: value}), name) == value for value in values)
             StoMPPTrainingArguments("unused", **{name: values[0] for name, values in method.training.items()})
             StoMPPTrainingArguments("unused", **method.defaults)
 
@@ -167,6 +176,7 @@ class TestMethods:
             ("sgd", {}, {}, "--method sgd is unknown. Give float, ste, stompp, stompp_ste, bit"),
             ("stompp", {"surrogate": "ste"}, {}, "--surrogate ste; it goes with none"),
             ("bit", {"weight_scale": "row"}, {}, "--weight_scale row; it goes with tensor"),
+            ("bit", {"activation_window": 2.0}, {}, "--activation_window 2.0; it goes with 1.0"),
             ("bit", {}, {"progression_schedule": "cubic"}, "--progression_schedule cubic; it goes with immediate"),
             ("stompp_ste", {}, {"progression_schedule": "immediate"}, "goes with cubic or linear"),
             ("float", {"mode": "bwn"}, {}, "contradicted by --mode"),
@@ -232,13 +242,20 @@ class Killed(Exception):
 
 
 class KillAfter(transformers.TrainerCallback):
-    """Ends the process, as far as a test can, after a step of one stage, whose last checkpoint is older."""
+    """
+    Ends the process, as far as a test can, after a step of one stage, whose last checkpoint is older; after step 10,
+    when the last checkpoint is written and the model is not.
+    """
 
     def __init__(self, trainer: Any, folder: str, step: int) -> None:
         self.is_meant, self.step = Path(trainer.args.output_dir).name == folder, step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.is_meant and state.global_step == self.step:
+        if self.is_meant and state.global_step == self.step < 10:
+            raise Killed
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.is_meant and self.step == 10:
             raise Killed
 
 
@@ -259,6 +276,20 @@ class TestRestart:
         run_recipe(recipe(method, "cut", asked=asked), tiny_model("bert"))
         for folder in ("float", ".", "packed"):
             assert_equal(weights(tmp_path / "whole" / folder), weights(tmp_path / "cut" / folder))
+
+    @pytest.mark.parametrize("method", ["float", "stompp_ste"])
+    def test_a_run_killed_after_its_last_step_takes_no_more(
+        self, method: str, recipe: Callable, tiny_model: Callable, tmp_path: Path
+    ) -> None:
+        run_recipe(recipe(method, "whole"), tiny_model("bert"))
+        with pytest.raises(Killed):
+            run_recipe(
+                recipe(method, "cut", lambda trainer: trainer.add_callback(KillAfter(trainer, "cut", 10))),
+                tiny_model("bert"),
+            )
+        assert not (tmp_path / "cut" / "model.safetensors").exists()
+        assert run_recipe(recipe(method, "cut"), tiny_model("bert")).trainer.state.global_step == 10
+        assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
     def test_a_finished_float_model_is_not_trained_again(
         self, recipe: Callable, tiny_model: Callable, tmp_path: Path

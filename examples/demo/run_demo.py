@@ -23,6 +23,8 @@ from fetch_model import fetch_model
 from make_corpus import write_corpus
 from run_glue import main as run_glue
 
+from hf_stompp.methods import METHODS
+
 
 # Binary activations want a higher one.
 LEARNING_RATES = {"bnn": 5e-4, "bwn": 2e-4}
@@ -39,7 +41,7 @@ def run_demo(
         num_train (`int`): training sentences.
         num_validation (`int`): validation sentences, of words that the training sentences never show.
         epochs (`int`): epochs of binary fine-tuning; the float fine-tuning before it takes 2.
-        method (`str`): `stompp_ste`, `stompp` or `ste`.
+        method (`str`): a key of `METHODS` other than `float`.
         mode (`str`): `bnn`, binary weights and activations, or `bwn`, binary weights only.
         seed (`int`): of corpus, training and masks.
     """
@@ -87,7 +89,7 @@ def main() -> None:
     parser.add_argument("--num_train", type=int, default=4000)
     parser.add_argument("--num_validation", type=int, default=600)
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--method", choices=["stompp_ste", "stompp", "ste"], default="stompp_ste")
+    parser.add_argument("--method", choices=[name for name in METHODS if name != "float"], default="stompp_ste")
     parser.add_argument("--mode", choices=list(LEARNING_RATES), default="bnn")
     parser.add_argument("--seed", type=int, default=0)
     arguments = vars(parser.parse_args())

@@ -6,19 +6,17 @@ import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas
-from datasets import ClassLabel, Dataset, load_dataset
-from datasets.exceptions import DatasetGenerationError
+from datasets import ClassLabel, Dataset
 from transformers import PreTrainedConfig
 
 from hf_stompp.methods import option
+from hf_stompp.tables import HUB_DATASET, read_hub_splits, read_table, split_files
 
 
 logger = logging.getLogger(__name__)
 
-HUB_DATASET = "nyu-mll/glue"
 LABEL_COLUMN = "label"
 
 
@@ -40,24 +38,6 @@ TASKS = {
     "sst2": Task(("sentence",), ("negative", "positive")),
     "stsb": Task(("sentence1", "sentence2")),
     "wnli": Task(("sentence1", "sentence2"), ("not_entailment", "entailment")),
-}
-
-# MNLI alone names its development and test sets after the genres they hold.
-SPLIT_NAMES = {
-    "train": ("train",),
-    "validation": ("validation", "validation_matched"),
-    "validation_mismatched": ("validation_mismatched",),
-    "test": ("test", "test_matched"),
-    "test_mismatched": ("test_mismatched",),
-}
-
-FILE_READERS = {
-    # Without keep_default_na=False a sentence that reads "NA" or "null" would be taken for a missing one.
-    ".csv": ("csv", {"keep_default_na": False}),
-    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t", "quoting": 3}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".parquet": ("parquet", {}),
 }
 
 
@@ -229,8 +209,8 @@ def read_from_tree(folder: Path, splits: list[str], cache_dir: str | None) -> di
         for name in (split, f"{split}_mismatched"):
             files = split_files(folder, name)
             if files:
-                source = files[0] if len(files) == 1 else f"{folder} ({name})"
-                found[name] = (load_files("parquet", files, source, cache_dir), source)
+                source = str(files[0]) if len(files) == 1 else f"{folder} ({name})"
+                found[name] = (read_table(files, source, cache_dir), source)
         if split not in found:
             present = sorted(path.name for path in folder.glob("*.parquet"))
             raise FileNotFoundError(
@@ -240,31 +220,17 @@ def read_from_tree(folder: Path, splits: list[str], cache_dir: str | None) -> di
     return found
 
 
-def split_files(folder: Path, split: str) -> list[str]:
-    """Paths of the Parquet files of one split, in either of the two layouts, in order."""
-    for name in SPLIT_NAMES.get(split, ()):
-        files = sorted(folder.glob(f"{name}.parquet")) or sorted(folder.glob(f"{name}-*.parquet"))
-        if files:
-            return [str(path) for path in files]
-    return []
-
-
 def read_from_hub(task_name: str, splits: list[str], cache_dir: str | None) -> dict[str, tuple[Dataset, str]]:
-    """Download a task (or take it from the cache) and give its splits this script's names."""
+    """The same from the Hub, or from the cache."""
+    wanted = [name for split in splits for name in (split, f"{split}_mismatched")]
     try:
-        downloaded = load_dataset(HUB_DATASET, task_name, cache_dir=cache_dir)
+        found = read_hub_splits(task_name, wanted, cache_dir)
     except (ConnectionError, FileNotFoundError) as error:
         raise ConnectionError(
             f"The task {task_name} of {HUB_DATASET} is not in the cache and could not be downloaded: {error}. "
             "Connect, or read a local copy by --dataset_dir."
         ) from error
-    found = {}
-    for split in splits:
-        for name in (split, f"{split}_mismatched"):
-            for hub_name in SPLIT_NAMES.get(name, ()):
-                if hub_name in downloaded:
-                    found[name] = (downloaded[hub_name], f"{HUB_DATASET} ({task_name}, {hub_name})")
-    return found
+    return {name: (table, f"{HUB_DATASET} ({task_name}, {name})") for name, table in found.items()}
 
 
 def read_own_files(
@@ -294,7 +260,7 @@ def read_own_files(
     is_regression = False
     for position, (name, file) in enumerate(files.items()):
         has_labels = name != "test"
-        dataset = read_file(file, cache_dir)
+        dataset = read_table([Path(file)], cache_dir=cache_dir)
         if position == 0:
             text_columns = find_text_columns(dataset, file)
         check_columns(dataset, file, text_columns, has_labels)
@@ -310,27 +276,6 @@ def read_own_files(
     if not is_regression and label_names is None:
         raise ValueError("No file has labels, so the number of classes is unknown. Give --validation_file too.")
     return GlueData(ready, text_columns, label_names)
-
-
-def read_file(file: str, cache_dir: str | None) -> Dataset:
-    """Read one file by the reader its extension names."""
-    path = Path(file)
-    if path.suffix not in FILE_READERS:
-        raise ValueError(f"{file} is not of a known kind. Give a file that ends in {', '.join(FILE_READERS)}.")
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {file}. Check --train_file, --validation_file and --test_file.")
-    reader, options = FILE_READERS[path.suffix]
-    return load_files(reader, [file], file, cache_dir, **options)
-
-
-def load_files(reader: str, files: list[str], source: str, cache_dir: str | None, **options: Any) -> Dataset:
-    """Read files of one split by a reader of `datasets`, whose own errors do not name the file."""
-    try:
-        return load_dataset(reader, data_files=files, split="train", cache_dir=cache_dir, **options)
-    except (ValueError, DatasetGenerationError) as error:
-        raise ValueError(
-            f"{source} holds no examples, or is no valid {reader} file: {error.__cause__ or error}. Check the file."
-        ) from error
 
 
 def find_text_columns(dataset: Dataset, source: str) -> tuple[str, ...]:

@@ -19,7 +19,8 @@ from .. import benchmark
 from ..config import CHOICES
 from ..methods import BINARY_DEFAULTS, FLOAT_DEFAULTS, METHODS, RecipeArguments
 from ..ops import cpu
-from . import conversion, evaluation, examples, exporting, information, inspection, plotting, training
+from ..tables import READERS
+from . import conversion, evaluation, exporting, information, inspection, plotting, training
 from .errors import explain
 from .models import quiet_transformers
 
@@ -178,7 +179,7 @@ def _add_train(commands: Any) -> None:
     train.add_argument("model", metavar="MODEL", help="a folder or a name on the Hub; float or latent")
     train.add_argument("output", metavar="OUTPUT", help="the folder of the run; must be empty or new, or --resume")
     data = train.add_argument_group("data")
-    kinds = ", ".join(examples.READERS)
+    kinds = ", ".join(READERS)
     _option(data, "--train_file", type=Path, metavar="FILE", help=f"a file that ends in {kinds}")
     _option(data, "--validation_file", type=Path, metavar="FILE", help="the same, to measure on")
     data.add_argument("--task", help="a GLUE task instead, from the Hub or from --dataset_dir")
@@ -282,7 +283,7 @@ def _add_eval(commands: Any) -> None:
     )
     evaluate.add_argument("model", metavar="MODEL", help="a folder or a name on the Hub; float, latent or packed")
     source = evaluate.add_mutually_exclusive_group(required=True)
-    source.add_argument("--file", type=Path, help=f"a file that ends in {', '.join(examples.READERS)}")
+    source.add_argument("--file", type=Path, help=f"a file that ends in {', '.join(READERS)}")
     source.add_argument("--task", help="the validation set of a GLUE task, from the Hub or from --dataset_dir")
     _option(
         evaluate,

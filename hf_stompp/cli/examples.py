@@ -8,19 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..tables import HUB_DATASET, import_datasets, read_hub_splits, read_table, split_files
 from .errors import CommandError, hub_errors
 
-
-HUB_DATASET = "nyu-mll/glue"
-
-READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    # Without keep_default_na=False a sentence that reads "NA" or "null" would be taken for a missing one.
-    ".csv": ("csv", {"keep_default_na": False}),
-    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t", "quoting": 3}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".parquet": ("parquet", {}),
-}
 
 TEXT_COLUMNS = [
     ("sentence1", "sentence2"),
@@ -58,56 +48,27 @@ class Examples:
         return Examples(self.source, self.columns, texts, self.labels[:count], self.names)
 
 
-def _datasets() -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise CommandError(
-            "examples are read with the package datasets, which is not installed: pip install 'hf_stompp[glue]'"
-        ) from error
-    datasets.disable_progress_bars()
-    return datasets
-
-
 def _read(file: Path | None, arguments: argparse.Namespace, split: str) -> tuple[str, Any]:
     """Where the examples come from, and the table of them."""
+    import_datasets().disable_progress_bars()
     if file is not None:
-        return _read_files(file, [file])
-    names = ("validation", "validation_matched") if split == "validation" else (split,)
+        return str(file), _read_files(file, [file])
     if arguments.dataset_dir is None:
         with hub_errors("dataset", HUB_DATASET):
-            name = names[-1] if arguments.task == "mnli" else split
-            table = _datasets().load_dataset(HUB_DATASET, arguments.task, split=name)
-        return f"{HUB_DATASET}/{arguments.task}", table
+            return f"{HUB_DATASET}/{arguments.task}", read_hub_splits(arguments.task, [split])[split]
     folder = arguments.dataset_dir / arguments.task
-    for name in names:
-        files = sorted(folder.glob(f"{name}.parquet")) or sorted(folder.glob(f"{name}-*.parquet"))
-        if files:
-            return _read_files(folder, files)
-    raise CommandError(f"{folder} holds no {split}.parquet: check --dataset_dir and --task, or name files instead")
+    files = split_files(folder, split)
+    if not files:
+        raise CommandError(f"{folder} holds no {split}.parquet: check --dataset_dir and --task, or name files instead")
+    return str(folder), _read_files(folder, files)
 
 
-def _read_files(source: Path, files: list[Path]) -> tuple[str, Any]:
-    suffix = files[0].suffix.lower()
-    if suffix not in READERS:
-        raise CommandError(f"{source} is of no known kind: name a file that ends in {', '.join(READERS)}")
-    if not files[0].is_file():
-        raise CommandError(f"there is no file {source}: check the path")
-    datasets = _datasets()
-    kind, options = READERS[suffix]
+def _read_files(source: Path, files: list[Path]) -> Any:
     with tempfile.TemporaryDirectory() as cache:
-        try:
-            table = datasets.load_dataset(
-                kind, data_files=[str(file) for file in files], split="train", cache_dir=cache, **options
-            )
-        except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
-            reason = " ".join(str(error.__cause__ or error).split())
-            raise CommandError(
-                f"{source} holds no examples, or is no valid {kind} file ({reason}): check it"
-            ) from error
-        # The table lies in the folder that ends here.
+        table = read_table(files, source, cache)
+        # It lies in the folder that ends here.
         columns = {name: table[name][:] for name in table.column_names}
-        return str(source), datasets.Dataset.from_dict(columns, features=table.features)
+        return import_datasets().Dataset.from_dict(columns, features=table.features)
 
 
 def _text_columns(table: Any, source: str, label_column: str, wanted: list[str] | None) -> tuple[str, ...]:

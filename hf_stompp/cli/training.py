@@ -83,7 +83,7 @@ class StopAfterStep(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.is_training = False
-        if self.stop:
+        if self.stop and state.global_step < state.max_steps:
             raise Interrupted
 
 
@@ -298,7 +298,15 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def asked_for(arguments: argparse.Namespace) -> RecipeArguments:
-    """The command's arguments as the recipe's."""
+    """
+    The command's arguments as the recipe's.
+
+    Raises:
+        CommandError: one of them contradicts the method.
+    """
+    unused = [name for name in ("mode", "float_epochs", "teacher") if getattr(arguments, name) is not None]
+    if arguments.method == "float" and unused:
+        raise CommandError(f"--method float binarizes nothing: drop --{', --'.join(unused)}, or choose another method")
     names = {
         "mode": arguments.mode,
         "float_num_train_epochs": arguments.float_epochs,

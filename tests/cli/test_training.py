@@ -94,7 +94,7 @@ def test_json_is_all_that_is_printed(float_model: str, files: list[str], tmp_pat
 def test_method_says_gradient_and_schedule(
     float_model: str, files: list[str], tmp_path: Path, printed: Callable
 ) -> None:
-    for method, surrogate, schedule in [("ste", "ste", "immediate"), ("stompp", "none", "cubic")]:
+    for method, surrogate, schedule in [("ste", "clipped_ste", "immediate"), ("stompp", "none", "cubic")]:
         output = tmp_path / method
         printed("train", float_model, output, *files, *SHORT, "--epochs", 3, "--method", method, "--mode", "bwn")
         state = json.loads(next(output.glob("binary/checkpoint-*/trainer_state.json")).read_text())
@@ -182,3 +182,17 @@ class TestBadInput:
         with pytest.raises(SystemExit) as caught:
             train(float_model, "out", *files, option)
         assert caught.value.code == 2 and option.split("=")[0] in capsys.readouterr().err
+
+    def test_options_that_contradict_the_method(
+        self, float_model: str, files: list[str], tmp_path: Path, refused: Callable
+    ) -> None:
+        words = [float_model, tmp_path / "out", *files, "--method", "float", "--mode", "bwn", "--teacher", "none"]
+        assert "drop --mode, --teacher" in refused("train", *words)
+
+    def test_resumed_with_other_options(
+        self, float_model: str, files: list[str], tmp_path: Path, printed: Callable, refused: Callable
+    ) -> None:
+        words = [float_model, tmp_path / "run", *files, *SHORT, "--method", "ste", "--epochs", 1]
+        printed("train", *words)
+        message = refused("train", *words, "--learning_rate", 1, "--resume")
+        assert "belongs to another run: learning_rate was 0.0002, is 1.0" in message

@@ -150,7 +150,7 @@ def test_float(run_glue, arguments, own_files, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "method, surrogate, schedule",
-    [("ste", "ste", "immediate"), ("stompp", "none", "cubic"), ("stompp_ste", "ste", "cubic")],
+    [("ste", "clipped_ste", "immediate"), ("stompp", "none", "cubic"), ("stompp_ste", "clipped_ste", "cubic")],
 )
 def test_binary_methods(run_glue, arguments, own_files, tmp_path, method, surrogate, schedule):
     summary = run_glue.main(arguments("do_train", "do_eval", method=method, **own_files))
@@ -424,7 +424,7 @@ def test_missing_files(run_glue, arguments, tmp_path):
         run_glue.main(arguments("do_train", "do_predict", **tree))
     with pytest.raises(FileNotFoundError, match=r"There is no folder .*rte\. .* holds: sst2"):
         run_glue.main([*arguments("do_train", **{**tree, "task_name": "rte"}), "--output_dir", str(tmp_path / "b")])
-    with pytest.raises(FileNotFoundError, match="There is no file .*nowhere.csv"):
+    with pytest.raises(FileNotFoundError, match="there is no file .*nowhere.csv"):
         run_glue.main(arguments("do_eval", validation_file=tmp_path / "nowhere.csv", method="float"))
     with pytest.raises(ValueError, match="not of a known kind"):
         run_glue.main(arguments("do_eval", validation_file=tmp_path / "data.xlsx", method="float"))
@@ -434,7 +434,7 @@ def test_hub_out_of_reach(run_glue, arguments, monkeypatch):
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise ConnectionError("no route")
 
-    monkeypatch.setattr("glue_data.load_dataset", refuse)
+    monkeypatch.setattr("datasets.load_dataset", refuse)
     with pytest.raises(ConnectionError, match="nyu-mll/glue is not in the cache.*no route.*--dataset_dir"):
         run_glue.main(arguments("do_train", task_name="sst2"))
 
