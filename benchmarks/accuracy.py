@@ -33,7 +33,16 @@ ROOT = Path(__file__).resolve().parent.parent
 GLUE = ROOT / "examples" / "glue"
 SECTIONS = ("all", "float", "binary")
 BASELINES = ("majority", "tfidf")
-HARNESS_SETS = ("model_name_or_path", "output_dir", "seed", "do_train", "do_eval", "task_name", "dataset_dir")
+HARNESS_SETS = (
+    "model_name_or_path",
+    "output_dir",
+    "seed",
+    "do_train",
+    "do_eval",
+    "task_name",
+    "dataset_dir",
+    "disable_tqdm",
+)
 
 MEASURES = {
     "cola": ("matthews_correlation",),
@@ -155,6 +164,7 @@ def command_of(cell: Cell, split: str, model: str) -> list[str]:
         "do_eval": True,
         "seed": cell.seed,
         "output_dir": cell.folder(split),
+        "disable_tqdm": True,
     }
     words = []
     for name, value in {**set_here, **cell.flags}.items():
