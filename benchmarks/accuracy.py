@@ -51,7 +51,7 @@ class GridError(ValueError):
 # --- the grid --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cell:
     """
     One run of the grid.
@@ -79,6 +79,7 @@ def known_flags() -> set[str]:
     """Names of the arguments of `run_glue.py` that a grid may set."""
     sys.path.insert(0, str(GLUE))
     import run_glue
+
     from hf_stompp import StoMPPTrainingArguments
     from hf_stompp.methods import RecipeArguments
 
@@ -202,8 +203,8 @@ def append_line(file: Path, line: Mapping[str, Any]) -> None:
 
 
 def key_of(line: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What makes two lines those of one cell."""
-    return line["split"], line["task"], line["cell"], line["seed"], json.dumps(line["options"], sort_keys=True)
+    """What makes two lines those of one run: all that was asked for."""
+    return line["split"], line["task"], line["cell"], line["seed"], json.dumps(line["flags"], sort_keys=True)
 
 
 def line_of(cell: Cell, split: str, folder: Path) -> dict[str, Any]:
@@ -225,6 +226,7 @@ def line_of(cell: Cell, split: str, folder: Path) -> dict[str, Any]:
         "embeddings": "binary" if config.get("binary_word_embeddings") else "float",
         "seed": cell.seed,
         "options": cell.options,
+        "flags": cell.flags,
         "examples": summary["examples"],
         "steps": summary["steps"],
         "float": in_percent(metrics.get("float"), measures),
@@ -311,6 +313,7 @@ def baseline_line(name: str, task: str, split: str, data: Path) -> dict[str, Any
         "embeddings": None,
         "seed": 0,
         "options": {},
+        "flags": {},
         "examples": {"train": len(train), "validation": len(validation)},
         "steps": {},
         "float": in_percent({f"eval_{key}": value for key, value in found.items()}, measures),
@@ -379,7 +382,7 @@ class Grid:
 
     def _key(self, cell: Cell) -> tuple[Any, ...]:
         return key_of(
-            {"split": self.split, "task": cell.task, "cell": cell.name, "seed": cell.seed, "options": cell.options}
+            {"split": self.split, "task": cell.task, "cell": cell.name, "seed": cell.seed, "flags": cell.flags}
         )
 
     def _is_ready(self, cell: Cell) -> bool:

@@ -17,7 +17,7 @@ LEAST_WORDS = 8
 
 
 class Split(NamedTuple):
-    """Row numbers: what is left to train on, and what is held out. What is in neither is a part of what is held out."""
+    """Row numbers of what is left to train on and of what is held out. The rest is part of what is held out."""
 
     train: list[int]
     held_out: list[int]
@@ -44,8 +44,8 @@ def split(texts: Sequence[Sequence[str]], count: int, seed: int = 0) -> Split:
     found = _split_phrases(rows, order, count) if len(rows[0]) == 1 else _split_pairs(rows, order, count)
     if len(found.held_out) < count or not found.train:
         raise ValueError(
-            f"only {len(found.held_out)} of {len(rows)} examples can be held out with {len(found.train)} left to train "
-            f"on; hold out fewer than {count}"
+            f"only {len(found.held_out)} of {len(rows)} examples can be held out with {len(found.train)} left to "
+            f"train on; hold out fewer than {count}"
         )
     return found
 

@@ -53,7 +53,7 @@ def binarize(model: Model, config: StoMPPConfig | None = None, example_inputs: d
 
     ```python
     >>> model = AutoModelForSequenceClassification.from_pretrained("bert-base-uncased", num_labels=2)
-    >>> model = binarize(model, StoMPPConfig(mode="bnn", surrogate="ste"))
+    >>> model = binarize(model, StoMPPConfig(mode="bnn"))
     ```
     """
     config = StoMPPConfig() if config is None else copy.deepcopy(config)

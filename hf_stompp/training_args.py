@@ -31,7 +31,7 @@ class StoMPPTrainingArguments(TrainingArguments):
         progression_schedule (`str`, *optional*, defaults to `"cubic"`):
             Frozen fraction of a unit over its window: `"cubic"` (the paper's), `"linear"`, `"quadratic"`,
             `"flipped_quadratic"`, `"cosine"`, or `"immediate"`: everything is frozen from the first step on, which
-            with the surrogate `"ste"` is vanilla STE.
+            with a straight-through estimator is vanilla STE.
         progression_warmup (`float`, *optional*, defaults to 0.0):
             Steps before the first window, with nothing frozen: a share of all steps below 1, steps from 1 on.
         progression_tail (`float`, *optional*, defaults to 0.3):

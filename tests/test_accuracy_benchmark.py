@@ -1,0 +1,289 @@
+"""The accuracy harness: its grid, its files, its split and its report; and a grid of tiny runs from end to end."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import random
+import statistics
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+
+ROOT = Path(__file__).resolve().parent.parent
+KNOWN = {"method", "mode", "learning_rate", "num_train_epochs", "max_seq_length", "distillation_losses"}
+GRID: dict[str, Any] = {
+    "model": "minilm",
+    "seeds": [0, 1],
+    "all": {"max_seq_length": 64},
+    "float": {"learning_rate": "5e-5"},
+    "binary": {"learning_rate": "5e-4"},
+    "tasks": {"sst2": None, "mrpc": {"all": {"max_seq_length": 128}, "binary": {"num_train_epochs": 20}}},
+    "cells": {"ste": {"method": "ste"}, "bwn": {"method": "ste", "mode": "bwn", "learning_rate": "3e-4"}},
+}
+
+
+def load(name: str) -> ModuleType:
+    # As for a script, whose folder is where it finds the modules beside it.
+    if str(ROOT / "benchmarks") not in sys.path:
+        sys.path.append(str(ROOT / "benchmarks"))
+    return importlib.import_module(name)
+
+
+@pytest.fixture(scope="module")
+def accuracy() -> Any:
+    pytest.importorskip("datasets")
+    return load("accuracy")
+
+
+def written(folder: Path, grid: Any) -> Path:
+    file = folder / "grid.yaml"
+    file.write_text(yaml.safe_dump(grid, sort_keys=False))
+    return file
+
+
+# --- the grid ---
+
+
+def test_a_cell_gets_what_all_runs_its_kind_its_task_and_itself_ask_for_the_last_winning(
+    accuracy: Any, tmp_path: Path
+) -> None:
+    cells = accuracy.cells_of(accuracy.read_grid(written(tmp_path, GRID), KNOWN))
+    assert [(cell.task, cell.seed, cell.name) for cell in cells] == [
+        (task, seed, name) for task in ("sst2", "mrpc") for seed in (0, 1) for name in ("float", "ste", "bwn")
+    ]
+    flags = {(cell.task, cell.name): cell.flags for cell in cells}
+    assert flags["sst2", "float"] == {"max_seq_length": 64, "learning_rate": "5e-5", "method": "float"}
+    assert flags["mrpc", "ste"] == {
+        "max_seq_length": 128,
+        "learning_rate": "5e-4",
+        "num_train_epochs": 20,
+        "method": "ste",
+    }
+    assert flags["sst2", "bwn"]["learning_rate"] == "3e-4"
+
+
+def test_a_command_starts_from_the_float_model_of_its_task_and_seed_and_holds_no_absolute_path(accuracy: Any) -> None:
+    cell = accuracy.Cell("sst2", "ste", 1, {}, {"method": "ste", "distillation_losses": {"logits": 1.0}})
+    words = accuracy.command_of(cell, "validation", "minilm")
+    assert words[words.index("--model_name_or_path") + 1] == "validation-sst2-float-seed1"
+    assert words[words.index("--distillation_losses") + 1] == '{"logits": 1.0}'
+    assert words[words.index("--dataset_dir") + 1] == "glue"
+    assert "--do_train" in words and not any(word.startswith("/") for word in words)
+    start = accuracy.Cell("sst2", "float", 1, {}, {"method": "float"})
+    words = accuracy.command_of(start, "held_out", "minilm")
+    assert words[words.index("--model_name_or_path") + 1] == "minilm"
+    assert words[words.index("--dataset_dir") + 1] == "held_out"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"modle": "minilm"}, "the grid has modle"),
+        ({"all": {"learning_rat": 1}}, "all has learning_rat"),
+        ({"all": [1]}, "all must be a mapping"),
+        ({"tasks": {"sst2": {"binray": {}}}}, "tasks: sst2 has binray"),
+        ({"tasks": {"sst2": {"float": {"seed": 1}}}}, "tasks: sst2: float has seed"),
+        ({"cells": {"ste": {"methd": "ste"}}}, "cells: ste has methd"),
+        ({"cells": {"float": {}}}, "a cell cannot be named float"),
+        ({"cells": {}}, "cells is missing"),
+        ({"seeds": 3}, "seeds is missing, or no list"),
+        ({"baselines": ["bert"]}, "baselines: .'bert'. do not exist"),
+    ],
+    ids=str,
+)
+def test_what_does_not_exist_is_refused_with_file_and_key(
+    accuracy: Any, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(accuracy.GridError, match=f"grid.yaml: {message}"):
+        accuracy.read_grid(written(tmp_path, GRID | change), KNOWN)
+
+
+def test_a_file_that_is_no_yaml_is_refused(accuracy: Any, tmp_path: Path) -> None:
+    (tmp_path / "grid.yaml").write_text("a: [")
+    with pytest.raises(accuracy.GridError, match="cannot be read"):
+        accuracy.read_grid(tmp_path / "grid.yaml", KNOWN)
+
+
+@pytest.mark.parametrize("name", ["accuracy", "accuracy_smoke"])
+def test_the_grids_of_the_project_ask_for_what_exists(accuracy: Any, name: str) -> None:
+    known = accuracy.known_flags()
+    grid = accuracy.read_grid(ROOT / "benchmarks" / f"{name}.yaml", known)
+    sys.path.insert(0, str(ROOT / "examples" / "glue"))
+    import run_glue
+
+    for cell in accuracy.cells_of(grid):
+        # What contradicts itself is refused by run_glue.py.
+        run_glue.parse_arguments(accuracy.command_of(cell, "validation", grid["model"]))
+
+
+# --- results ---
+
+
+def test_a_line_that_was_cut_off_is_moved_aside_and_the_next_one_stands_alone(
+    accuracy: Any, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = tmp_path / "results.jsonl"
+    accuracy.append_line(file, {"a": 1})
+    with open(file, "a") as stream:
+        stream.write('{"a": 2, "b')
+    assert accuracy.read_lines(file) == [{"a": 1}]
+    assert "cut off" in capsys.readouterr().out
+    accuracy.append_line(file, {"a": 3})
+    assert accuracy.read_lines(file) == [{"a": 1}, {"a": 3}]
+    assert Path(f"{file}.cut").read_text() == '{"a": 2, "b\n'
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_is_told_and_loses_nothing(accuracy: Any, tmp_path: Path) -> None:
+    file = tmp_path / "results.jsonl"
+    file.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        accuracy.append_line(file, {"a": 1})
+
+
+def test_lines_of_other_splits_seeds_and_flags_are_other_runs(accuracy: Any) -> None:
+    line = {"split": "validation", "task": "sst2", "cell": "ste", "seed": 0, "flags": {"a": 1, "b": 2}}
+    same = line | {"flags": {"b": 2, "a": 1}, "packed": {}}
+    assert accuracy.key_of(line) == accuracy.key_of(same)
+    for change in ({"split": "held_out"}, {"seed": 1}, {"flags": {"a": 1}}, {"cell": "bwn"}, {"task": "mrpc"}):
+        assert accuracy.key_of(line) != accuracy.key_of(line | change)
+
+
+# --- the split ---
+
+
+def is_part(inner: str, outer: str) -> bool:
+    a, b = inner.split(), outer.split()
+    return any(b[i : i + len(a)] == a for i in range(len(b) - len(a) + 1))
+
+
+def test_no_phrase_that_is_left_is_part_of_a_held_out_sentence_or_the_other_way() -> None:
+    split = load("held_out").split
+    generator = random.Random(0)
+    sentences = [" ".join(generator.choices("abcdefgh", k=generator.randint(9, 14))) for _ in range(30)]
+    phrases = []
+    for sentence in sentences:
+        words = sentence.split()
+        for _ in range(8):
+            begin = generator.randrange(len(words))
+            phrases.append(" ".join(words[begin : begin + generator.randint(1, 6)]))
+    texts = [(text,) for text in generator.sample([*sentences, *phrases], len(sentences) + len(phrases))]
+    train, held_out = split(texts, 10)
+    assert len(held_out) == 10 and set(train).isdisjoint(held_out)
+    for held in held_out:
+        assert len(texts[held][0].split()) >= 8
+        assert not any(is_part(texts[i][0], texts[held][0]) or is_part(texts[held][0], texts[i][0]) for i in train)
+    # Nothing else is lost.
+    lost = set(range(len(texts))) - set(train) - set(held_out)
+    assert all(any(is_part(texts[i][0], texts[held][0]) for held in held_out) for i in lost)
+
+
+def test_pairs_that_share_a_sentence_stay_together() -> None:
+    split = load("held_out").split
+    generator = random.Random(1)
+    pairs = [(f"s{generator.randrange(60)}", f"s{generator.randrange(60, 120)}") for _ in range(60)]
+    train, held_out = split(pairs, 5)
+    assert sorted([*train, *held_out]) == list(range(60)) and len(held_out) >= 5
+    seen = {text for i in train for text in pairs[i]}
+    assert all(text not in seen for i in held_out for text in pairs[i])
+    assert split(pairs, 5) == (train, held_out) != split(pairs, 5, seed=1)
+
+
+def test_more_than_can_be_held_out_is_refused() -> None:
+    with pytest.raises(ValueError, match="only 0 of 2 examples can be held out"):
+        load("held_out").split([("a", "b"), ("a", "c")], 1)
+
+
+# --- the report ---
+
+
+def line(cell: str, seed: int, packed: float | None, task: str = "sst2", **others: Any) -> dict[str, Any]:
+    found = None if packed is None else {"accuracy": packed}
+    is_float = cell in ("float", "tfidf")
+    return {
+        **{"split": "validation", "task": task, "cell": cell, "seed": seed, "options": {}, "flags": {}, "mode": "bnn"},
+        **{"embeddings": "float", "teacher": True, "examples": {"train": 99}, "steps": {"binary": 7, "float": 3}},
+        "float": found if is_float else {"accuracy": 88.0},
+        "packed": None if is_float else found,
+        "packed_best": None if is_float else {"accuracy": packed + 1},
+        "bytes": {"packed": 5 * 2**20, "float": 2**20},
+        **others,
+    }
+
+
+def test_the_report_gives_mean_and_deviation_over_seeds_and_draws_them(tmp_path: Path) -> None:
+    report = load("accuracy_report")
+    values = [80.0, 81.0, 83.5]
+    lines = [line("ste", seed, value) for seed, value in enumerate(values)]
+    # A seed that was run again counts once, as it was last.
+    lines = [line("ste", 0, 10.0), *lines, line("float", 0, 88.0), line("tfidf", 0, 81.3)]
+    report.write_report(lines, tmp_path)
+    text = (tmp_path / "accuracy_validation.md").read_text()
+    expected = f"{sum(values) / 3:.1f} ± {statistics.stdev(values):.1f}"
+    best = f"{sum(values) / 3 + 1:.1f} ± {statistics.stdev(values):.1f}"
+    assert f"| ste | bnn | float | yes | 3 | 99 | 7 | {expected} | {best} | 5.0 |" in text
+    assert text.index("| tfidf") < text.index("| float |") < text.index("| ste |")
+    assert "| 88.0 | - | 1.0 |" in text
+    assert (tmp_path / "accuracy_validation.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- from end to end ---
+
+
+@pytest.mark.slow
+def test_a_grid_is_run_skips_what_is_finished_and_survives_a_run_that_fails(
+    accuracy: Any, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    sentences = [
+        f"a {word} {noun} number{i}" for i in range(6) for noun in ("film", "play") for word in ("good", "bad")
+    ]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted({w for text in sentences for w in text.split()})]
+    folder = tmp_path / "data" / "sst2"
+    folder.mkdir(parents=True)
+    table = pyarrow.table({"sentence": sentences, "label": [i % 2 for i in range(len(sentences))]})
+    for name in ("train", "validation"):
+        parquet.write_table(table, folder / f"{name}.parquet")
+    model = tmp_path / "work" / "tiny"
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=32, **sizes)).save_pretrained(model)
+    BertTokenizer(vocab={word: i for i, word in enumerate(words)}, model_max_length=32).save_pretrained(model)
+    grid = {
+        "model": "tiny",
+        "seeds": [0],
+        "baselines": ["majority", "tfidf"],
+        "all": {"max_steps": 6, "use_cpu": True, "eval_strategy": "steps", "eval_steps": 3, "report_to": "none"},
+        "tasks": {"sst2": None},
+        "cells": {"ste": {"method": "ste"}, "fails": {"method": "stompp", "progression_tail": 100}},
+    }
+    results = tmp_path / "results.jsonl"
+    command = [str(written(tmp_path, grid)), "--dataset_dir", str(tmp_path / "data"), "--results", str(results)]
+    command += ["--work", str(tmp_path / "work")]
+    assert accuracy.main([*command, "--jobs", "2"]) == 1
+    assert "fails-seed0: failed with status 1" in capsys.readouterr().out
+    assert "the schedule cannot finish" in (tmp_path / "work" / "validation-sst2-fails-seed0.log").read_text()
+    lines = accuracy.read_lines(results)
+    assert [entry["cell"] for entry in lines] == ["majority", "tfidf", "float", "ste"]
+    assert lines[0]["float"] == {"accuracy": 50.0}
+    summary = json.loads((tmp_path / "work" / "validation-sst2-ste-seed0" / "summary.json").read_text())
+    assert lines[3]["packed"]["accuracy"] == pytest.approx(100 * summary["metrics"]["packed"]["eval_accuracy"])
+    assert lines[3]["float"] == lines[2]["float"] and lines[3]["teacher"] and lines[3]["packed_best"] is not None
+    required = "task model method mode teacher embeddings seed options examples steps float packed packed_best bytes"
+    assert all({*required.split(), "seconds", "machine", "command"} <= set(entry) for entry in lines)
+
+    assert accuracy.main([*command, "--cell", "ste"]) == 0
+    assert accuracy.read_lines(results) == lines
+    assert accuracy.main([*command, "--cell", "ste", "--select", "--held_out", "4", "--time-budget", "0"]) == 0
+    assert "left out: held_out-sst2-ste-seed0" in capsys.readouterr().out
+    kept = parquet.read_table(tmp_path / "work" / "held_out" / "sst2" / "train.parquet")["sentence"].to_pylist()
+    held = parquet.read_table(tmp_path / "work" / "held_out" / "sst2" / "validation.parquet")["sentence"].to_pylist()
+    assert sorted(kept + held) == sorted(sentences) and len(held) == 4
