@@ -169,10 +169,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         identity=identity(model_args, data_args),
     )
     check_model(recipe, model, head_is_new, model_args)
-    if training_args.do_train:
-        results = run_recipe(recipe, model, not head_is_new)
-    else:
-        results = evaluate_model(recipe, model)
+    results = run_recipe(recipe, model, not head_is_new) if training_args.do_train else evaluate_model(recipe, model)
     if training_args.do_predict:
         with results.timed("predict"):
             predict(recipe, results, data, order, data_args.name)
