@@ -303,10 +303,6 @@ class FloatTrainer(ReproducibleGrouping, Trainer):
         super()._run_epoch(*args, **kwargs)
 
 
-class BinaryTrainer(ReproducibleGrouping, StoMPPTrainer):
-    """Of the binary stage."""
-
-
 class EvaluateLastStep(TrainerCallback):
     """Evaluates after the last step: once the best checkpoint is loaded, the final weights can no longer be."""
 
@@ -340,7 +336,7 @@ def make_trainer(
     if not train:
         args.load_best_model_at_end, args.eval_strategy = False, IntervalStrategy.NO
     options: dict[str, Any] = {} if teacher is None else {"teacher": teacher}
-    trainer = (BinaryTrainer if is_binarized(model) else FloatTrainer)(
+    trainer = (StoMPPTrainer if is_binarized(model) else FloatTrainer)(
         model=model,
         args=args,
         train_dataset=recipe.train_dataset if train else None,

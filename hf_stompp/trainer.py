@@ -21,6 +21,7 @@ from .nn import MaskedBinaryActivation
 from .patching import frozen_counts, fully_binary, masked_modules, packed_modules
 from .progression import Progression, plan_progression
 from .pushing import PushingTrainer
+from .sampling import ReproducibleGrouping
 from .training_args import StoMPPTrainingArguments
 
 
@@ -107,7 +108,7 @@ class UnitProgressCallback(ProgressCallback):
         super().on_step_end(args, state, control, **kwargs)
 
 
-class StoMPPTrainer(PushingTrainer):
+class StoMPPTrainer(ReproducibleGrouping, PushingTrainer):
     """
     Trains a binarized model: once per optimizer step the masks advance, and everything that is reported is the fully
     binary network.
@@ -118,6 +119,7 @@ class StoMPPTrainer(PushingTrainer):
     - `evaluate` reports `eval_*` of the fully binary network, and until it is committed `eval_mixed_*` of the network
       in training.
     - no checkpoint from before the network is committed counts as the best, so early stopping waits for that too.
+    - `train_sampling_strategy="group_by_length"` gives an order that a resumed run repeats.
     - logs carry `frozen_fraction/all` (share of all binary entries) and `frozen_fraction/<unit>`.
     - with a `teacher`, training minimises `args.distillation_losses`: no labels are needed unless these name them.
       Evaluation reports the model's own loss as ever, and the distillation loss where there are no labels.
