@@ -19,7 +19,7 @@ ln -sfn "$data" glue
 
 name=seed$seed
 common="--dataset_dir glue --do_train --do_eval --per_device_train_batch_size 32 --warmup_steps 0.1 --bf16 --seed $seed"
-# The tables are of training without a teacher, in random order.
+# The tables are of training without a teacher, in random order, with the identity as straight-through estimator.
 common="$common --train_sampling_strategy random"
 if [ "$("$python" -c 'import torch; print(torch.cuda.is_available())')" = True ]; then
     name=${name}_cuda
@@ -40,7 +40,8 @@ for task in ${TASKS:-sst2 mrpc}; do
     cp $task-float-$name/summary.json "$root/benchmarks/results/glue_${task}_float_$name.json"
     running=
     for method in ste stompp stompp_ste; do
-        $run --model_name_or_path $task-float-$name --method $method --teacher none $binary \
+        case $method in *ste) surrogate=ste ;; *) surrogate=none ;; esac
+        $run --model_name_or_path $task-float-$name --method $method --surrogate $surrogate --teacher none $binary \
             --eval_strategy epoch --save_strategy epoch --save_total_limit 1 --load_best_model_at_end \
             --metric_for_best_model accuracy --logging_steps 50 --output_dir $task-$method-$name &
         running="$running $!"
