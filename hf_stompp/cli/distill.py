@@ -329,7 +329,7 @@ def _table(result: Mapping[str, Any]) -> str:
             f"{'':12}      loss  cosine",
             f"{'float':12}  {0:8.4f}  {1:6.4f}  {megabytes(sizes['float'])}",
             f"{'untrained':12}  {metrics['untrained']['eval_loss']:8.4f}",
-            f"{'binary_final':12}  {metrics['binary_final']['eval_loss']:8.4f}",
+            f"{'trained':12}  {metrics['binary_final']['eval_loss']:8.4f}",
             f"{'packed':12}  {metrics['packed']['eval_loss']:8.4f}  {similarity:6.4f}  {megabytes(sizes['packed'])}",
             f"{examples['train']:,} texts to learn from, {examples['validation']:,} to measure on, {seconds:,.0f} s",
         ]
