@@ -89,6 +89,51 @@ def attentions_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], ma
     return total
 
 
+POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mean": lambda states, mask: (states * mask).sum(1) / mask.sum(1).clamp_min(1.0),
+    "cls": lambda states, mask: states[torch.arange(len(states), device=states.device), mask[..., 0].argmax(1)],
+}
+"""
+How one embedding is made of a text's last hidden states, by Sentence Transformers' name: `(hidden states (batch,
+sequence_length, hidden_size), mask (batch, sequence_length, 1)) -> embeddings (batch, hidden_size)`, all float32.
+`mean` is that of the tokens that are no padding, `cls` the first of them.
+"""
+
+
+def pooled(states: Tensor, mask: Tensor | None = None, pooling: str = "mean") -> Tensor:
+    """
+    The embedding of each text, as Sentence Transformers pools it.
+
+    Args:
+        states (`Tensor` of shape `(batch, sequence_length, hidden_size)`): the last hidden states.
+        mask (`Tensor` of shape `(batch, sequence_length)`, *optional*): the attention mask; all positions count when
+            not given.
+        pooling (`str`, *optional*, defaults to `"mean"`): a key of [`POOLINGS`].
+
+    Returns:
+        `Tensor` of shape `(batch, hidden_size)`: float32, not normalised.
+    """
+    counts = torch.ones(states.shape[:2], device=states.device) if mask is None else mask.float()
+    return POOLINGS[pooling](states.float(), counts.unsqueeze(-1))
+
+
+def embeddings_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None, pooling: str = "mean") -> Tensor:
+    """
+    1 less the cosine similarity of student's and teacher's embeddings of a text, which is what sentence encoders are
+    compared by (ours).
+
+    Args:
+        student, teacher (`Tensor` of shape `(batch, sequence_length, hidden_size)`): the last hidden states.
+        mask (`Tensor` of shape `(batch, sequence_length)`, *optional*): the attention mask.
+        pooling (`str`, *optional*, defaults to `"mean"`): a key of [`POOLINGS`].
+
+    Returns:
+        `Tensor` of shape `()`: float32, the mean over the texts, between 0 and 2.
+    """
+    mine, target = pooled(student, mask, pooling), pooled(teacher, mask, pooling)
+    return (1.0 - F.cosine_similarity(mine, target)).mean()
+
+
 def _positions(values: Tensor, mask: Tensor | None) -> Tensor:
     """Float32 values of the positions that count; of all where no mask fits."""
     values = values.float()
@@ -124,6 +169,12 @@ LOSSES: dict[str, Callable[[Any, Any, Comparison], Tensor]] = {
     "attentions": lambda student, teacher, how: attentions_loss(
         student["attentions"], teacher["attentions"], how.mask
     ),
+    "mean_embeddings": lambda student, teacher, how: embeddings_loss(
+        student["hidden_states"][-1], teacher["hidden_states"][-1], how.mask, "mean"
+    ),
+    "cls_embeddings": lambda student, teacher, how: embeddings_loss(
+        student["hidden_states"][-1], teacher["hidden_states"][-1], how.mask, "cls"
+    ),
 }
 """
 Distillation loss by name: `(student's outputs, teacher's outputs, comparison) -> loss ()`. The outputs are those of a
@@ -137,8 +188,21 @@ OUTPUTS = {
     "hidden_states": "output_hidden_states",
     "normalized_hidden_states": "output_hidden_states",
     "attentions": "output_attentions",
+    "mean_embeddings": "output_hidden_states",
+    "cls_embeddings": "output_hidden_states",
 }
 """Which argument of a model's forward makes it put out what a loss compares; `logits` need none."""
+
+
+SAME = {
+    "logits": ("num_labels",),
+    "hidden_states": ("num_hidden_layers", "hidden_size"),
+    "normalized_hidden_states": ("num_hidden_layers", "hidden_size"),
+    "attentions": ("num_hidden_layers", "num_attention_heads"),
+    "mean_embeddings": ("hidden_size",),
+    "cls_embeddings": ("hidden_size",),
+}
+"""Which fields of the model's config student and teacher must share for a loss, beside the vocabulary."""
 
 
 def distillation_loss(student: Any, teacher: Any, weights: dict[str, float], how: Comparison) -> Tensor:
@@ -198,16 +262,8 @@ def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, weights: d
     quantization: Any = getattr(teacher.config, "quantization_config", None)
     if isinstance(quantization, StoMPPConfig) and quantization.state == "packed":
         raise ValueError(f"the teacher {teacher.name_or_path!r} is packed: name the float model that it was made from")
-    needed = ["vocab_size"]
-    if "logits" in weights:
-        needed.append("num_labels")
-    if any(name in weights for name in OUTPUTS):
-        needed.append("num_hidden_layers")
-    if {"hidden_states", "normalized_hidden_states"} & set(weights):
-        needed.append("hidden_size")
-    if "attentions" in weights:
-        needed.append("num_attention_heads")
-    for field in needed:
+    needed = {"vocab_size"}.union(*(SAME[name] for name in weights if name != LABELS))
+    for field in [field for field in _WAY_OUT if field in needed]:
         mine, others = (getattr(model.config, field, None) for model in (student, teacher))
         if mine != others:
             raise ValueError(f"the teacher has {field}={others}, the student {field}={mine}. {_WAY_OUT[field]}")
@@ -223,7 +279,8 @@ _WAY_OUT = {
     "vocab_size": "Both read the same token ids: take a teacher with the student's tokenizer",
     "num_labels": "Fine-tune the teacher on the same labels, or leave 'logits' out of distillation_losses",
     "num_hidden_layers": "Losses of hidden states and attentions compare layer with layer; {'logits': 1.0} does not",
-    "hidden_size": "Losses of hidden states compare feature with feature; {'logits': 1.0, 'attentions': 1.0} does not",
+    "hidden_size": "Losses of hidden states and embeddings compare feature with feature; {'logits': 1.0, "
+    "'attentions': 1.0} does not",
     "num_attention_heads": "The loss of attentions compares head with head; {'logits': 1.0} does not",
 }
 

@@ -55,7 +55,7 @@ class Recipe:
         eval_datasets (`dict[str, Dataset]`): tokenized, by the prefix of their measures (`eval`, ...). The first is
             evaluated in training.
         data_collator (`Callable`).
-        compute_metrics (`Callable`): as the Trainer takes it.
+        compute_metrics (`Callable`, *optional*): as the Trainer takes it. Without it the loss alone is measured.
         identity (`dict`, *optional*): what else tells this run from others (model, data), as plain JSON.
         prepare (`Callable[[Trainer], None]`, *optional*): called with every Trainer before it runs.
     """
@@ -67,7 +67,7 @@ class Recipe:
     train_dataset: Any
     eval_datasets: dict[str, Any]
     data_collator: Callable[..., Any]
-    compute_metrics: Callable[..., dict[str, float]]
+    compute_metrics: Callable[..., dict[str, float]] | None
     identity: dict[str, Any] = field(default_factory=dict)
     prepare: Callable[[Trainer], None] = lambda trainer: None
 

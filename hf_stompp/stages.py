@@ -247,8 +247,13 @@ def _last_measures(trainer: Trainer) -> dict[str, float] | None:
     return None
 
 
-def pack_and_reload(recipe: Recipe, trainer: StoMPPTrainer, results: Results) -> PreTrainedModel:
-    """Packs into the folder `packed` of the run, and loads and measures the packed model as a user would."""
+def pack_and_reload(
+    recipe: Recipe, trainer: StoMPPTrainer, results: Results, teacher: PreTrainedModel | None = None
+) -> PreTrainedModel:
+    """
+    Packs into the folder `packed` of the run, and loads and measures the packed model as a user would; without labels,
+    against a teacher.
+    """
     folder = recipe.output_dir / "packed"
     with results.timed("pack"):
         if trainer.is_world_process_zero():
@@ -259,7 +264,7 @@ def pack_and_reload(recipe: Recipe, trainer: StoMPPTrainer, results: Results) ->
     with results.timed("load_packed"):
         packed = type(trainer.model).from_pretrained(folder)
     with results.timed("evaluate_packed"):
-        results.metrics["packed"] = measure(recipe, make_trainer(recipe, packed), "eval_packed")
+        results.metrics["packed"] = measure(recipe, make_trainer(recipe, packed, teacher=teacher), "eval_packed")
     return packed
 
 

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import (
+    AutoModel,
     BertConfig,
     BertForSequenceClassification,
     BertForTokenClassification,
@@ -19,7 +20,17 @@ from transformers import (
 )
 
 from hf_stompp import StoMPPConfig, StoMPPTrainer, StoMPPTrainingArguments, binarize, commit, pack
-from hf_stompp.distillation import attentions_loss, check_losses, check_teacher, hidden_states_loss, logits_loss
+from hf_stompp.distillation import (
+    LOSSES,
+    Comparison,
+    attentions_loss,
+    check_losses,
+    check_teacher,
+    embeddings_loss,
+    hidden_states_loss,
+    logits_loss,
+    pooled,
+)
 
 
 VOCABULARY = 64
@@ -116,6 +127,47 @@ def test_the_loss_of_attentions_is_the_divergence_from_the_teacher_without_paddi
     loss = attentions_loss((student, student), (teacher, teacher), mask)
     assert loss.item() == pytest.approx(2 * sum(divergences) / len(divergences), rel=1e-4)
     assert attentions_loss((teacher,), (teacher,), mask).item() == 0.0
+
+
+def cosine(one: list[float], other: list[float]) -> float:
+    product = sum(a * b for a, b in zip(one, other, strict=True))
+    return product / math.sqrt(sum(a * a for a in one) * sum(b * b for b in other))
+
+
+def test_an_embedding_is_the_mean_or_the_first_of_the_tokens_that_are_no_padding() -> None:
+    states, mask = draw(3, 4, 5), torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1], [1, 0, 0, 0]])
+    means, firsts = pooled(states, mask, "mean"), pooled(states, mask, "cls")
+    for row, (first, last) in enumerate([(0, 3), (2, 4), (0, 1)]):
+        expected = [sum(column) / (last - first) for column in zip(*states[row, first:last].tolist(), strict=True)]
+        assert means[row].tolist() == pytest.approx(expected, rel=1e-5)
+        assert firsts[row].tolist() == states[row, first].tolist()
+    torch.testing.assert_close(pooled(states), states.mean(1))
+    # Half precision is summed in float32.
+    torch.testing.assert_close(pooled(states.bfloat16(), mask), pooled(states.bfloat16().float(), mask))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_the_loss_of_embeddings_is_their_mean_distance_from_a_cosine_of_one(pooling: str) -> None:
+    student, teacher, mask = draw(3, 4, 5), draw(3, 4, 5, seed=1), torch.ones(3, 4)
+    mask[0, 3] = 0
+    mine, target = (pooled(states, mask, pooling).tolist() for states in (student, teacher))
+    expected = sum(1 - cosine(a, b) for a, b in zip(mine, target, strict=True)) / 3
+    loss = embeddings_loss(student, teacher, mask, pooling)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    # What sentence encoders are compared by does not depend on the length of an embedding, nor on padding.
+    student[0, 3] = 100.0
+    torch.testing.assert_close(embeddings_loss(3.0 * student, teacher, mask, pooling), loss)
+    outputs = {"hidden_states": (draw(3, 4, 5, seed=7), student)}, {"hidden_states": (draw(3, 4, 5, seed=8), teacher)}
+    torch.testing.assert_close(LOSSES[f"{pooling}_embeddings"](*outputs, Comparison(mask)), loss)
+
+
+@pytest.mark.parametrize("encoder", ["bert", "roberta", "distilbert", "electra", "deberta_v2", "mpnet", "modernbert"])
+def test_the_last_of_the_hidden_states_is_what_an_encoder_puts_out(
+    tiny_model: Any, tiny_inputs: Any, encoder: str
+) -> None:
+    with torch.no_grad():
+        outputs = tiny_model(encoder, AutoModel)(**tiny_inputs(encoder), output_hidden_states=True)
+    assert torch.equal(outputs.hidden_states[-1], outputs.last_hidden_state)
 
 
 # training
@@ -382,6 +434,8 @@ def test_losses_are_read_from_json_and_written_to_it(tmp_path: Path) -> None:
         ({"num_hidden_layers": 3}, HIDDEN, r"num_hidden_layers=3.*\{'logits': 1.0\}"),
         ({"hidden_size": 40}, HIDDEN, r"hidden_size=40.*'attentions'"),
         ({"num_attention_heads": 2}, {"attentions": 1.0}, "num_attention_heads=2"),
+        ({"hidden_size": 40}, {"mean_embeddings": 1.0}, r"hidden_size=40.*embeddings compare feature with feature"),
+        ({"hidden_size": 40}, {"cls_embeddings": 1.0}, "hidden_size=40"),
         ({"id2label": {0: "good", 1: "bad"}}, {"logits": 1.0}, "good.*same order"),
     ],
     ids=str,
@@ -397,6 +451,10 @@ def test_a_teacher_that_does_not_fit_is_refused_with_a_way_out(
 def test_a_teacher_of_another_shape_is_taken_for_its_logits_alone() -> None:
     student = make_student(make_teacher())
     check_teacher(student, make_teacher(hidden_size=40, num_hidden_layers=3), {"logits": 1.0})
+
+
+def test_a_teacher_with_more_layers_is_taken_for_its_embeddings() -> None:
+    check_teacher(make_student(make_teacher()), make_teacher(num_hidden_layers=3), {"mean_embeddings": 1.0})
 
 
 def test_a_packed_teacher_and_the_student_itself_are_refused(tmp_path: Path) -> None:

@@ -137,6 +137,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = ["sentence,label", *(f"{text},{label}" for text, label in zip(SENTENCES, LABELS, strict=True))]
     for name in ("my.csv", "my_dev.csv", "train.csv", "dev.csv"):
         (folder / name).write_text("\n".join(rows) + "\n", encoding="utf-8")
+    (folder / "reviews.txt").write_text("\n".join(SENTENCES) + "\n", encoding="utf-8")
     write_glue(folder / "nyu-mll" / "glue")
     commands = folder / ".commands"
     commands.mkdir()

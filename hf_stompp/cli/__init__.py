@@ -20,7 +20,8 @@ from ..config import CHOICES
 from ..methods import BINARY_DEFAULTS, FLOAT_DEFAULTS, METHODS, RecipeArguments
 from ..ops import cpu
 from ..tables import READERS
-from . import conversion, evaluation, exporting, information, inspection, plotting, training
+from ..text import LINES
+from . import conversion, distill, evaluation, exporting, information, inspection, plotting, training
 from .errors import explain
 from .models import quiet_transformers
 
@@ -56,6 +57,13 @@ def _positive(text: str) -> float:
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
     return number
+
+
+def _share(text: str) -> float:
+    share = _positive(text)
+    if share >= 1:
+        raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, got {text!r}")
+    return share
 
 
 def _option(parser: Any, name: str, **options: Any) -> None:
@@ -109,6 +117,7 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_inspect(commands)
     _add_train(commands)
+    _add_distill(commands)
     _add_pack(commands)
     _add_unpack(commands)
     _add_export(commands)
@@ -218,6 +227,75 @@ def _add_train(commands: Any) -> None:
     how.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     how.add_argument("--cpu", action="store_true", help="leave a GPU alone")
     _option(how, "--report_to", nargs="*", default="none", metavar="TRACKER", help="tensorboard, wandb, mlflow, ...")
+    how.add_argument("--resume", action="store_true", help="go on with the run in OUTPUT, with the same options")
+
+
+def _add_distill(commands: Any) -> None:
+    command = _add(
+        commands,
+        "distill",
+        distill.run,
+        "the 1-bit copy of any text encoder, learned from text without labels",
+        "Makes the 1-bit copy of a float encoder. The copy learns to compute the hidden states of the float model on "
+        "any text, and the embedding where that is a sentence encoder (a folder with modules.json). OUTPUT/packed is "
+        "the 1-bit model, which AutoModel and SentenceTransformer load; OUTPUT/latent is where fine-tuning for a task "
+        "starts. Both are measured on texts that are held out. Ctrl-C ends after the step at hand, with a checkpoint; "
+        "--resume goes on from it and ends in the same weights. Needs datasets: pip install 'hf_stompp[glue]'.",
+        "hf-stompp distill sentence-transformers/all-MiniLM-L6-v2 output --text corpus.txt --mode bwn",
+        "hf-stompp distill google-bert/bert-base-uncased output --text reviews.parquet --split_sentences",
+        "hf-stompp distill ... --resume",
+    )
+    command.add_argument("model", metavar="MODEL", help="a float encoder: a folder or a name on the Hub")
+    command.add_argument("output", metavar="OUTPUT", help="the folder of the run; must be empty or new, or --resume")
+    data = command.add_argument_group("data")
+    data.add_argument(
+        "--text",
+        nargs="+",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=f"a text a line ({LINES}), or a table with a column of texts ({', '.join(READERS)})",
+    )
+    _option(data, "--text_column", metavar="NAME", help="the column (default: text or sentence, or the only one)")
+    _option(data, "--split_sentences", action="store_true", help="cut each text into its sentences")
+    _option(data, "--max_length", type=_count, default=128, metavar="N", help="tokens of a text (default: 128)")
+    _option(data, "--max_texts", type=_count, metavar="N", help="take N of the texts, drawn by --seed")
+    _option(
+        data,
+        "--validation_share",
+        type=_share,
+        default=0.02,
+        metavar="SHARE",
+        help="of the texts, to measure on (default: 0.02, and 200 where that is no more than a fifth)",
+    )
+    how = command.add_argument_group("training")
+    methods = {name: method for name, method in METHODS.items() if name != "float"}
+    how.add_argument(
+        "--method",
+        choices=list(methods),
+        default=RecipeArguments.method,
+        help=f"{'; '.join(f'{name}: {method.help}' for name, method in methods.items())} (default: stompp_ste)",
+    )
+    how.add_argument(
+        "--mode", choices=CHOICES["mode"], help="bnn (default): 1-bit weights and activations; bwn: weights"
+    )
+    _option(how, "--binary_word_embeddings", action="store_true", help="the word embedding table becomes 1-bit too")
+    _option(
+        how,
+        "--losses",
+        metavar="JSON",
+        help="a weight for each loss (default: normalized_hidden_states, and mean_embeddings or cls_embeddings for a "
+        "sentence encoder, each 1)",
+    )
+    length = how.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=_positive, default=1.0, metavar="N", help="of training (default: 1)")
+    _option(length, "--max_steps", type=_count, metavar="N", help="optimizer steps instead")
+    rate = BINARY_DEFAULTS["learning_rate"]
+    _option(how, "--learning_rate", type=_positive, metavar="RATE", help=f"default: {rate:g}")
+    _option(how, "--batch_size", type=_count, default=32, metavar="N", help="default: 32")
+    how.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    how.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    how.add_argument("--cpu", action="store_true", help="leave a GPU alone")
     how.add_argument("--resume", action="store_true", help="go on with the run in OUTPUT, with the same options")
 
 

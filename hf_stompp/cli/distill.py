@@ -1,0 +1,336 @@
+"""`hf-stompp distill`: the 1-bit copy of an encoder, learned from text without labels."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import AutoModel, DataCollatorWithPadding, PreTrainedModel, Trainer, set_seed
+
+from ..binarization import binarize, config_of
+from ..distillation import LABELS, LOSSES, check_losses
+from ..hub import add_section
+from ..methods import RecipeArguments
+from ..progression import plan_progression
+from ..recipe import Recipe, Results, claim_output_dir
+from ..sentence_encoder import copy_modules, embed, modules_folder, pooling_of
+from ..stages import make_trainer, pack_and_reload, train_binary, write_card
+from ..summary import bytes_when_saved, measure, summarize
+from ..tables import import_datasets
+from ..text import hold_out, read_texts, split_sentences
+from ..training_args import StoMPPTrainingArguments
+from .errors import CommandError, hub_errors
+from .evaluation import read_tokenizer
+from .models import megabytes, read_config, state_of
+from .training import SUMMARY, Interrupted, StopAfterStep, _resuming, quiet, stopping_on_interrupt
+
+
+IDENTITY = ("model", "text", "text_column", "split_sentences", "max_texts", "max_length", "validation_share")
+"""Arguments that `--resume` must find as they were, beside those of the recipe."""
+
+SENTENCE_ENCODER = """\
+## As a sentence encoder
+
+```python
+import hf_stompp
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{name}")
+embeddings = model.encode(["a good film", "I liked it"])
+```
+"""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """
+    What is distilled.
+
+    Args:
+        model (`PreTrainedModel`): float32, without a head.
+        tokenizer (`PreTrainedTokenizerBase`).
+        max_length (`int`): tokens of a text.
+        folder (`Path`, *optional*): with the files that make it a sentence encoder, if it is one.
+        pooling (`str`): how its embeddings are pooled; `"mean"` where it is none.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    max_length: int
+    folder: Path | None
+    pooling: str
+
+    def losses(self, asked: str | None) -> dict[str, float]:
+        """
+        What the student learns: what is asked for, as JSON, or the hidden states, and the embedding of a sentence
+        encoder.
+
+        Raises:
+            ValueError: it is no JSON, or names something else than losses with a weight each.
+            CommandError: one of them needs a head or labels.
+        """
+        if asked is None:
+            embedding = {f"{self.pooling}_embeddings": 1.0} if self.folder is not None else {}
+            return {"normalized_hidden_states": 1.0, **embedding}
+        try:
+            weights = check_losses(json.loads(asked))
+        except json.JSONDecodeError as error:
+            raise CommandError(f"--losses {asked!r} is no JSON ({error}): give a weight to each loss") from error
+        for name in ("logits", LABELS):
+            if name in weights:
+                known = ", ".join(loss for loss in LOSSES if loss != "logits")
+                raise CommandError(f"--losses: an encoder without a head has no {name}; name some of {known}")
+        return weights
+
+
+def load_encoder(arguments: argparse.Namespace) -> Encoder:
+    """
+    The model that is the teacher, and that the student begins as.
+
+    Raises:
+        CommandError: it is binary already, takes no text, lacks weights, or has no tokenizer that can pad.
+        ValueError: it is a sentence encoder that pools in an unknown way.
+    """
+    name = arguments.model
+    config: Any = read_config(name)
+    state = state_of(config, name)
+    if state != "float":
+        raise CommandError(f"{name} is {state}, binary already: name the float model that it was made from")
+    path = Path(name).expanduser()
+    with hub_errors("model", name):
+        folder = modules_folder(name)
+        pooling = "mean" if folder is None else pooling_of(folder)
+        model, report = AutoModel.from_pretrained(
+            path if path.is_dir() else name, dtype=torch.float32, output_loading_info=True
+        )
+        if model.main_input_name != "input_ids":
+            raise CommandError(f"{name} takes {model.main_input_name}, not text: name a text encoder")
+        tokenizer = read_tokenizer(name)
+    # A pooler belongs to a head, and is new where the model was trained without.
+    missing = sorted(key for key in report["missing_keys"] if "pooler" not in key.split("."))
+    if missing:
+        raise CommandError(
+            f"{name} lacks {missing[0]}, which a {type(model).__name__} has: name a checkpoint of a whole encoder"
+        )
+    if tokenizer.pad_token is None:
+        raise CommandError(f"the tokenizer of {name} has no padding token, which an encoder's has: name an encoder")
+    limit = getattr(config, "max_position_embeddings", arguments.max_length)
+    length = min(arguments.max_length, tokenizer.model_max_length, limit)
+    return Encoder(model.eval(), tokenizer, length, folder, pooling)
+
+
+def read(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """
+    The texts to learn from, and those to measure on.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file cannot be read, or there are too few texts.
+    """
+    import_datasets().disable_progress_bars()
+    texts = read_texts(arguments.text, arguments.text_column)
+    parts = hold_out(texts, arguments.validation_share, arguments.seed, arguments.max_texts)
+    if not arguments.split_sentences:
+        return parts
+    learned, held_out = ([sentence for text in part for sentence in split_sentences(text)] for part in parts)
+    return learned, held_out
+
+
+def tokenized(texts: list[str], encoder: Encoder) -> Any:
+    """Texts as the Trainer takes them: a data set of token ids."""
+    encoded = encoder.tokenizer(texts, truncation=True, max_length=encoder.max_length)
+    return import_datasets().Dataset.from_dict(dict(encoded))
+
+
+def training_arguments(
+    arguments: argparse.Namespace, asked: RecipeArguments, losses: dict[str, float]
+) -> StoMPPTrainingArguments:
+    """The Trainer's arguments: those of the command, then those of the method."""
+    given = {
+        "max_steps": arguments.max_steps,
+        "num_train_epochs": arguments.epochs,
+        "learning_rate": arguments.learning_rate,
+        "distillation_losses": losses,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    args = StoMPPTrainingArguments(
+        output_dir=str(Path(arguments.output).expanduser() / "latent"),
+        per_device_train_batch_size=arguments.batch_size,
+        per_device_eval_batch_size=arguments.batch_size,
+        eval_strategy="steps",
+        eval_steps=0.2,
+        eval_mixed=False,
+        save_strategy="steps",
+        save_steps=0.05,
+        save_total_limit=1,
+        logging_steps=0.02,
+        seed=arguments.seed,
+        bf16=arguments.bf16,
+        use_cpu=arguments.cpu or not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available() and not arguments.cpu,
+        report_to="none",
+        disable_tqdm=not sys.stderr.isatty(),
+        **given,
+    )
+    asked.complete(args, given)
+    return args
+
+
+def distill(arguments: argparse.Namespace) -> dict[str, Any]:
+    """
+    What `hf-stompp distill` does, and tells.
+
+    Raises:
+        CommandError, ValueError: the model or the texts cannot be used, or OUTPUT is taken.
+        Interrupted: Ctrl-C came; a checkpoint has been written.
+    """
+    output = Path(arguments.output).expanduser()
+    check_output(arguments, output)
+    asked = RecipeArguments(
+        arguments.method,
+        mode=arguments.mode,
+        binary_word_embeddings=arguments.binary_word_embeddings or None,
+        # Noise in the student alone would keep it from what the teacher computes.
+        dropout=0.0,
+    )
+    texts, held_out = read(arguments)
+    set_seed(arguments.seed)
+    encoder = load_encoder(arguments)
+    student = binarize(copy.deepcopy(encoder.model), asked.config())
+    args = training_arguments(arguments, asked, encoder.losses(arguments.losses))
+    check_schedule(student, args, len(texts))
+    stop = StopAfterStep()
+
+    def prepare(trainer: Trainer) -> None:
+        quiet(trainer)
+        trainer.add_callback(stop)
+
+    recipe = Recipe(
+        asked,
+        args,
+        output_dir=output,
+        tokenizer=encoder.tokenizer,
+        train_dataset=tokenized(texts, encoder),
+        eval_datasets={"eval": tokenized(held_out, encoder)},
+        data_collator=DataCollatorWithPadding(encoder.tokenizer),
+        compute_metrics=None,
+        identity={name: str(getattr(arguments, name)) for name in IDENTITY},
+        prepare=prepare,
+    )
+    claim_output_dir(recipe)
+    with stopping_on_interrupt(stop):
+        results = train_and_pack(recipe, encoder, student, held_out)
+    details = {} if encoder.folder is None else {"tasks": "sentence-similarity", "tags": "sentence-transformers"}
+    write_card(recipe, results, output.name, **details)
+    if encoder.folder is not None:
+        add_section(output / "packed" / "README.md", SENTENCE_ENCODER.format(name=output / "packed"))
+    summary = summarize(
+        recipe,
+        results,
+        model=arguments.model,
+        losses=args.distillation_losses,
+        examples={"train": len(texts), "validation": len(held_out)},
+        output=arguments.output,
+        saved=str(Path(arguments.output) / "packed"),
+        command=shlex.join(["hf-stompp", *arguments.words]),
+    )
+    (output / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+def train_and_pack(recipe: Recipe, encoder: Encoder, student: PreTrainedModel, held_out: list[str]) -> Results:
+    """Trains the student, packs it, and measures it on the way: its loss, and its embeddings beside the teacher's."""
+    results = Results(config=config_of(student), teacher="float")
+    teacher: Any = encoder.model
+    results.bytes["float"] = bytes_when_saved(teacher, recipe.output_dir)
+
+    def embeddings(model: Any) -> torch.Tensor:
+        batch = recipe.args.per_device_eval_batch_size
+        model.to(recipe.args.device)
+        return embed(model, encoder.tokenizer, held_out, encoder.pooling, encoder.max_length, batch)
+
+    expected = embeddings(teacher)
+    untrained = make_trainer(recipe, copy.deepcopy(student), teacher=teacher)
+    results.metrics["untrained"] = measure(recipe, untrained, "eval_untrained")
+    # What was drawn until now must not matter to a run that is resumed.
+    set_seed(recipe.args.seed)
+    trainer = train_binary(recipe, student, teacher, results)
+    results.model = pack_and_reload(recipe, trainer, results, teacher)
+    folder = recipe.output_dir / "packed"
+    if encoder.folder is not None:
+        copy_modules(encoder.folder, folder)
+    similarity = F.cosine_similarity(embeddings(AutoModel.from_pretrained(folder)), expected).mean().item()
+    results.metrics["packed"] = {**(results.metrics["packed"] or {}), "eval_cosine_similarity": similarity}
+    return results
+
+
+def check_output(arguments: argparse.Namespace, output: Path) -> None:
+    """
+    Checks that OUTPUT is new or, with `--resume`, holds a run.
+
+    Raises:
+        CommandError: it is not.
+    """
+    if output.is_file():
+        raise CommandError(f"{arguments.output} is a file: name a folder")
+    taken = output.is_dir() and any(output.iterdir())
+    if taken and not arguments.resume:
+        raise CommandError(
+            f"{arguments.output} is not empty: go on with the run in it by --resume, or name another folder"
+        )
+    if arguments.resume and not taken:
+        raise CommandError(f"{arguments.output} holds no run to resume: check the folder, or drop --resume")
+
+
+def check_schedule(student: PreTrainedModel, args: StoMPPTrainingArguments, examples: int) -> None:
+    """
+    Checks before anything is written that the progression fits into the run.
+
+    Raises:
+        ValueError: it does not.
+    """
+    steps = args.max_steps
+    if steps <= 0:
+        steps = math.ceil(args.num_train_epochs * math.ceil(examples / args.train_batch_size))
+    plan_progression(config_of(student).units, steps, schedule=args.progression_schedule, tail=args.progression_tail)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs `hf-stompp distill`."""
+    try:
+        result = distill(arguments)
+    except Interrupted as error:
+        print(f"hf-stompp: stopped; go on with\n  {_resuming(arguments.words)}", file=sys.stderr)
+        raise KeyboardInterrupt from error
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+        return
+    print(_table(result))
+    print(f"saved: {result['saved']}")
+
+
+def _table(result: Mapping[str, Any]) -> str:
+    metrics, sizes = result["metrics"], result["bytes"]
+    similarity = metrics["packed"]["eval_cosine_similarity"]
+    seconds = sum(result["seconds"].values())
+    examples = result["examples"]
+    return "\n".join(
+        [
+            f"{'':12}      loss  cosine",
+            f"{'float':12}  {0:8.4f}  {1:6.4f}  {megabytes(sizes['float'])}",
+            f"{'untrained':12}  {metrics['untrained']['eval_loss']:8.4f}",
+            f"{'trained':12}  {metrics['binary_final']['eval_loss']:8.4f}",
+            f"{'packed':12}  {metrics['packed']['eval_loss']:8.4f}  {similarity:6.4f}  {megabytes(sizes['packed'])}",
+            f"{examples['train']:,} texts to learn from, {examples['validation']:,} to measure on, {seconds:,.0f} s",
+        ]
+    )

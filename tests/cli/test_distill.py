@@ -1,0 +1,336 @@
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import transformers
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+from hf_stompp import StoMPPConfig, cli
+from hf_stompp.patching import masked_modules, packed_modules
+
+
+RUN = "import sys; from hf_stompp.cli import main; sys.exit(main())"
+SHORT = ["--batch_size", "8", "--max_length", "16", "--cpu", "--learning_rate", "3e-3"]
+TEXTS = ["word1 word2", "word3", "word4 word5 word6 word7 word8"]
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, 9, (count,), generator=generator).tolist()
+    return [
+        " ".join(f"word{i}" for i in torch.randint(59, (length,), generator=generator).tolist()) for length in lengths
+    ]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> str:
+    path = tmp_path / "corpus.txt"
+    path.write_text("\n".join(texts(96)) + "\n")
+    return str(path)
+
+
+@pytest.fixture
+def encoder(tiny_model: Callable, saved: Callable) -> str:
+    return saved(tiny_model("bert", AutoModel), "encoder")
+
+
+@pytest.fixture
+def sentence_encoder(encoder: str) -> str:
+    """As Sentence Transformers 2 wrote it, which most models on the Hub are."""
+    folder = Path(encoder)
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(kinds.items())
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    pooling = {"word_embedding_dimension": 36, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 32, "do_lower_case": false}')
+    return encoder
+
+
+def numbers(table: str, row: str) -> list[str]:
+    return next(line for line in table.splitlines() if line.startswith(row)).split()[1:]
+
+
+def test_run_ends_in_a_packed_encoder_that_has_learned_from_text_alone(
+    encoder: str, corpus: str, tmp_path: Path, printed: Callable
+) -> None:
+    output = tmp_path / "run"
+    words = [encoder, output, "--text", corpus, *SHORT, "--max_steps", 40, "--mode", "bwn"]
+    table = printed("distill", *words)
+    summary = json.loads((output / "summary.json").read_text())
+    losses = {name: found["eval_loss"] for name, found in summary["metrics"].items() if found is not None}
+    assert losses["packed"] == pytest.approx(losses["binary_final"], rel=1e-3)
+    assert losses["packed"] < 0.8 * losses["untrained"]
+    assert numbers(table, "packed")[0] == f"{losses['packed']:.4f}" and "saved: " in table
+    model = AutoModel.from_pretrained(output / "packed")
+    assert packed_modules(model) and type(model).__name__ == "BertModel"
+    assert model.config.quantization_config.mode == "bwn"
+    assert summary["bytes"]["packed"] < summary["bytes"]["float"]
+    # A fifth of 96, which is less than 200.
+    assert summary["examples"] == {"train": 77, "validation": 19}
+    assert summary["losses"] == {"normalized_hidden_states": 1.0}
+    assert summary["command"] == shlex.join(["hf-stompp", "distill", *map(str, words)])
+    assert "import hf_stompp" in ModelCard.load(output / "packed" / "README.md").text
+
+
+def test_similarity_is_that_of_the_embeddings_of_texts_that_were_held_out(
+    encoder: str, tmp_path: Path, printed: Callable
+) -> None:
+    # Nothing to choose: of two texts one is learned from, and the other must be the one that is measured on.
+    lines = ["word1 word2 word3", "word4 word5"]
+    (tmp_path / "two.txt").write_text("\n".join(lines))
+    words = [encoder, tmp_path / "run", "--text", tmp_path / "two.txt", *SHORT, "--max_steps", 3, "--json"]
+    result = json.loads(printed("distill", *words))
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    similarities = []
+    for line in lines:
+        means = []
+        for folder in (encoder, tmp_path / "run" / "packed"):
+            with torch.no_grad():
+                outputs = AutoModel.from_pretrained(folder).eval()(**tokenizer(line, return_tensors="pt"))
+            means.append(outputs.last_hidden_state[0].double().mean(0))
+        similarities.append(torch.nn.functional.cosine_similarity(*means, dim=0).item())
+    found = result["metrics"]["packed"]["eval_cosine_similarity"]
+    assert found in [pytest.approx(value, rel=1e-4) for value in similarities]
+
+
+def test_sentence_encoder_is_one_again_and_gives_the_packed_models_embeddings(
+    sentence_encoder: str, corpus: str, tmp_path: Path, printed: Callable
+) -> None:
+    library: Any = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    output = tmp_path / "run"
+    result = json.loads(
+        printed("distill", sentence_encoder, output, "--text", corpus, *SHORT, "--max_steps", 4, "--json")
+    )
+    assert result["losses"] == {"normalized_hidden_states": 1.0, "mean_embeddings": 1.0}
+    loaded = library.SentenceTransformer(str(output / "packed"), device="cpu")
+    assert packed_modules(loaded)
+    model, tokenizer = AutoModel.from_pretrained(output / "packed"), AutoTokenizer.from_pretrained(output / "packed")
+    for text, embedding in zip(TEXTS, loaded.encode(TEXTS, batch_size=1, convert_to_tensor=True), strict=True):
+        with torch.no_grad():
+            mean = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
+        torch.testing.assert_close(embedding, mean / mean.norm(), rtol=1e-4, atol=1e-5)
+    card = ModelCard.load(output / "packed" / "README.md")
+    assert "SentenceTransformer(" in card.text and card.data.pipeline_tag == "sentence-similarity"
+    assert "sentence-transformers" in card.data.tags
+
+
+def test_latent_model_is_committed_and_starts_a_classifier(
+    encoder: str, corpus: str, tmp_path: Path, printed: Callable
+) -> None:
+    printed("distill", encoder, tmp_path / "run", "--text", corpus, *SHORT, "--max_steps", 4)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "latent", num_labels=3)
+    masked = masked_modules(model)
+    assert masked and all(bool(module.freeze_mask.all()) for module in masked.values())
+    scales = load_file(tmp_path / "run" / "latent" / "model.safetensors")
+    found = model.state_dict()
+    learned = [name for name in scales if name.endswith("input_activation.scale")]
+    assert learned and all(torch.equal(found[f"bert.{name}"], scales[name]) for name in learned)
+    assert all(bool((scales[name] > 0).all()) for name in learned)
+
+
+def test_method_embeddings_and_losses_are_those_asked_for(
+    encoder: str, corpus: str, tmp_path: Path, printed: Callable
+) -> None:
+    losses = '{"hidden_states": 0.5, "cls_embeddings": 2}'
+    words = ["--method", "ste", "--binary_word_embeddings", "--losses", losses, "--max_steps", 3]
+    result = json.loads(printed("distill", encoder, tmp_path / "run", "--text", corpus, *SHORT, *words, "--json"))
+    config: StoMPPConfig = AutoModel.from_pretrained(tmp_path / "run" / "packed").config.quantization_config
+    assert config.binary_word_embeddings and config.table["embeddings.word_embeddings"]["kind"] == "embedding"
+    assert result["progression"]["progression_schedule"] == "immediate" and result["method"] == "ste"
+    assert result["losses"] == {"hidden_states": 0.5, "cls_embeddings": 2.0}
+
+
+def test_texts_are_cut_into_sentences_and_to_a_number_and_a_length(
+    encoder: str, tmp_path: Path, printed: Callable
+) -> None:
+    rows = [f"Word{i} word2. Word3 word{i}? word4 word5 word6 word7 word8" for i in range(40)]
+    datasets.Dataset.from_dict({"id": range(40), "review": rows}).to_parquet(tmp_path / "reviews.parquet")
+    words = ["--text", tmp_path / "reviews.parquet", "--split_sentences", "--max_texts", 20, "--max_length", 5]
+    words += ["--validation_share", 0.5, "--max_steps", 3, "--batch_size", 4, "--cpu", "--json"]
+    result = json.loads(printed("distill", encoder, tmp_path / "run", *words))
+    # The third part begins with a lower-case letter.
+    assert result["examples"] == {"train": 20, "validation": 20}
+
+
+@pytest.mark.slow
+def test_interrupted_run_goes_on_to_the_same_weights(encoder: str, corpus: str, tmp_path: Path) -> None:
+    def start(output: Path) -> subprocess.Popen:
+        words = [encoder, str(output), "--text", corpus, *SHORT, "--epochs", "30"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", RUN, "distill", *words]
+        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert start(whole).wait() == 0
+    process = start(cut)
+    while process.poll() is None and not list((cut / "latent").glob("checkpoint-*")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130, errors
+    assert "writing a checkpoint after this step" in errors
+    command = next(line.strip() for line in errors.splitlines() if line.strip().startswith("hf-stompp distill"))
+    assert command.endswith("--resume") and not (cut / "packed").exists()
+    words = shlex.split(command)[1:]
+    resumed = subprocess.run([sys.executable, "-c", RUN, *words], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert resumed.returncode == 0
+    for folder in ("packed", "latent"):
+        expected, found = (load_file(run / folder / "model.safetensors") for run in (whole, cut))
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+class TestBadInput:
+    """Each is refused before anything is written."""
+
+    @pytest.fixture
+    def out(self, tmp_path: Path) -> Any:
+        yield tmp_path / "out"
+        assert not (tmp_path / "out").exists()
+
+    def test_model_that_is_binary_already(
+        self,
+        tiny_packed: Callable,
+        tiny_committed: Callable,
+        saved: Callable,
+        corpus: str,
+        out: Path,
+        refused: Callable,
+    ) -> None:
+        for state, make in (("packed", tiny_packed), ("latent", tiny_committed)):
+            message = refused("distill", saved(make("bert"), state), out, "--text", corpus)
+            assert f"{state} is {state}, binary already: name the float model" in message
+
+    def test_model_without_a_tokenizer(
+        self, tiny_model: Callable, saved: Callable, corpus: str, out: Path, refused: Callable
+    ) -> None:
+        model = saved(tiny_model("bert", AutoModel), "bare", tokenizer=False)
+        assert "has no tokenizer" in refused("distill", model, out, "--text", corpus)
+
+    def test_model_of_images(
+        self, tiny_model: Callable, saved: Callable, corpus: str, out: Path, refused: Callable
+    ) -> None:
+        message = refused("distill", saved(tiny_model("vit", AutoModel)), out, "--text", corpus)
+        assert "takes pixel_values, not text" in message
+
+    def test_decoder_whose_tokenizer_does_not_pad(
+        self, encoder: str, saved: Callable, corpus: str, tmp_path: Path, out: Path, refused: Callable
+    ) -> None:
+        config = transformers.GPT2Config(vocab_size=64, n_embd=36, n_layer=2, n_head=4, n_positions=40)
+        model = saved(transformers.GPT2Model(config), "gpt2")
+        tokenizer = tmp_path / "gpt2" / "tokenizer_config.json"
+        settings = json.loads(tokenizer.read_text())
+        message = refused("distill", model, out, "--text", corpus)
+        assert "has no stack of layers" in message
+        tokenizer.write_text(json.dumps({**settings, "pad_token": None}))
+        assert "no padding token" in refused("distill", model, out, "--text", corpus)
+
+    def test_two_stacks_of_layers(self, saved: Callable, corpus: str, out: Path, refused: Callable) -> None:
+        config = transformers.BartConfig(
+            vocab_size=64,
+            d_model=36,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=76,
+            decoder_ffn_dim=76,
+            max_position_embeddings=40,
+        )
+        message = refused("distill", saved(transformers.BartModel(config), "bart"), out, "--text", corpus)
+        assert "has several stacks of layers" in message
+
+    def test_checkpoint_that_lacks_a_layer(self, encoder: str, corpus: str, out: Path, refused: Callable) -> None:
+        weights = Path(encoder) / "model.safetensors"
+        tensors = {name: tensor for name, tensor in load_file(weights).items() if "layer.1." not in name}
+        save_file(tensors, weights, {"format": "pt"})
+        assert "lacks encoder.layer.1." in refused("distill", encoder, out, "--text", corpus)
+
+    def test_sentence_encoder_that_pools_in_another_way(
+        self, sentence_encoder: str, corpus: str, out: Path, refused: Callable
+    ) -> None:
+        (Path(sentence_encoder) / "1_Pooling" / "config.json").write_text('{"pooling_mode_max_tokens": true}')
+        message = refused("distill", sentence_encoder, out, "--text", corpus)
+        assert "pools by max" in message and "mean or cls" in message
+
+    def test_text_that_cannot_be_used(self, encoder: str, tmp_path: Path, out: Path, refused: Callable) -> None:
+        good, bad = tmp_path / "good.txt", tmp_path / "bad.txt"
+        good.write_text("word1\nword2\n")
+        assert "no file" in refused("distill", encoder, out, "--text", good, tmp_path / "gone.txt")
+        bad.write_bytes(b"")
+        assert f"{bad} is empty" in refused("distill", encoder, out, "--text", good, bad)
+        bad.write_bytes(b"fine\ncaf\xe9\n")
+        assert "byte 0xe9 at 4 of line 2" in refused("distill", encoder, out, "--text", good, bad)
+        bad.write_bytes(b"\n \n")
+        assert "holds no text" in refused("distill", encoder, out, "--text", good, bad)
+        bad.write_bytes(b"same\nsame\n")
+        assert "at least two different texts" in refused("distill", encoder, out, "--text", bad)
+        table = tmp_path / "table.csv"
+        table.write_text("title,body\na,b\n")
+        assert "--text_column" in refused("distill", encoder, out, "--text", table)
+        message = refused("distill", encoder, out, "--text", table, "--text_column", "words")
+        assert "no column 'words'" in message
+
+    @pytest.mark.parametrize(
+        ("losses", "message"),
+        [
+            ("hidden_states", "is no JSON"),
+            ('{"hidden": 1}', "must give a weight to some of"),
+            ('{"hidden_states": 0}', "must be a number above 0"),
+            ('{"logits": 1}', "an encoder without a head has no logits; name some of hidden_states"),
+            ('{"hidden_states": 1, "labels": 1}', "has no labels"),
+        ],
+    )
+    def test_losses_that_an_encoder_does_not_have(
+        self, encoder: str, corpus: str, out: Path, refused: Callable, losses: str, message: str
+    ) -> None:
+        assert message in refused("distill", encoder, out, "--text", corpus, "--losses", losses)
+
+    def test_schedule_that_cannot_finish(self, encoder: str, corpus: str, out: Path, refused: Callable) -> None:
+        message = refused("distill", encoder, out, "--text", corpus, "--max_steps", 1)
+        assert "the schedule cannot finish" in message
+
+    def test_output_that_is_taken(self, encoder: str, corpus: str, tmp_path: Path, refused: Callable) -> None:
+        (tmp_path / "kept").mkdir()
+        (tmp_path / "kept" / "notes.txt").write_text("mine")
+        assert "--resume" in refused("distill", encoder, tmp_path / "kept", "--text", corpus)
+        assert [path.name for path in (tmp_path / "kept").iterdir()] == ["notes.txt"]
+        assert "is a file" in refused("distill", encoder, tmp_path / "kept" / "notes.txt", "--text", corpus)
+
+    def test_nothing_to_resume(self, encoder: str, corpus: str, out: Path, refused: Callable) -> None:
+        assert "no run to resume" in refused("distill", encoder, out, "--text", corpus, "--resume")
+
+    def test_resumed_with_other_options(
+        self, encoder: str, corpus: str, tmp_path: Path, printed: Callable, refused: Callable
+    ) -> None:
+        words = [encoder, tmp_path / "run", "--text", corpus, *SHORT, "--max_steps", 3]
+        printed("distill", *words)
+        message = refused("distill", *words, "--max_length", 8, "--resume")
+        assert "belongs to another run: max_length was '16', is '8'" in message
+
+    @pytest.mark.parametrize("option", ["--validation_share=1", "--max_texts=0", "--epochs=-1", "--method=float"])
+    def test_numbers_out_of_range(
+        self, encoder: str, corpus: str, option: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["distill", encoder, "out", "--text", corpus, option])
+        assert caught.value.code == 2 and option.split("=")[0] in capsys.readouterr().err
