@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     PreTrainedModel,
     Trainer,
     TrainerCallback,
@@ -72,7 +73,7 @@ def run_recipe(recipe: Recipe, model: PreTrainedModel, head_is_trained: bool = T
             )
     claim_output_dir(recipe)
     # Before anything is trained: a teacher that cannot be loaded should not show after hours of work.
-    teacher = load_teacher(recipe.asked.teacher)
+    teacher = load_teacher(recipe.asked.teacher, recipe.tokenizer)
     results = Results()
     _keep_names(model)
     if recipe.asked.method == "float":
@@ -192,15 +193,24 @@ def fine_tune_float(
     return trainer
 
 
-def load_teacher(name: str) -> PreTrainedModel | None:
+def load_teacher(name: str, tokenizer: Any) -> PreTrainedModel | None:
     """
     A teacher by its name or folder; `None` for those of [`~hf_stompp.recipe.TEACHERS`].
 
     Raises:
-        ValueError: it is binarized, or has no trained head.
+        ValueError: it is binarized, has no trained head, or comes with another tokenizer than the student's.
     """
     if name in TEACHERS:
         return None
+    folder = Path(name)
+    # Of a folder without one Transformers would make one that knows no words. The size of the vocabulary is checked in
+    # any case.
+    has_tokenizer = not folder.is_dir() or any(folder.glob("tokenizer*")) or any(folder.glob("vocab.*"))
+    if has_tokenizer and AutoTokenizer.from_pretrained(name).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"the teacher {name} has another tokenizer than the student, and would read other words in the same token "
+            "ids. Name a teacher with the student's."
+        )
     teacher, loading = AutoModelForSequenceClassification.from_pretrained(
         name, dtype=torch.float32, output_loading_info=True
     )

@@ -372,6 +372,15 @@ class TestTeacher:
                 run_recipe(recipe(asked={"teacher": str(tmp_path / name), "float_num_train_epochs": 1.0}), model)
         assert not (tmp_path / "run" / "float").exists()
 
+    def test_a_teacher_with_another_tokenizer_is_refused_before_anything_is_trained(
+        self, folder: str, recipe: Callable, model: Any
+    ) -> None:
+        words = [*WORDS[:5], *reversed(WORDS[5:])]
+        (Path(folder) / "vocab.txt").write_text("\n".join(words))
+        transformers.BertTokenizer(vocab=str(Path(folder) / "vocab.txt")).save_pretrained(folder)
+        with pytest.raises(ValueError, match="has another tokenizer than the student"):
+            run_recipe(recipe(asked={"teacher": folder}), model)
+
     def test_the_trainer_gets_the_teacher(self, recipe: Callable, model: Any) -> None:
         student = binarize(copy.deepcopy(model))
         assert make_trainer(recipe(), student, train=True, teacher=model).teacher is model
