@@ -284,7 +284,9 @@ def baseline_line(name: str, task: str, split: str, data: Path) -> dict[str, Any
 
     sys.path.insert(0, str(GLUE))
     from glue_metric import GlueMetric
+    from hf_stompp.summary import surroundings
 
+    around = surroundings()
     start = time.perf_counter()
     files = {part: str(data / f"{part}.parquet") for part in ("train", "validation")}
     train, validation = (datasets.Dataset.from_parquet(file, keep_in_memory=True) for file in files.values())
@@ -331,8 +333,8 @@ def baseline_line(name: str, task: str, split: str, data: Path) -> dict[str, Any
         "packed_best": None,
         "bytes": {},
         "seconds": {"total": round(time.perf_counter() - start, 3)},
-        "machine": {},
-        "command": None,
+        "machine": {**around["machine"], **around["versions"]},
+        "command": f"accuracy.py, {name}",
     }
 
 
