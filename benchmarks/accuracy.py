@@ -284,6 +284,7 @@ def baseline_line(name: str, task: str, split: str, data: Path) -> dict[str, Any
 
     sys.path.insert(0, str(GLUE))
     from glue_metric import GlueMetric
+
     from hf_stompp.summary import surroundings
 
     around = surroundings()
