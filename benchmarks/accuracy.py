@@ -12,10 +12,15 @@ has the rest.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import hashlib
+import io
 import json
 import os
 import shlex
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -34,6 +39,7 @@ GLUE = ROOT / "examples" / "glue"
 SECTIONS = ("all", "float", "binary")
 BASELINES = ("majority", "tfidf")
 HARNESS_SETS = (
+    "load_best_model_at_end",
     "model_name_or_path",
     "output_dir",
     "seed",
@@ -71,6 +77,7 @@ class Cell:
         seed (`int`).
         options (`dict`): what the cell sets beside what all cells of its kind share.
         flags (`dict`): all arguments of `run_glue.py` but those that the harness sets.
+        float_flags (`dict`): the same of the float run that it starts from.
     """
 
     task: str
@@ -78,10 +85,18 @@ class Cell:
     seed: int
     options: dict[str, Any]
     flags: dict[str, Any]
+    float_flags: dict[str, Any]
 
     def folder(self, split: str) -> str:
-        """Where the run works, within the work folder."""
-        return f"{split}-{self.task}-{self.name}-seed{self.seed}"
+        """Where the run works, within the work folder: another one for other flags."""
+        asked = json.dumps([self.flags, self.float_flags], sort_keys=True)
+        short = hashlib.sha256(asked.encode()).hexdigest()[:8]
+        return f"{split}-{self.task}-{self.name}-seed{self.seed}-{short}"
+
+    @property
+    def start(self) -> Cell:
+        """The float run that it starts from; of a float run that itself."""
+        return Cell(self.task, "float", self.seed, {}, self.float_flags, self.float_flags)
 
 
 def known_flags() -> set[str]:
@@ -147,15 +162,16 @@ def cells_of(grid: Mapping[str, Any]) -> list[Cell]:
                 parts = [grid["all"], (sections or {}).get("all"), grid[kind], (sections or {}).get(kind)]
                 return {name: value for part in parts for name, value in (part or {}).items()}
 
-            cells.append(Cell(task, "float", seed, {}, {**flags("float"), "method": "float"}))
+            start = {**flags("float"), "method": "float"}
+            cells.append(Cell(task, "float", seed, {}, start, start))
             for name, options in grid["cells"].items():
-                cells.append(Cell(task, name, seed, options or {}, {**flags("binary"), **(options or {})}))
+                cells.append(Cell(task, name, seed, options or {}, {**flags("binary"), **(options or {})}, start))
     return cells
 
 
 def command_of(cell: Cell, split: str, model: str) -> list[str]:
     """Arguments of `run_glue.py` for a cell, with names relative to the work folder."""
-    start = model if cell.name == "float" else dataclasses.replace(cell, name="float").folder(split)
+    start = model if cell.name == "float" else cell.start.folder(split)
     set_here = {
         "task_name": cell.task,
         "dataset_dir": "glue" if split == "validation" else split,
@@ -173,22 +189,46 @@ def command_of(cell: Cell, split: str, model: str) -> list[str]:
     return words
 
 
+def check_values(cells: list[Cell], model: str) -> None:
+    """
+    Checks that `run_glue.py` would take the arguments of every cell.
+
+    Raises:
+        GridError: it would not; says what it says.
+    """
+    import run_glue
+
+    for cell in cells:
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said):
+                run_glue.parse_arguments(command_of(cell, "validation", model))
+        except (SystemExit, ValueError) as error:
+            reason = said.getvalue().strip().splitlines()[-1:] or [str(error)]
+            raise GridError(f"{cell.task}, {cell.name}: {reason[0]}") from error
+
+
 # --- results ---------------------------------------------------------------------------------------------------------
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The lines of a results file. A last line that was cut off is moved to `<file>.cut`, with a warning."""
+    """The lines of a results file; what is left of one that was cut off is no line."""
     if not file.is_file():
         return []
     with FileLock(f"{file}.lock"):
-        content = file.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if whole != content:
-            print(f"{file}: the last line was cut off; it is moved to {file}.cut, its run is done again", flush=True)
-            with open(f"{file}.cut", "ab") as cut:
-                cut.write(content[len(whole) :] + b"\n")
-            os.truncate(file, len(whole))
-    return [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+        _mend(file)
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def _mend(file: Path) -> None:
+    """Moves a last line that was cut off to `<file>.cut`, with a warning."""
+    content = file.read_bytes() if file.is_file() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        print(f"{file}: the last line was cut off; it is moved to {file}.cut, its run is done again", flush=True)
+        with open(f"{file}.cut", "ab") as cut:
+            cut.write(content[len(whole) :] + b"\n")
+        os.truncate(file, len(whole))
 
 
 def append_line(file: Path, line: Mapping[str, Any]) -> None:
@@ -200,6 +240,7 @@ def append_line(file: Path, line: Mapping[str, Any]) -> None:
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{file}.lock"):
+        _mend(file)
         before = file.stat().st_size if file.is_file() else 0
         try:
             with open(file, "ab") as stream:
@@ -214,10 +255,11 @@ def append_line(file: Path, line: Mapping[str, Any]) -> None:
 
 def key_of(line: Mapping[str, Any]) -> tuple[Any, ...]:
     """What makes two lines those of one run: all that was asked for."""
-    return line["split"], line["task"], line["cell"], line["seed"], json.dumps(line["flags"], sort_keys=True)
+    flags = line["flags"], line["float_flags"]
+    return line["split"], line["task"], line["cell"], line["seed"], json.dumps(flags, sort_keys=True)
 
 
-def line_of(cell: Cell, split: str, folder: Path) -> dict[str, Any]:
+def line_of(cell: Cell, split: str, folder: Path, model: str) -> dict[str, Any]:
     """The result line of a finished run, from its `summary.json` and the Trainer's log."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     measures = MEASURES.get(cell.task, ("accuracy",))
@@ -229,7 +271,7 @@ def line_of(cell: Cell, split: str, folder: Path) -> dict[str, Any]:
         "split": split,
         "task": cell.task,
         "cell": cell.name,
-        "model": summary["model"] if cell.name == "float" else f"{cell.task} float, seed {cell.seed}",
+        "model": model,
         "method": summary["method"],
         "mode": summary["mode"],
         "teacher": summary["teacher"] is not None,
@@ -237,6 +279,7 @@ def line_of(cell: Cell, split: str, folder: Path) -> dict[str, Any]:
         "seed": cell.seed,
         "options": cell.options,
         "flags": cell.flags,
+        "float_flags": cell.float_flags,
         "examples": summary["examples"],
         "steps": summary["steps"],
         "float": in_percent(metrics.get("float"), measures),
@@ -271,11 +314,13 @@ def hold_out(work: Path, tasks: list[str], count: int) -> None:
         texts = list(zip(*(table[name].to_pylist() for name in columns), strict=True))
         found = split(texts, min(count, len(texts) // 5))
         folder.mkdir(parents=True, exist_ok=True)
-        pyarrow.parquet.write_table(table.take(found.train), folder / "train.parquet")
-        pyarrow.parquet.write_table(table.take(found.held_out), folder / "validation.parquet")
+        for name, rows in (("train", found.train), ("validation", found.held_out)):
+            # Whole or not at all: the last one tells that both are there.
+            pyarrow.parquet.write_table(table.take(rows), folder / f"{name}.part")
+            (folder / f"{name}.part").replace(folder / f"{name}.parquet")
 
 
-def baseline_line(name: str, task: str, split: str, data: Path) -> dict[str, Any]:
+def baseline_line(name: str, task: str, split: str, data: Path, limits: dict[str, int]) -> dict[str, Any]:
     """The result line of the majority class, or of a bag of words with a linear model."""
     import datasets
     import numpy as np
@@ -291,6 +336,8 @@ def baseline_line(name: str, task: str, split: str, data: Path) -> dict[str, Any
     start = time.perf_counter()
     files = {part: str(data / f"{part}.parquet") for part in ("train", "validation")}
     train, validation = (datasets.Dataset.from_parquet(file, keep_in_memory=True) for file in files.values())
+    train = train.select(range(min(len(train), limits.get("max_train_samples", len(train)))))
+    validation = validation.select(range(min(len(validation), limits.get("max_eval_samples", len(validation)))))
     columns = [column for column in ("sentence", "sentence1", "sentence2") if column in train.column_names]
     labels = np.array(train["label"][:])
     if name == "majority":
@@ -326,7 +373,8 @@ def baseline_line(name: str, task: str, split: str, data: Path) -> dict[str, Any
         "embeddings": None,
         "seed": 0,
         "options": {},
-        "flags": {},
+        "flags": limits,
+        "float_flags": {},
         "examples": {"train": len(train), "validation": len(validation)},
         "steps": {},
         "float": in_percent({f"eval_{key}": value for key, value in found.items()}, measures),
@@ -372,8 +420,16 @@ class Grid:
         Raises:
             OSError: a line cannot be written.
         """
-        done = {key_of(line) for line in read_lines(self.results)}
+        done = self._finished()
         waiting = [cell for cell in cells if self._key(cell) not in done]
+        # A float model whose line came from elsewhere is made again where a run needs it.
+        needed = {cell.start.folder(self.split) for cell in waiting}
+        waiting += [
+            cell
+            for cell in cells
+            if cell.name == "float" and self._key(cell) in done and cell.folder(self.split) in needed
+            if not (self.work / cell.folder(self.split) / "summary.json").is_file()
+        ]
         total = len(waiting)
         try:
             while waiting or self.running:
@@ -393,13 +449,15 @@ class Grid:
                 process.wait()
                 lock.release()
 
+    def _finished(self) -> set[tuple[Any, ...]]:
+        return {key_of(line) for line in read_lines(self.results)}
+
     def _key(self, cell: Cell) -> tuple[Any, ...]:
-        return key_of(
-            {"split": self.split, "task": cell.task, "cell": cell.name, "seed": cell.seed, "flags": cell.flags}
-        )
+        asked = {"flags": cell.flags, "float_flags": cell.float_flags}
+        return key_of({"split": self.split, "task": cell.task, "cell": cell.name, "seed": cell.seed, **asked})
 
     def _is_ready(self, cell: Cell) -> bool:
-        start = self.work / dataclasses.replace(cell, name="float").folder(self.split)
+        start = self.work / cell.start.folder(self.split)
         expected = statistics.mean(self.seconds.get(cell.task, [0.0]))
         if cell.name != "float" and not (start / "summary.json").is_file():
             return False
@@ -413,8 +471,13 @@ class Grid:
         except Timeout:
             print(f"{folder.name}: another process is at it; left to that", flush=True)
             return
+        if cell.name != "float" and self._key(cell) in self._finished():
+            lock.release()
+            return
         words = [sys.executable, str(GLUE / "run_glue.py"), *command_of(cell, self.split, self.model)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+        if (self.work / self.model).is_dir():
+            environment["HF_HUB_OFFLINE"] = "1"
         with open(f"{folder}.log", "ab") as log:
             log.write(f"\n$ {shlex.join(words)}\n".encode())
             log.flush()
@@ -432,8 +495,11 @@ class Grid:
                 print(f"{folder.name}: failed with status {process.returncode}, see {folder}.log", flush=True)
                 lock.release()
                 continue
-            line = line_of(cell, self.split, folder)
-            append_line(self.results, line)
+            line = line_of(cell, self.split, folder, self.model)
+            if self._key(cell) not in self._finished():
+                append_line(self.results, line)
+            for checkpoint in folder.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
             lock.release()
             finished += 1
             self.seconds.setdefault(cell.task, []).append(line["seconds"]["total"])
@@ -492,6 +558,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         grid = read_grid(arguments.files[0], known_flags())
         cells = picked(cells_of(grid), arguments)
+        check_values(cells, grid["model"])
         if arguments.dataset_dir is None or not arguments.dataset_dir.is_dir():
             raise GridError(f"--dataset_dir {arguments.dataset_dir} is no folder: name the one that holds the tasks")
     except GridError as error:
@@ -501,18 +568,24 @@ def main(argv: list[str] | None = None) -> int:
     prepare(arguments.work, arguments.dataset_dir, grid["model"])
     tasks = list(dict.fromkeys(cell.task for cell in cells))
     if arguments.select:
-        hold_out(arguments.work, tasks, arguments.held_out)
+        try:
+            hold_out(arguments.work, tasks, arguments.held_out)
+        except ValueError as error:
+            parser.error(f"--held_out {arguments.held_out}: {error}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     runs = Grid(
         *(arguments.work, results, split, grid["model"], arguments.jobs, arguments.threads),
         time.monotonic() + arguments.time_budget,
     )
     try:
-        done = {key_of(line) for line in read_lines(results)}
+        done = {key_of(line)[:3] for line in read_lines(results)}
         for task in tasks:
             for name in grid["baselines"]:
-                if (split, task, name, 0, "{}") not in done:
+                if (split, task, name) not in done:
                     data = arguments.work / ("glue" if split == "validation" else split) / task
-                    append_line(results, baseline_line(name, task, split, data))
+                    flags = next(cell.flags for cell in cells if cell.task == task)
+                    limits = {flag: flags[flag] for flag in ("max_train_samples", "max_eval_samples") if flag in flags}
+                    append_line(results, baseline_line(name, task, split, data, limits))
         runs.run(cells)
     except OSError as error:
         print(f"stopped: {error}. What is in {results} is whole; run this again to go on", file=sys.stderr)

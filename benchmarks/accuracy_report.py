@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,10 +17,20 @@ FLOAT_ROWS = ("majority", "tfidf", "float")
 
 def grouped(lines: Iterable[Line], split: str) -> dict[str, dict[str, list[Line]]]:
     """Lines of a split by task and cell, the cells that are not binary first; the last line of a seed counts."""
-    by_seed = {(line["task"], line["cell"], line["seed"]): line for line in lines if line["split"] == split}
+    by_seed: dict[tuple[Any, ...], Line] = {}
+    variants: dict[tuple[str, str], list[str]] = {}
+    for line in lines:
+        if line["split"] == split:
+            asked = json.dumps([line["flags"], line["float_flags"], line["model"]], sort_keys=True)
+            by_seed[line["task"], line["cell"], asked, line["seed"]] = line
+            known = variants.setdefault((line["task"], line["cell"]), [])
+            if asked not in known:
+                known.append(asked)
     tasks: dict[str, dict[str, list[Line]]] = {}
-    for (task, cell, _), line in by_seed.items():
-        tasks.setdefault(task, {}).setdefault(cell, []).append(line)
+    for (task, cell, asked, _), line in by_seed.items():
+        # Runs of one name that were asked for something else are rows of their own.
+        number = variants[task, cell].index(asked)
+        tasks.setdefault(task, {}).setdefault(f"{cell} ({number + 1})" if number else cell, []).append(line)
     rank = {name: index for index, name in enumerate(FLOAT_ROWS)}
     return {
         task: dict(sorted(cells.items(), key=lambda item: rank.get(item[0], len(FLOAT_ROWS))))
@@ -72,6 +83,18 @@ def table(task: str, cells: Mapping[str, list[Line]]) -> str:
     return "\n".join(rows)
 
 
+def averages(tasks: Mapping[str, Mapping[str, list[Line]]]) -> str:
+    """Markdown: the mean over tasks of the main measure, of the cells that every task has."""
+    common = [name for name in next(iter(tasks.values())) if all(name in cells for cells in tasks.values())]
+    rows = [f"### average of {', '.join(tasks)}", "", "| cell | final, packed |", "|---|---|"]
+    for name in common:
+        means = [
+            statistics.mean(figures(cells[name], "packed", measures_of(cells[name])[0])) for cells in tasks.values()
+        ]
+        rows.append(f"| {name} | {statistics.mean(means):.1f} |")
+    return "\n".join(rows)
+
+
 def plot(tasks: Mapping[str, Mapping[str, list[Line]]], file: Path) -> None:
     """A panel a task: each seed of each binary cell a point, with float, bag of words and majority as lines."""
     import matplotlib
@@ -109,7 +132,8 @@ def write_report(lines: list[Line], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for split in dict.fromkeys(line["split"] for line in lines):
         tasks = grouped(lines, split)
-        text = "\n\n".join(table(task, cells) for task, cells in tasks.items())
+        tables = [table(task, cells) for task, cells in tasks.items()]
+        text = "\n\n".join([*tables, averages(tasks)] if len(tasks) > 1 else tables)
         (folder / f"accuracy_{split}.md").write_text(text + "\n", encoding="utf-8")
         print(text)
         plot(tasks, folder / f"accuracy_{split}.png")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import random
+import re
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -69,16 +72,24 @@ def test_a_cell_gets_what_all_runs_its_kind_its_task_and_itself_ask_for_the_last
 
 
 def test_a_command_starts_from_the_float_model_of_its_task_and_seed_and_holds_no_absolute_path(accuracy: Any) -> None:
-    cell = accuracy.Cell("sst2", "ste", 1, {}, {"method": "ste", "distillation_losses": {"logits": 1.0}})
+    flags = {"method": "ste", "distillation_losses": {"logits": 1.0}}
+    cell = accuracy.Cell("sst2", "ste", 1, {}, flags, {"method": "float"})
     words = accuracy.command_of(cell, "validation", "minilm")
-    assert words[words.index("--model_name_or_path") + 1] == "validation-sst2-float-seed1"
+    start = cell.start.folder("validation")
+    assert start.startswith("validation-sst2-float-seed1-")
+    assert words[words.index("--model_name_or_path") + 1] == start
     assert words[words.index("--distillation_losses") + 1] == '{"logits": 1.0}'
     assert words[words.index("--dataset_dir") + 1] == "glue"
     assert "--do_train" in words and not any(word.startswith("/") for word in words)
-    start = accuracy.Cell("sst2", "float", 1, {}, {"method": "float"})
-    words = accuracy.command_of(start, "held_out", "minilm")
+    words = accuracy.command_of(cell.start, "held_out", "minilm")
     assert words[words.index("--model_name_or_path") + 1] == "minilm"
     assert words[words.index("--dataset_dir") + 1] == "held_out"
+    # Whatever starts from another float model, or asks for something else, works elsewhere.
+    others = [
+        dataclasses.replace(cell, float_flags={"method": "float", "seed": 3}),
+        dataclasses.replace(cell, flags={}),
+    ]
+    assert len({one.folder("validation") for one in (cell, *others)}) == 3
 
 
 @pytest.mark.parametrize(
@@ -104,6 +115,19 @@ def test_what_does_not_exist_is_refused_with_file_and_key(
         accuracy.read_grid(written(tmp_path, GRID | change), KNOWN)
 
 
+def test_a_value_that_run_glue_refuses_is_refused_with_its_cell(accuracy: Any, tmp_path: Path) -> None:
+    known = accuracy.known_flags()
+    for flags, message in (
+        ({"method": "bitt"}, "sst2, ste: .*bitt"),
+        ({"method": "ste", "mode": "three"}, "sst2, ste: .*three"),
+        ({"method": "ste", "distillation_losses": {"logit": 1}}, "sst2, ste: distillation_losses must"),
+        ({"method": "ste", "progression_schedule": "cubic"}, "sst2, ste: .*contradicted"),
+    ):
+        grid = accuracy.read_grid(written(tmp_path, GRID | {"cells": {"ste": flags}, "tasks": {"sst2": None}}), known)
+        with pytest.raises(accuracy.GridError, match=message):
+            accuracy.check_values(accuracy.cells_of(grid), "minilm")
+
+
 def test_a_file_that_is_no_yaml_is_refused(accuracy: Any, tmp_path: Path) -> None:
     (tmp_path / "grid.yaml").write_text("a: [")
     with pytest.raises(accuracy.GridError, match="cannot be read"):
@@ -112,14 +136,8 @@ def test_a_file_that_is_no_yaml_is_refused(accuracy: Any, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["accuracy", "accuracy_smoke"])
 def test_the_grids_of_the_project_ask_for_what_exists(accuracy: Any, name: str) -> None:
-    known = accuracy.known_flags()
-    grid = accuracy.read_grid(ROOT / "benchmarks" / f"{name}.yaml", known)
-    sys.path.insert(0, str(ROOT / "examples" / "glue"))
-    import run_glue
-
-    for cell in accuracy.cells_of(grid):
-        # What contradicts itself is refused by run_glue.py.
-        run_glue.parse_arguments(accuracy.command_of(cell, "validation", grid["model"]))
+    grid = accuracy.read_grid(ROOT / "benchmarks" / f"{name}.yaml", accuracy.known_flags())
+    accuracy.check_values(accuracy.cells_of(grid), grid["model"])
 
 
 # --- results ---
@@ -135,8 +153,12 @@ def test_a_line_that_was_cut_off_is_moved_aside_and_the_next_one_stands_alone(
     assert accuracy.read_lines(file) == [{"a": 1}]
     assert "cut off" in capsys.readouterr().out
     accuracy.append_line(file, {"a": 3})
-    assert accuracy.read_lines(file) == [{"a": 1}, {"a": 3}]
-    assert Path(f"{file}.cut").read_text() == '{"a": 2, "b\n'
+    # Cut while another process runs, which has read the file before.
+    with open(file, "a") as stream:
+        stream.write('{"a": 4')
+    accuracy.append_line(file, {"a": 5})
+    assert accuracy.read_lines(file) == [{"a": 1}, {"a": 3}, {"a": 5}]
+    assert Path(f"{file}.cut").read_text() == '{"a": 2, "b\n{"a": 4\n'
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
@@ -149,9 +171,17 @@ def test_a_full_disk_is_told_and_loses_nothing(accuracy: Any, tmp_path: Path) ->
 
 def test_lines_of_other_splits_seeds_and_flags_are_other_runs(accuracy: Any) -> None:
     line = {"split": "validation", "task": "sst2", "cell": "ste", "seed": 0, "flags": {"a": 1, "b": 2}}
+    line["float_flags"] = {}
     same = line | {"flags": {"b": 2, "a": 1}, "packed": {}}
     assert accuracy.key_of(line) == accuracy.key_of(same)
-    for change in ({"split": "held_out"}, {"seed": 1}, {"flags": {"a": 1}}, {"cell": "bwn"}, {"task": "mrpc"}):
+    for change in (
+        {"split": "held_out"},
+        {"seed": 1},
+        {"flags": {"a": 1}},
+        {"float_flags": {"a": 1}},
+        {"cell": "bwn"},
+        {"task": "mrpc"},
+    ):
         assert accuracy.key_of(line) != accuracy.key_of(line | change)
 
 
@@ -207,7 +237,16 @@ def line(cell: str, seed: int, packed: float | None, task: str = "sst2", **other
     found = None if packed is None else {"accuracy": packed}
     is_float = cell in ("float", "tfidf")
     return {
-        **{"split": "validation", "task": task, "cell": cell, "seed": seed, "options": {}, "flags": {}, "mode": "bnn"},
+        **{
+            "split": "validation",
+            "task": task,
+            "cell": cell,
+            "seed": seed,
+            "options": {},
+            "flags": {},
+            "float_flags": {},
+            "mode": "bnn",
+        },
         **{"embeddings": "float", "teacher": True, "examples": {"train": 99}, "steps": {"binary": 7, "float": 3}},
         "float": found if is_float else {"accuracy": 88.0},
         "packed": None if is_float else found,
@@ -229,8 +268,18 @@ def test_the_report_gives_mean_and_deviation_over_seeds_and_draws_them(tmp_path:
     best = f"{sum(values) / 3 + 1:.1f} ± {statistics.stdev(values):.1f}"
     assert f"| ste | bnn | float | yes | 3 | 99 | 7 | {expected} | {best} | 5.0 |" in text
     assert text.index("| tfidf") < text.index("| float |") < text.index("| ste |")
-    assert "| 88.0 | - | 1.0 |" in text
+    assert "| 88.0 | - | 1.0 |" in text and "average" not in text
     assert (tmp_path / "accuracy_validation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_averages_what_every_task_has_and_keeps_other_settings_apart(tmp_path: Path) -> None:
+    report = load("accuracy_report")
+    lines = [line("ste", 0, 80.0), line("ste", 0, 60.0, task="rte"), line("ste", 1, 62.0, task="rte")]
+    lines += [line("bwn", 0, 90.0), line("ste", 0, 10.0, flags={"learning_rate": 1})]
+    report.write_report(lines, tmp_path)
+    text = (tmp_path / "accuracy_validation.md").read_text()
+    assert "| ste | 70.5 |" in text and "| bwn | 90.0 |" not in text
+    assert re.search(r"\| ste \(2\) .*\| 10.0 \|", text) and re.search(r"\| ste \| .*\| 80.0 \|", text)
 
 
 # --- from end to end ---
@@ -269,12 +318,14 @@ def test_a_grid_is_run_skips_what_is_finished_and_survives_a_run_that_fails(
     command = [str(written(tmp_path, grid)), "--dataset_dir", str(tmp_path / "data"), "--results", str(results)]
     command += ["--work", str(tmp_path / "work")]
     assert accuracy.main([*command, "--jobs", "2"]) == 1
-    assert "fails-seed0: failed with status 1" in capsys.readouterr().out
-    assert "the schedule cannot finish" in (tmp_path / "work" / "validation-sst2-fails-seed0.log").read_text()
+    work = tmp_path / "work"
+    assert re.search(r"fails-seed0-\w+: failed with status 1", capsys.readouterr().out)
+    assert "the schedule cannot finish" in next(work.glob("validation-sst2-fails-seed0-*.log")).read_text()
+    assert not list(work.glob("*/checkpoint-*"))
     lines = accuracy.read_lines(results)
     assert [entry["cell"] for entry in lines] == ["majority", "tfidf", "float", "ste"]
     assert lines[0]["float"] == {"accuracy": 50.0}
-    summary = json.loads((tmp_path / "work" / "validation-sst2-ste-seed0" / "summary.json").read_text())
+    summary = json.loads(next(work.glob("validation-sst2-ste-seed0-*/summary.json")).read_text())
     assert lines[3]["packed"]["accuracy"] == pytest.approx(100 * summary["metrics"]["packed"]["eval_accuracy"])
     assert lines[3]["float"] == lines[2]["float"] and lines[3]["teacher"] and lines[3]["packed_best"] is not None
     required = "task model method mode teacher embeddings seed options examples steps float packed packed_best bytes"
@@ -282,8 +333,13 @@ def test_a_grid_is_run_skips_what_is_finished_and_survives_a_run_that_fails(
 
     assert accuracy.main([*command, "--cell", "ste"]) == 0
     assert accuracy.read_lines(results) == lines
+    # The float model is made again for a run that needs it, on a machine that has the results file alone.
+    results.write_text("".join(json.dumps(entry) + "\n" for entry in lines[:3]))
+    shutil.rmtree(next(path for path in work.glob("validation-sst2-float-seed0-*") if path.is_dir()))
+    assert accuracy.main([*command, "--cell", "ste"]) == 0
+    assert [entry["cell"] for entry in accuracy.read_lines(results)] == [entry["cell"] for entry in lines]
     assert accuracy.main([*command, "--cell", "ste", "--select", "--held_out", "4", "--time-budget", "0"]) == 0
-    assert "left out: held_out-sst2-ste-seed0" in capsys.readouterr().out
+    assert "left out: held_out-sst2-ste-seed0-" in capsys.readouterr().out
     kept = parquet.read_table(tmp_path / "work" / "held_out" / "sst2" / "train.parquet")["sentence"].to_pylist()
     held = parquet.read_table(tmp_path / "work" / "held_out" / "sst2" / "validation.parquet")["sentence"].to_pylist()
     assert sorted(kept + held) == sorted(sentences) and len(held) == 4
