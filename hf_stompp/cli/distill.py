@@ -35,7 +35,7 @@ from .models import megabytes, read_config, state_of
 from .training import SUMMARY, Interrupted, StopAfterStep, _resuming, quiet, stopping_on_interrupt
 
 
-IDENTITY = ("model", "text", "text_column", "split_sentences", "max_texts", "max_length", "validation_share")
+IDENTITY = ("model", "text_column", "split_sentences", "max_texts", "max_length", "validation_share")
 """Arguments that `--resume` must find as they were, beside those of the recipe."""
 
 SENTENCE_ENCODER = """\
@@ -203,11 +203,11 @@ def distill(arguments: argparse.Namespace) -> dict[str, Any]:
         # Noise in the student alone would keep it from what the teacher computes.
         dropout=0.0,
     )
-    texts, held_out = read(arguments)
     set_seed(arguments.seed)
     encoder = load_encoder(arguments)
     student = binarize(copy.deepcopy(encoder.model), asked.config())
     args = training_arguments(arguments, asked, encoder.losses(arguments.losses))
+    texts, held_out = read(arguments)
     check_schedule(student, args, len(texts))
     stop = StopAfterStep()
 
@@ -224,7 +224,11 @@ def distill(arguments: argparse.Namespace) -> dict[str, Any]:
         eval_datasets={"eval": tokenized(held_out, encoder)},
         data_collator=DataCollatorWithPadding(encoder.tokenizer),
         compute_metrics=None,
-        identity={name: str(getattr(arguments, name)) for name in IDENTITY},
+        identity={
+            **{name: getattr(arguments, name) for name in IDENTITY},
+            "text": " ".join(map(str, arguments.text)),
+            "examples": len(texts) + len(held_out),
+        },
         prepare=prepare,
     )
     claim_output_dir(recipe)

@@ -91,6 +91,20 @@ def test_run_ends_in_a_packed_encoder_that_has_learned_from_text_alone(
     assert "import hf_stompp" in ModelCard.load(output / "packed" / "README.md").text
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["roberta", "distilbert", "electra", "deberta_v2", "mpnet", "modernbert"])
+def test_encoders_of_other_families_are_distilled(
+    tiny_model: Callable, saved: Callable, corpus: str, tmp_path: Path, printed: Callable, family: str
+) -> None:
+    # That of the tokenizer: positions are counted from it.
+    model = saved(tiny_model(family, AutoModel, pad_token_id=0), "encoder")
+    AutoTokenizer.from_pretrained(model, model_input_names=["input_ids", "attention_mask"]).save_pretrained(model)
+    words = [model, tmp_path / "run", "--text", corpus, *SHORT, "--max_steps", 4, "--json"]
+    metrics = json.loads(printed("distill", *words))["metrics"]
+    assert metrics["packed"]["eval_loss"] == pytest.approx(metrics["binary_final"]["eval_loss"], rel=1e-3)
+    assert packed_modules(AutoModel.from_pretrained(tmp_path / "run" / "packed"))
+
+
 def test_similarity_is_that_of_the_embeddings_of_texts_that_were_held_out(
     encoder: str, tmp_path: Path, printed: Callable
 ) -> None:
@@ -324,8 +338,11 @@ class TestBadInput:
     ) -> None:
         words = [encoder, tmp_path / "run", "--text", corpus, *SHORT, "--max_steps", 3]
         printed("distill", *words)
+        with open(corpus, "a") as file:
+            file.write("word1\n")
+        assert "examples was 96, is 97" in refused("distill", *words, "--resume")
         message = refused("distill", *words, "--max_length", 8, "--resume")
-        assert "belongs to another run: max_length was '16', is '8'" in message
+        assert "belongs to another run: max_length was 16, is 8" in message
 
     @pytest.mark.parametrize("option", ["--validation_share=1", "--max_texts=0", "--epochs=-1", "--method=float"])
     def test_numbers_out_of_range(
