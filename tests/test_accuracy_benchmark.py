@@ -237,16 +237,8 @@ def line(cell: str, seed: int, packed: float | None, task: str = "sst2", **other
     found = None if packed is None else {"accuracy": packed}
     is_float = cell in ("float", "tfidf")
     return {
-        **{
-            "split": "validation",
-            "task": task,
-            "cell": cell,
-            "seed": seed,
-            "options": {},
-            "flags": {},
-            "float_flags": {},
-            "mode": "bnn",
-        },
+        **{"split": "validation", "task": task, "cell": cell, "seed": seed, "model": "minilm", "mode": "bnn"},
+        **{"options": {}, "flags": {}, "float_flags": {}},
         **{"embeddings": "float", "teacher": True, "examples": {"train": 99}, "steps": {"binary": 7, "float": 3}},
         "float": found if is_float else {"accuracy": 88.0},
         "packed": None if is_float else found,
