@@ -103,7 +103,7 @@ def plot(tasks: Mapping[str, Mapping[str, list[Line]]], file: Path) -> None:
     from matplotlib import pyplot
 
     rows = max(len(cells) for cells in tasks.values())
-    size = (1.5 + 4.2 * len(tasks), 1.6 + 0.32 * rows)
+    size = (1.5 + 4.2 * len(tasks), 1.8 + 0.4 * rows)
     figure, axes = pyplot.subplots(1, len(tasks), figsize=size, squeeze=False, layout="constrained")
     styles = {"float": ("#444444", "-"), "tfidf": ("#d08a28", "--"), "majority": ("#999999", ":")}
     for axis, (task, cells) in zip(axes[0], tasks.items(), strict=True):
@@ -136,4 +136,6 @@ def write_report(lines: list[Line], folder: Path) -> None:
         text = "\n\n".join([*tables, averages(tasks)] if len(tasks) > 1 else tables)
         (folder / f"accuracy_{split}.md").write_text(text + "\n", encoding="utf-8")
         print(text)
-        plot(tasks, folder / f"accuracy_{split}.png")
+        drawn = {task: cells for task, cells in tasks.items() if set(cells) - set(FLOAT_ROWS)}
+        if drawn:
+            plot(drawn, folder / f"accuracy_{split}.png")
