@@ -45,7 +45,7 @@ class StoMPPConfig(QuantizationConfigMixin):
     Args:
         mode (`str`, *optional*, defaults to `"bnn"`):
             `"bnn"`: binary weights and activations; `"bwn"`: binary weights, float activations (paper).
-        surrogate (`str`, *optional*, defaults to `"clipped_ste"`):
+        surrogate (`str`, *optional*, defaults to `"ste"`):
             Gradient of the frozen entries: `"none"` (STE-free, exactly 0; paper), `"ste"` (StoMPP+STE, identity;
             paper) or `"clipped_ste"` (identity within a window; BinaryNet).
         weight_scale (`str`, *optional*, defaults to `"row"`):
@@ -107,7 +107,7 @@ class StoMPPConfig(QuantizationConfigMixin):
     def __init__(
         self,
         mode: str = "bnn",
-        surrogate: str = "clipped_ste",
+        surrogate: str = "ste",
         weight_scale: str = "row",
         weight_center: str = "none",
         weight_clip: float = 3.0,

@@ -61,7 +61,7 @@ METHODS: dict[str, Method] = {
     ),
     "stompp_ste": Method(
         "layer by layer through growing masks, straight-through gradient of frozen entries",
-        {"surrogate": ("clipped_ste", "ste")},
+        {"surrogate": ("ste", "clipped_ste")},
         PROGRESSIVE,
     ),
     "bit": Method(

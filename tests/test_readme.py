@@ -20,6 +20,19 @@ def test_the_glue_table_is_what_the_result_files_say() -> None:
     assert glue_table.table(glue_table.read_results()) in README
 
 
+def test_the_results_are_what_the_lines_of_the_accuracy_grid_say() -> None:
+    lines = (ROOT / "benchmarks" / "results" / "accuracy.jsonl").read_text(encoding="utf-8").splitlines()
+    cells = {line["cell"]: line for line in map(json.loads, lines) if line["task"] == "sst2"}
+    rows = {"float": "float", "bwn": "binary weights, float", "ste": "binary weights and", "tfidf": "bag of words"}
+    for cell, start in {**rows, "majority": "always"}.items():
+        line = cells[cell]
+        is_float = line["packed"] is None
+        size = line["bytes"].get("float" if is_float else "packed")
+        figures = f"{(line['float'] if is_float else line['packed'])['accuracy']:.1f} | "
+        figures += "-" if size is None else f"{size / 2**20:.1f}"
+        assert re.search(rf"^\| {start}[^|]* \| {re.escape(figures)} \|$", README, re.MULTILINE), (cell, figures)
+
+
 def test_the_tables_of_cpu_speed_are_what_the_result_file_says() -> None:
     spec = importlib.util.spec_from_file_location("cpu_table", ROOT / "benchmarks" / "cpu_table.py")
     cpu_table = importlib.util.module_from_spec(spec)
