@@ -32,7 +32,7 @@ from ..training_args import StoMPPTrainingArguments
 from .errors import CommandError, hub_errors
 from .evaluation import read_tokenizer
 from .models import megabytes, read_config, state_of
-from .training import SUMMARY, Interrupted, StopAfterStep, _resuming, quiet, stopping_on_interrupt
+from .training import SUMMARY, Interrupted, StopAfterStep, check_output, quiet, resuming, stopping_on_interrupt
 
 
 IDENTITY = ("model", "text_column", "split_sentences", "max_texts", "max_length", "validation_share")
@@ -278,24 +278,6 @@ def train_and_pack(recipe: Recipe, encoder: Encoder, student: PreTrainedModel, h
     return results
 
 
-def check_output(arguments: argparse.Namespace, output: Path) -> None:
-    """
-    Checks that OUTPUT is new or, with `--resume`, holds a run.
-
-    Raises:
-        CommandError: it is not.
-    """
-    if output.is_file():
-        raise CommandError(f"{arguments.output} is a file: name a folder")
-    taken = output.is_dir() and any(output.iterdir())
-    if taken and not arguments.resume:
-        raise CommandError(
-            f"{arguments.output} is not empty: go on with the run in it by --resume, or name another folder"
-        )
-    if arguments.resume and not taken:
-        raise CommandError(f"{arguments.output} holds no run to resume: check the folder, or drop --resume")
-
-
 def check_schedule(student: PreTrainedModel, args: StoMPPTrainingArguments, examples: int) -> None:
     """
     Checks before anything is written that the progression fits into the run.
@@ -314,7 +296,7 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         result = distill(arguments)
     except Interrupted as error:
-        print(f"hf-stompp: stopped; go on with\n  {_resuming(arguments.words)}", file=sys.stderr)
+        print(f"hf-stompp: stopped; go on with\n  {resuming(arguments.words)}", file=sys.stderr)
         raise KeyboardInterrupt from error
     if arguments.json:
         print(json.dumps(result, indent=2))

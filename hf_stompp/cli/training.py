@@ -322,6 +322,16 @@ def _check_sources(arguments: argparse.Namespace, output: Path) -> None:
         raise CommandError("there is nothing to train on: name --train_file and --validation_file, or a --task")
     if arguments.task is not None and files != (None, None):
         raise CommandError("--task and files exclude each other: drop one of them")
+    check_output(arguments, output)
+
+
+def check_output(arguments: argparse.Namespace, output: Path) -> None:
+    """
+    Checks that OUTPUT is new or, with `--resume`, holds a run.
+
+    Raises:
+        CommandError: it is not.
+    """
     if output.is_file():
         raise CommandError(f"{arguments.output} is a file: name a folder")
     taken = output.is_dir() and any(output.iterdir())
@@ -333,7 +343,8 @@ def _check_sources(arguments: argparse.Namespace, output: Path) -> None:
         raise CommandError(f"{arguments.output} holds no run to resume: check the folder, or drop --resume")
 
 
-def _resuming(words: list[str]) -> str:
+def resuming(words: list[str]) -> str:
+    """The command line that goes on with a run."""
     return shlex.join(["hf-stompp", *(word for word in words if word != "--resume"), "--resume"])
 
 
@@ -342,7 +353,7 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         result = train(arguments)
     except Interrupted as error:
-        print(f"hf-stompp: stopped; go on with\n  {_resuming(arguments.words)}", file=sys.stderr)
+        print(f"hf-stompp: stopped; go on with\n  {resuming(arguments.words)}", file=sys.stderr)
         raise KeyboardInterrupt from error
     if arguments.json:
         print(json.dumps(result, indent=2))
