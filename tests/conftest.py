@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,15 @@ CONFIGS: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]] =
     "vit": (transformers.ViTConfig, {"image_size": 16, "patch_size": 8}),
     "albert": (transformers.AlbertConfig, {"embedding_size": 20}),
 }
+
+
+@pytest.fixture(autouse=True)
+def log_levels() -> Iterator[None]:
+    """What a script sets for its process must not hide what a later test expects to be logged."""
+    levels = {name: logging.getLogger(name).level for name in ("hf_stompp", "transformers", "datasets")}
+    yield
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
 
 
 @pytest.fixture(autouse=True)
