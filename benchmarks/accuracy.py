@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import os
 import shlex
@@ -38,9 +39,9 @@ ROOT = Path(__file__).resolve().parent.parent
 GLUE = ROOT / "examples" / "glue"
 SECTIONS = ("all", "float", "binary")
 BASELINES = ("majority", "tfidf")
+START = "model_name_or_path"
 HARNESS_SETS = (
     "load_best_model_at_end",
-    "model_name_or_path",
     "output_dir",
     "seed",
     "do_train",
@@ -78,6 +79,7 @@ class Cell:
         options (`dict`): what the cell sets beside what all cells of its kind share.
         flags (`dict`): all arguments of `run_glue.py` but those that the harness sets.
         float_flags (`dict`): the same of the float run that it starts from.
+        layers (`int`, *optional*): encoder layers of the pretrained model that are left; all where not given.
     """
 
     task: str
@@ -86,17 +88,23 @@ class Cell:
     options: dict[str, Any]
     flags: dict[str, Any]
     float_flags: dict[str, Any]
+    layers: int | None = None
 
     def folder(self, split: str) -> str:
         """Where the run works, within the work folder: another one for other flags."""
         asked = json.dumps([self.flags, self.float_flags], sort_keys=True)
         short = hashlib.sha256(asked.encode()).hexdigest()[:8]
-        return f"{split}-{self.task}-{self.name}-seed{self.seed}-{short}"
+        return "-".join([split, self.task, cut_name(self.name, self.layers), f"seed{self.seed}", short])
 
     @property
     def start(self) -> Cell:
         """The float run that it starts from; of a float run that itself."""
-        return Cell(self.task, "float", self.seed, {}, self.float_flags, self.float_flags)
+        return Cell(self.task, "float", self.seed, {}, self.float_flags, self.float_flags, self.layers)
+
+
+def cut_name(name: str, layers: int | None) -> str:
+    """Name of a model, or of a cell, of which so many layers are left."""
+    return name if layers is None else f"{name}-{layers}-layers"
 
 
 def known_flags() -> set[str]:
@@ -122,7 +130,7 @@ def read_grid(file: Path, known: set[str]) -> dict[str, Any]:
         grid = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise GridError(f"{file} cannot be read: {error}") from error
-    keys = ("model", "seeds", "tasks", "cells", "baselines", *SECTIONS)
+    keys = ("model", "layers", "seeds", "tasks", "cells", "baselines", *SECTIONS)
     _check_keys(file, "the grid", grid, keys)
     for key, kind in (("model", str), ("seeds", list), ("tasks", dict), ("cells", dict)):
         if not isinstance(grid.get(key), kind) or not grid[key]:
@@ -137,6 +145,15 @@ def read_grid(file: Path, known: set[str]) -> dict[str, Any]:
         if name in ("float", *BASELINES):
             raise GridError(f"{file}: a cell cannot be named {name}, which every task has: choose another name")
         _check_keys(file, f"cells: {name}", flags or {}, known)
+        if not isinstance((flags or {}).get(START, ""), str):
+            raise GridError(f"{file}: cells: {name}: {START} must be a name or folder, got {flags[START]!r}")
+    layers = grid.setdefault("layers", [None])
+    if (
+        not isinstance(layers, list)
+        or not layers
+        or not all(item is None or item in range(1, 1000) for item in layers)
+    ):
+        raise GridError(f"{file}: layers must be a list of whole numbers from 1, got {layers!r}")
     unknown = set(grid.setdefault("baselines", [])) - set(BASELINES)
     if unknown:
         raise GridError(f"{file}: baselines: {sorted(unknown)} do not exist, only {list(BASELINES)}")
@@ -153,35 +170,37 @@ def _check_keys(file: Path, where: str, found: Any, allowed: Any) -> None:
 
 
 def cells_of(grid: Mapping[str, Any]) -> list[Cell]:
-    """All runs of a grid, each task and seed with its float model first."""
+    """All runs of a grid, each task, seed and depth with its float model first."""
     cells = []
-    for task, sections in grid["tasks"].items():
-        for seed in grid["seeds"]:
+    for task, seed, layers in itertools.product(grid["tasks"], grid["seeds"], grid["layers"]):
+        sections = grid["tasks"][task] or {}
 
-            def flags(kind: str, sections: Any = sections) -> dict[str, Any]:
-                parts = [grid["all"], (sections or {}).get("all"), grid[kind], (sections or {}).get(kind)]
-                return {name: value for part in parts for name, value in (part or {}).items()}
+        def flags(kind: str, sections: Any = sections) -> dict[str, Any]:
+            parts = [grid["all"], sections.get("all"), grid[kind], sections.get(kind)]
+            return {name: value for part in parts for name, value in (part or {}).items()}
 
-            start = {**flags("float"), "method": "float"}
-            cells.append(Cell(task, "float", seed, {}, start, start))
-            for name, options in grid["cells"].items():
-                cells.append(Cell(task, name, seed, options or {}, {**flags("binary"), **(options or {})}, start))
+        start = {**flags("float"), "method": "float"}
+        cells.append(Cell(task, "float", seed, {}, start, start, layers))
+        for name, options in grid["cells"].items():
+            cells.append(Cell(task, name, seed, options or {}, {**flags("binary"), **(options or {})}, start, layers))
     return cells
 
 
 def command_of(cell: Cell, split: str, model: str) -> list[str]:
     """Arguments of `run_glue.py` for a cell, with names relative to the work folder."""
-    start = model if cell.name == "float" else cell.start.folder(split)
+    fine_tuned = cell.start.folder(split)
     set_here = {
         "task_name": cell.task,
         "dataset_dir": "glue" if split == "validation" else split,
-        "model_name_or_path": start,
+        START: cut_name(model, cell.layers) if cell.name == "float" else fine_tuned,
         "do_train": True,
         "do_eval": True,
         "seed": cell.seed,
         "output_dir": cell.folder(split),
         "disable_tqdm": True,
     }
+    if START in cell.flags and cell.name != "float":
+        set_here["teacher"] = fine_tuned
     words = []
     for name, value in {**set_here, **cell.flags}.items():
         text = json.dumps(value) if isinstance(value, dict | list) else str(value)
@@ -256,7 +275,8 @@ def append_line(file: Path, line: Mapping[str, Any]) -> None:
 def key_of(line: Mapping[str, Any]) -> tuple[Any, ...]:
     """What makes two lines those of one run: all that was asked for."""
     flags = line["flags"], line["float_flags"]
-    return line["split"], line["task"], line["cell"], line["seed"], json.dumps(flags, sort_keys=True)
+    asked = json.dumps(flags, sort_keys=True)
+    return line["split"], line["task"], line["cell"], line.get("layers"), line["seed"], asked
 
 
 def line_of(cell: Cell, split: str, folder: Path, model: str) -> dict[str, Any]:
@@ -272,6 +292,7 @@ def line_of(cell: Cell, split: str, folder: Path, model: str) -> dict[str, Any]:
         "task": cell.task,
         "cell": cell.name,
         "model": model,
+        "layers": cell.layers,
         "method": summary["method"],
         "mode": summary["mode"],
         "teacher": summary["teacher"] is not None,
@@ -367,6 +388,7 @@ def baseline_line(name: str, task: str, split: str, data: Path, limits: dict[str
         "task": task,
         "cell": name,
         "model": None,
+        "layers": None,
         "method": name,
         "mode": None,
         "teacher": False,
@@ -453,8 +475,10 @@ class Grid:
         return {key_of(line) for line in read_lines(self.results)}
 
     def _key(self, cell: Cell) -> tuple[Any, ...]:
-        asked = {"flags": cell.flags, "float_flags": cell.float_flags}
-        return key_of({"split": self.split, "task": cell.task, "cell": cell.name, "seed": cell.seed, **asked})
+        return key_of(
+            {"split": self.split, "task": cell.task, "cell": cell.name, "layers": cell.layers, "seed": cell.seed}
+            | {"flags": cell.flags, "float_flags": cell.float_flags}
+        )
 
     def _is_ready(self, cell: Cell) -> bool:
         start = self.work / cell.start.folder(self.split)
@@ -476,7 +500,7 @@ class Grid:
             return
         words = [sys.executable, str(GLUE / "run_glue.py"), *command_of(cell, self.split, self.model)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
-        if (self.work / self.model).is_dir():
+        if (self.work / cut_name(self.model, cell.layers)).is_dir():
             environment["HF_HUB_OFFLINE"] = "1"
         with open(f"{folder}.log", "ab") as log:
             log.write(f"\n$ {shlex.join(words)}\n".encode())
@@ -519,17 +543,40 @@ def prepare(work: Path, dataset_dir: Path, model: str) -> None:
         )
 
 
+def cut(work: Path, model: str, layers: int) -> None:
+    """
+    Writes the pretrained model with its first layers alone, where it is not there yet.
+
+    Raises:
+        GridError: it has fewer.
+    """
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    folder = work / cut_name(model, layers)
+    if folder.is_dir():
+        return
+    source = work / model if (work / model).is_dir() else model
+    if AutoConfig.from_pretrained(source).num_hidden_layers < layers:
+        raise GridError(f"layers: {model} has fewer than {layers}")
+    # Whole or not at all.
+    part = folder.with_name(f"{folder.name}.part")
+    AutoModel.from_pretrained(source, num_hidden_layers=layers).save_pretrained(part)
+    AutoTokenizer.from_pretrained(source).save_pretrained(part)
+    part.replace(folder)
+
+
 def picked(cells: list[Cell], arguments: argparse.Namespace) -> list[Cell]:
     """The cells that the command line picks, with the float models that they need."""
     wanted = [
         cell
         for cell in cells
         if (not arguments.task or cell.task in arguments.task)
+        and (not arguments.layers or cell.layers in arguments.layers)
         and (not arguments.cell or cell.name in (*arguments.cell, "float"))
         and (not arguments.seed or cell.seed in arguments.seed)
     ]
     if not wanted:
-        raise GridError("no cell of the grid has that task, name and seed: check --task, --cell and --seed")
+        raise GridError("no cell of the grid is meant: check --task, --cell, --layers and --seed")
     return wanted
 
 
@@ -544,6 +591,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--held_out", type=int, default=1000, help="so many, and at most a fifth")
     parser.add_argument("--task", nargs="+", help="only these")
     parser.add_argument("--cell", nargs="+", help="only these, and the float models that they need")
+    parser.add_argument("--layers", nargs="+", type=int, help="only these depths")
     parser.add_argument("--seed", nargs="+", type=int, help="only these")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--threads", type=int, default=1, help="of each")
@@ -566,6 +614,11 @@ def main(argv: list[str] | None = None) -> int:
     split = "held_out" if arguments.select else "validation"
     results = arguments.results or ROOT / "benchmarks" / "results" / f"{arguments.files[0].stem}.jsonl"
     prepare(arguments.work, arguments.dataset_dir, grid["model"])
+    try:
+        for layers in {cell.layers for cell in cells} - {None}:
+            cut(arguments.work, grid["model"], layers)
+    except GridError as error:
+        parser.error(str(error))
     tasks = list(dict.fromkeys(cell.task for cell in cells))
     if arguments.select:
         try:

@@ -22,8 +22,10 @@ def grouped(lines: Iterable[Line], split: str) -> dict[str, dict[str, list[Line]
     for line in lines:
         if line["split"] == split:
             asked = json.dumps([line["flags"], line["float_flags"], line["model"]], sort_keys=True)
-            by_seed[line["task"], line["cell"], asked, line["seed"]] = line
-            known = variants.setdefault((line["task"], line["cell"]), [])
+            layers = line.get("layers")
+            cell = line["cell"] if layers is None else f"{line['cell']}, {layers} layers"
+            by_seed[line["task"], cell, asked, line["seed"]] = line
+            known = variants.setdefault((line["task"], cell), [])
             if asked not in known:
                 known.append(asked)
     tasks: dict[str, dict[str, list[Line]]] = {}
@@ -33,7 +35,7 @@ def grouped(lines: Iterable[Line], split: str) -> dict[str, dict[str, list[Line]
         tasks.setdefault(task, {}).setdefault(f"{cell} ({number + 1})" if number else cell, []).append(line)
     rank = {name: index for index, name in enumerate(FLOAT_ROWS)}
     return {
-        task: dict(sorted(cells.items(), key=lambda item: rank.get(item[0], len(FLOAT_ROWS))))
+        task: dict(sorted(cells.items(), key=lambda item: rank.get(item[1][0]["cell"], len(FLOAT_ROWS))))
         for task, cells in tasks.items()
     }
 
@@ -66,7 +68,7 @@ def table(task: str, cells: Mapping[str, list[Line]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, lines in cells.items():
-        first, is_float = lines[0], name in FLOAT_ROWS
+        first, is_float = lines[0], lines[0]["cell"] in FLOAT_ROWS
         names = measures_of(lines)
         final, best = (
             " / ".join(cell_text(figures(lines, kind, measure)) for measure in names)
@@ -108,7 +110,7 @@ def plot(tasks: Mapping[str, Mapping[str, list[Line]]], file: Path) -> None:
     styles = {"float": ("#444444", "-"), "tfidf": ("#d08a28", "--"), "majority": ("#999999", ":")}
     for axis, (task, cells) in zip(axes[0], tasks.items(), strict=True):
         measure = measures_of(next(iter(cells.values())))[0]
-        binary = [name for name in cells if name not in FLOAT_ROWS]
+        binary = [name for name, lines in cells.items() if lines[0]["cell"] not in FLOAT_ROWS]
         for row, name in enumerate(binary):
             values = figures(cells[name], "packed", measure)
             axis.plot(values, [row] * len(values), "o", color="#2a78b5", alpha=0.5, markersize=6)
@@ -136,6 +138,10 @@ def write_report(lines: list[Line], folder: Path) -> None:
         text = "\n\n".join([*tables, averages(tasks)] if len(tasks) > 1 else tables)
         (folder / f"accuracy_{split}.md").write_text(text + "\n", encoding="utf-8")
         print(text)
-        drawn = {task: cells for task, cells in tasks.items() if set(cells) - set(FLOAT_ROWS)}
+        drawn = {
+            task: cells
+            for task, cells in tasks.items()
+            if any(lines[0]["cell"] not in FLOAT_ROWS for lines in cells.values())
+        }
         if drawn:
             plot(drawn, folder / f"accuracy_{split}.png")

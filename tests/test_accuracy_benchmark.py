@@ -15,11 +15,16 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+import transformers
 import yaml
 
 
 ROOT = Path(__file__).resolve().parent.parent
-KNOWN = {"method", "mode", "learning_rate", "num_train_epochs", "max_seq_length", "distillation_losses"}
+KNOWN = {
+    *("method", "mode", "learning_rate", "num_train_epochs", "max_seq_length", "distillation_losses"),
+    "model_name_or_path",
+}
 GRID: dict[str, Any] = {
     "model": "minilm",
     "seeds": [0, 1],
@@ -84,12 +89,54 @@ def test_a_command_starts_from_the_float_model_of_its_task_and_seed_and_holds_no
     words = accuracy.command_of(cell.start, "held_out", "minilm")
     assert words[words.index("--model_name_or_path") + 1] == "minilm"
     assert words[words.index("--dataset_dir") + 1] == "held_out"
+    # A start of its own, and the float model teaches all the same.
+    own = dataclasses.replace(cell, flags={**flags, "model_name_or_path": "distilled/latent"})
+    words = accuracy.command_of(own, "validation", "minilm")
+    assert words.count("--model_name_or_path") == 1
+    assert words[words.index("--model_name_or_path") + 1] == "distilled/latent"
+    assert words[words.index("--teacher") + 1] == own.start.folder("validation")
     # Whatever starts from another float model, or asks for something else, works elsewhere.
     others = [
         dataclasses.replace(cell, float_flags={"method": "float", "seed": 3}),
         dataclasses.replace(cell, flags={}),
+        dataclasses.replace(cell, layers=2),
     ]
-    assert len({one.folder("validation") for one in (cell, *others)}) == 3
+    assert len({one.folder("validation") for one in (cell, *others)}) == 4
+
+
+def test_every_depth_has_a_float_model_of_its_own(accuracy: Any, tmp_path: Path) -> None:
+    grid = accuracy.read_grid(
+        written(tmp_path, GRID | {"layers": [2, 4], "seeds": [0], "tasks": {"sst2": None}}), KNOWN
+    )
+    cells = accuracy.cells_of(grid)
+    assert [(cell.layers, cell.name) for cell in cells] == [
+        (layers, name) for layers in (2, 4) for name in ("float", "ste", "bwn")
+    ]
+    words = accuracy.command_of(cells[0], "validation", "minilm")
+    assert words[words.index("--model_name_or_path") + 1] == "minilm-2-layers"
+    words = accuracy.command_of(cells[4], "validation", "minilm")
+    assert words[words.index("--model_name_or_path") + 1] == cells[3].folder("validation")
+
+
+def test_a_model_is_cut_to_its_first_layers_once(accuracy: Any, tmp_path: Path) -> None:
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=8
+    )
+    model = transformers.BertModel(config)
+    model.save_pretrained(tmp_path / "tiny")
+    tokenizer = transformers.BertTokenizer(vocab={"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4})
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    accuracy.cut(tmp_path, "tiny", 2)
+    found = transformers.AutoModel.from_pretrained(tmp_path / "tiny-2-layers")
+    assert found.config.num_hidden_layers == len(found.encoder.layer) == 2
+    expected = {name: value for name, value in model.state_dict().items() if ".layer.2." not in name}
+    assert found.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.state_dict().items())
+    written_at = (tmp_path / "tiny-2-layers" / "model.safetensors").stat().st_mtime_ns
+    accuracy.cut(tmp_path, "tiny", 2)
+    assert (tmp_path / "tiny-2-layers" / "model.safetensors").stat().st_mtime_ns == written_at
+    with pytest.raises(accuracy.GridError, match="tiny has fewer than 4"):
+        accuracy.cut(tmp_path, "tiny", 4)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +149,8 @@ def test_a_command_starts_from_the_float_model_of_its_task_and_seed_and_holds_no
         ({"tasks": {"sst2": {"float": {"seed": 1}}}}, "tasks: sst2: float has seed"),
         ({"cells": {"ste": {"methd": "ste"}}}, "cells: ste has methd"),
         ({"cells": {"float": {}}}, "a cell cannot be named float"),
+        ({"cells": {"ste": {"model_name_or_path": 3}}}, "cells: ste: model_name_or_path must be a name or folder"),
+        ({"layers": [0]}, "layers must be a list of whole numbers"),
         ({"cells": {}}, "cells is missing"),
         ({"seeds": 3}, "seeds is missing, or no list"),
         ({"baselines": ["bert"]}, "baselines: .'bert'. do not exist"),
