@@ -201,8 +201,8 @@ def _add_train(commands: Any) -> None:
     how.add_argument(
         "--method",
         choices=list(METHODS),
-        default=RecipeArguments.method,
-        help=f"{'; '.join(f'{name}: {method.help}' for name, method in METHODS.items())} (default: stompp_ste)",
+        help=f"{'; '.join(f'{name}: {method.help}' for name, method in METHODS.items())} (default: stompp_ste; of a "
+        "model that is binary already, ste)",
     )
     how.add_argument(
         "--mode", choices=CHOICES["mode"], help="bnn (default): 1-bit weights and activations; bwn: weights"

@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     EvalPrediction,
+    PreTrainedModel,
     PrinterCallback,
     ProgressCallback,
     Trainer,
@@ -29,7 +30,9 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
+from ..binarization import config_of
 from ..methods import RecipeArguments
+from ..patching import masked_modules
 from ..recipe import Recipe
 from ..stages import run_recipe, write_card
 from ..summary import summarize
@@ -150,7 +153,7 @@ def class_names(examples: Examples) -> list[str]:
 
 def load_model(arguments: argparse.Namespace, examples: Examples) -> tuple[Any, bool, bool]:
     """
-    The model to train: a classifier that knows these classes as it is, any other with a new head.
+    The model to train, float or latent: a classifier that knows these classes as it is, any other with a new head.
 
     Returns:
         `tuple`: the model, whether its head was loaded, and whether that knows these classes by name or id.
@@ -178,10 +181,6 @@ def load_model(arguments: argparse.Namespace, examples: Examples) -> tuple[Any, 
         except CommandError:
             known = False
     if not known:
-        if state == "latent":
-            raise CommandError(
-                f"{arguments.model} does not know the classes of {examples.source}: name a float model instead"
-            )
         names = class_names(examples)
         options = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     folder = Path(arguments.model).expanduser()
@@ -250,6 +249,8 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         tokenizer = read_tokenizer(arguments.model)
     limit = getattr(model.config, "max_position_embeddings", arguments.max_length)
     length = min(arguments.max_length, tokenizer.model_max_length, limit)
+    if arguments.method is None:
+        arguments.method = default_method(model)
     asked = asked_for(arguments)
     if asked.teacher == "float" and not (knows_classes or arguments.float_epochs):
         # Its head may have been trained for other classes.
@@ -295,6 +296,17 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     summary["metrics"] = {name: found for name, found in summary["metrics"].items() if found is not None}
     (output / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
+
+
+def default_method(model: PreTrainedModel) -> str:
+    """
+    How a model is trained where no method is asked for: one that is binary already, with a gradient behind its signs,
+    stays so from the first step on.
+    """
+    masked = masked_modules(model).values()
+    if masked and all(module.committed for module in masked) and config_of(model).surrogate != "none":
+        return "ste"
+    return RecipeArguments.method
 
 
 def asked_for(arguments: argparse.Namespace) -> RecipeArguments:

@@ -14,12 +14,14 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+import transformers
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from hf_stompp import cli
+from hf_stompp import StoMPPConfig, binarize, cli, commit
 from hf_stompp.patching import packed_modules
+from hf_stompp.structure import example_inputs
 
 
 CLASSES = ["bad", "fair", "good"]
@@ -68,6 +70,25 @@ def test_run_ends_in_a_packed_model_that_eval_finds_as_good(
     assert summary["examples"] == {"train": 64, "validation": 32}
     assert summary["command"] == shlex.join(["hf-stompp", "train", *map(str, words)])
     assert "import hf_stompp" in ModelCard.load(output / "packed" / "README.md").text
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_latent_encoder_gets_a_head_and_stays_binary_if_it_is(
+    tiny_model: Callable, saved: Callable, files: list[str], tmp_path: Path, printed: Callable, committed: bool
+) -> None:
+    config = StoMPPConfig(activation_scale="fixed")
+    model = binarize(tiny_model("bert", transformers.AutoModel), config)
+    model(**example_inputs(model))
+    encoder = saved(commit(model) if committed else model, "latent")
+    # A learning rate that changes nothing.
+    words = [encoder, tmp_path / "run", *files, *SHORT, "--epochs", 2, "--learning_rate", 1e-30]
+    summary = json.loads(printed("train", *words, "--json"))
+    assert summary["method"] == ("ste" if committed else "stompp_ste") and summary["teacher"] is None
+    before, after = (load_file(path / "model.safetensors") for path in (Path(encoder), tmp_path / "run" / "binary"))
+    weights = [name for name in before if name.endswith("query.weight")]
+    assert weights and all(torch.equal(before[name], after[f"bert.{name}"]) for name in weights)
+    packed = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "packed")
+    assert packed_modules(packed) and list(packed.config.label2id) == CLASSES
 
 
 def test_classifier_keeps_the_head_that_knows_the_classes(
