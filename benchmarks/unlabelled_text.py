@@ -1,0 +1,55 @@
+"""
+Writes a text file of sentences without labels, a sentence a line, for `hf-stompp distill`.
+
+    python benchmarks/unlabelled_text.py OUTPUT.txt --reviews REVIEWS.parquet --reviews_sentences 60000 \\
+        --dataset_dir DIR --tasks cola mrpc stsb rte mnli_small qnli_small
+
+Takes sentences of film reviews, drawn at random, and every sentence of the training sets of the tasks named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+
+import pyarrow.parquet
+
+from hf_stompp.text import read_texts, split_sentences
+
+
+MOST_WORDS = 40
+
+
+def main() -> None:
+    """Writes the file, and says how many sentences are in it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--reviews", type=Path, required=True, help="a table with a text column")
+    parser.add_argument("--reviews_sentences", type=int, default=60_000)
+    parser.add_argument("--dataset_dir", type=Path, required=True, help="folders of GLUE tasks, with train.parquet")
+    parser.add_argument("--tasks", nargs="*", default=[])
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+
+    reviews = read_texts([arguments.reviews])
+    random.Random(arguments.seed).shuffle(reviews)
+    # Ten sentences make a review; a few more reviews than needed are cut.
+    sentences = [line for text in reviews[: arguments.reviews_sentences // 5] for line in split_sentences(text)]
+    random.Random(arguments.seed).shuffle(sentences)
+    found = dict.fromkeys(_short(sentences)[: arguments.reviews_sentences])
+    for task in arguments.tasks:
+        table = pyarrow.parquet.read_table(arguments.dataset_dir / task / "train.parquet")
+        columns = [name for name in table.column_names if str(table.schema.field(name).type).endswith("string")]
+        texts = [text for name in columns for text in table[name].to_pylist()]
+        found.update(dict.fromkeys(_short([line for text in texts for line in split_sentences(text)])))
+    arguments.output.write_text("\n".join(found) + "\n", encoding="utf-8")
+    print(f"{arguments.output}: {len(found):,} sentences")
+
+
+def _short(sentences: list[str]) -> list[str]:
+    return [line for line in (" ".join(item.split()) for item in sentences) if 3 <= len(line.split()) <= MOST_WORDS]
+
+
+if __name__ == "__main__":
+    main()

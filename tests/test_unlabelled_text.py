@@ -1,0 +1,38 @@
+"""The program that writes sentences for distillation."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_writes_sentences_of_reviews_and_of_both_columns_of_a_task_once_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    sys.path.append(str(ROOT / "benchmarks"))
+    import unlabelled_text
+
+    reviews = [f"This is film {number}. Too short. I liked it very much!" for number in range(20)]
+    datasets.Dataset.from_dict({"text": reviews}).to_parquet(tmp_path / "reviews.parquet")
+    pairs = {"sentence1": ["A dog runs fast."] * 2, "sentence2": ["A cat  sits\nthere.", "w " * 41], "label": [0, 1]}
+    (tmp_path / "mrpc").mkdir()
+    datasets.Dataset.from_dict(pairs).to_parquet(tmp_path / "mrpc" / "train.parquet")
+    output = tmp_path / "sentences.txt"
+    words = [str(output), "--reviews", str(tmp_path / "reviews.parquet"), "--reviews_sentences", "30"]
+    monkeypatch.setattr(sys, "argv", ["unlabelled_text.py", *words, "--dataset_dir", str(tmp_path), "--tasks", "mrpc"])
+    unlabelled_text.main()
+    lines = output.read_text().splitlines()
+    films = [line for line in lines if line.startswith("This is film")]
+    # Six reviews, with one sentence that all of them share.
+    assert len(films) == 6 and set(lines) - set(films) == {
+        "I liked it very much!",
+        "A dog runs fast.",
+        "A cat sits there.",
+    }
+    assert len(lines) == len(set(lines))
