@@ -150,7 +150,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         data[split] = datasets.Dataset.from_dict({**encoded, "labels": table["label"][:]})
     found = {name: train(name, model, data, arguments) for name in arguments.methods}
     return {
-        "task": "sst2",
+        "dataset": "sst2",
         "steps": arguments.steps,
         "batch_size": arguments.batch_size,
         "learning_rate": arguments.learning_rate,

@@ -17,6 +17,7 @@ import argparse
 import io
 import json
 import pickle
+import random
 import shlex
 import statistics
 import sys
@@ -141,7 +142,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             name, _, folder = given.partition("=")
             candidates |= load(name, Path(folder), arguments.max_length)
         candidates["bag of words"] = bag_of_words(train["sentence"][:], train["label"][:])
-        times = latencies(candidates, texts[: arguments.sentences], arguments.rounds)
+        timed = random.Random(arguments.seed).sample(texts, min(arguments.sentences, len(texts)))
+        times = latencies(candidates, timed, arguments.rounds)
         rows = {
             name: {
                 "kind": candidate.kind,
@@ -152,10 +154,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             for name, candidate in candidates.items()
         }
         return {
-            "task": "sst2",
+            "dataset": "sst2",
             "split": "validation",
             "examples": len(texts),
-            "sentences_timed": arguments.sentences,
+            "seed": arguments.seed,
+            "sentences_timed": len(timed),
             "rounds": arguments.rounds,
             "models": rows,
             **surroundings(),
@@ -194,7 +197,7 @@ def plot(result: Mapping[str, Any], file: Path) -> None:
         axis.set_xlabel(label)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel(f"accuracy on {result['task'].upper().replace('SST2', 'SST-2')}, %")
+    axes[0].set_ylabel("accuracy on SST-2, development set, %")
     for color, marker, name in KINDS.values():
         axes[1].plot([], [], marker, color=color, label=name)
     axes[1].legend(loc="lower right", frameon=False, fontsize=8)
@@ -208,7 +211,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("models", nargs="*", metavar="NAME=FOLDER")
     parser.add_argument("--dataset_dir", type=Path, help="holds sst2/{train,validation}.parquet")
     parser.add_argument("--max_length", type=int, default=64)
-    parser.add_argument("--sentences", type=int, default=50, help="to time")
+    parser.add_argument("--sentences", type=int, default=50, help="to time, drawn at random")
+    parser.add_argument("--seed", type=int, default=0, help="of that drawing")
     parser.add_argument("--rounds", type=int, default=5, help="so many times each")
     parser.add_argument("--output", type=Path, help="gets the result, as JSON")
     parser.add_argument("--show", type=Path, help="a result to print and draw; nothing is measured")

@@ -2,7 +2,7 @@
 The whole way of a binary BERT, without the Hub: fetch a model, write a corpus, fine-tune in float, binarize, fine-tune
 by StoMPP, pack, reload, and print one table.
 
-    python examples/demo/run_demo.py [--output_dir demo] [--num_train 4000] [--epochs 4] [--mode bnn]
+    python examples/demo/run_demo.py [--output_dir demo] [--num_train 4000] [--epochs 4] [--mode bwn]
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def run_demo(
         num_validation (`int`): validation sentences, of words that the training sentences never show.
         epochs (`int`): epochs of binary fine-tuning; the float fine-tuning before it takes 2.
         method (`str`): a key of `METHODS` other than `float`.
-        mode (`str`): `bnn`, binary weights and activations, or `bwn`, binary weights only.
+        mode (`str`): `bwn`, binary weights only, which stays close to the float model, or `bnn`, binary activations as
+            well, which is faster and needs longer training.
         seed (`int`): of corpus, training and masks.
     """
     model = fetch_model(output_dir / "model")
@@ -68,7 +69,7 @@ def run_demo(
     }
     flags = ["--do_train", "--do_eval"]
     if not torch.cuda.is_available():
-        flags += ["--use_cpu", "--bf16"]
+        flags.append("--use_cpu")
     return run_glue([*(part for name, value in arguments.items() for part in (f"--{name}", str(value))), *flags])
 
 
@@ -90,7 +91,7 @@ def main() -> None:
     parser.add_argument("--num_validation", type=int, default=600)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--method", choices=[name for name in METHODS if name != "float"], default="stompp_ste")
-    parser.add_argument("--mode", choices=list(LEARNING_RATES), default="bnn")
+    parser.add_argument("--mode", choices=list(LEARNING_RATES), default="bwn")
     parser.add_argument("--seed", type=int, default=0)
     arguments = vars(parser.parse_args())
     summary = run_demo(**arguments)
