@@ -13,7 +13,8 @@ from .nn.functional import LEVELS, SURROGATES, WEIGHT_CENTERS, WEIGHT_SCALES
 
 
 QUANT_METHOD = "stompp"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest version of the file format. Models without `modes` are written as version 1."""
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("bnn", "bwn"),
@@ -28,7 +29,23 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 """Allowed values of the fields that name one of several."""
 
+MODES_OF_MODULES = (*CHOICES["mode"], "float")
+"""What a single linear layer may be."""
+
 MODULE_KINDS = ("linear", "activation", "embedding")
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether whole dot-separated parts of a module's name match a regular expression."""
+    return re.search(rf"(^|\.)(?:{pattern})(\.|$)", name) is not None
+
+
+def _check_patterns(field: str, patterns: list[str]) -> None:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"StoMPPConfig.{field}: {pattern!r} is no regular expression ({error})") from error
 
 
 def _is_finite(value: Any) -> bool:
@@ -45,6 +62,10 @@ class StoMPPConfig(QuantizationConfigMixin):
     Args:
         mode (`str`, *optional*, defaults to `"bnn"`):
             `"bnn"`: binary weights and activations; `"bwn"`: binary weights, float activations (paper).
+        modes (`dict[str, str]`, *optional*):
+            Another mode for some of the linear layers (ours): a regular expression that matches whole dot-separated
+            parts of their names -> `"bnn"`, `"bwn"` or `"float"`. Such as `{"layer.0": "bwn", "attention": "bwn"}`.
+            Every one must match a linear layer of the encoder, and no layer may get two modes.
         surrogate (`str`, *optional*, defaults to `"ste"`):
             Gradient of the frozen entries: `"none"` (STE-free, exactly 0; paper), `"ste"` (StoMPP+STE, identity;
             paper) or `"clipped_ste"` (identity within a window; BinaryNet).
@@ -93,12 +114,12 @@ class StoMPPConfig(QuantizationConfigMixin):
             Name of the module list that holds the encoder layers, for models where it cannot be found (ours).
         state (`str`, *optional*, defaults to `"latent"`):
             `"latent"`: float weights with freeze masks, trainable; `"packed"`: 1-bit weights. Set by the library.
-        format_version (`int`, *optional*, defaults to 1):
-            Version of the file format. Set by the library.
+        format_version (`int`, *optional*):
+            Version of the file format: 2 with `modes`, else 1. Set by the library.
         modules (`list[dict]`, *optional*):
             What was replaced, from input to output: `name`, `kind` (`"linear"`, `"activation"`, `"embedding"`),
-            `unit`, and for a linear layer `input`, the module that binarizes its input, and `bias`, whether it has
-            one. Set by [`binarize`].
+            `unit`, and for a linear layer `input`, the module that binarizes its input (`None` where that stays
+            float), and `bias`, whether it has one. Set by [`binarize`].
 
     Raises:
         ValueError: a bad value (the message names the field and what it may be), an unknown field, or a newer format.
@@ -107,6 +128,7 @@ class StoMPPConfig(QuantizationConfigMixin):
     def __init__(
         self,
         mode: str = "bnn",
+        modes: dict[str, str] | None = None,
         surrogate: str = "ste",
         weight_scale: str = "row",
         weight_center: str = "none",
@@ -123,13 +145,14 @@ class StoMPPConfig(QuantizationConfigMixin):
         binary_word_embeddings: bool = False,
         layer_stack: str | None = None,
         state: str = "latent",
-        format_version: int = FORMAT_VERSION,
+        format_version: int | None = None,
         modules: list[dict[str, Any]] | None = None,
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
     ) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]
         self.mode = mode
+        self.modes = modes
         self.surrogate = surrogate
         self.weight_scale = weight_scale
         self.weight_center = weight_center
@@ -148,7 +171,7 @@ class StoMPPConfig(QuantizationConfigMixin):
         self.binary_word_embeddings = binary_word_embeddings
         self.layer_stack = layer_stack
         self.state = state
-        self.format_version = format_version
+        self.format_version = (2 if modes else 1) if format_version is None else format_version
         self.modules = modules
         self._check(unknown)
 
@@ -199,15 +222,43 @@ class StoMPPConfig(QuantizationConfigMixin):
         patterns = self.modules_to_not_convert
         if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
             raise ValueError(f"StoMPPConfig.modules_to_not_convert must be a list of strings, got {patterns!r}")
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(
-                    f"StoMPPConfig.modules_to_not_convert: {pattern!r} is no regular expression ({error})"
-                ) from error
+        _check_patterns("modules_to_not_convert", patterns)
+        self._check_modes(self.modes)
         if self.modules is not None:
             self._check_modules(self.modules)
+
+    def _check_modes(self, modes: Any) -> None:
+        if modes is None:
+            return
+        if not isinstance(modes, dict) or not all(
+            isinstance(pattern, str) and mode in MODES_OF_MODULES for pattern, mode in modes.items()
+        ):
+            raise ValueError(
+                f"StoMPPConfig.modes must give one of {list(MODES_OF_MODULES)} for each pattern of module names, got "
+                f"{modes!r}"
+            )
+        _check_patterns("modes", list(modes))
+        if modes and self.format_version < 2:
+            raise ValueError(f"StoMPPConfig.modes needs format version 2, got {self.format_version}")
+
+    def mode_of(self, name: str) -> str:
+        """
+        What a linear layer is to be: that of `modes` that matches its name, or else `mode`.
+
+        Raises:
+            ValueError: two patterns want different things of it.
+        """
+        found = {pattern: mode for pattern, mode in (self.modes or {}).items() if matches(name, pattern)}
+        if len(set(found.values())) > 1:
+            raise ValueError(f"StoMPPConfig.modes contradicts itself for {name!r}: {found}; let one pattern match it")
+        return next(iter(found.values()), self.mode)
+
+    @property
+    def has_binary_activations(self) -> bool:
+        """Whether any linear layer reads binary activations."""
+        if self.modules is None:
+            return "bnn" in (self.mode, *(self.modes or {}).values())
+        return any(entry["kind"] == "linear" and entry["input"] is not None for entry in self.modules)
 
     def _check_modules(self, modules: Any) -> None:
         if not isinstance(modules, list) or not all(isinstance(entry, dict) for entry in modules):
@@ -228,8 +279,10 @@ class StoMPPConfig(QuantizationConfigMixin):
                 raise ValueError(
                     f"StoMPPConfig.modules: bias of {name!r} must be true or false, got {entry.get('bias')!r}"
                 )
-            if entry["kind"] == "linear" and (source is None) != (self.mode == "bwn"):
-                raise ValueError(f"StoMPPConfig.modules: input {source!r} of {name!r} does not fit mode {self.mode!r}")
+            if entry["kind"] == "linear":
+                mode = self.mode_of(name)
+                if mode == "float" or (source is None) != (mode == "bwn"):
+                    raise ValueError(f"StoMPPConfig.modules: input {source!r} of {name!r} does not fit mode {mode!r}")
             if entry["kind"] == "activation" and name not in read:
                 raise ValueError(f"StoMPPConfig.modules: {name!r} is an activation that no linear layer reads")
             if source is not None and kinds.get(source) not in ("linear", "activation"):

@@ -324,7 +324,7 @@ def _eval_results(summary: TrainingSummary | None, task: str | None, found: Mapp
 def _introduction(
     model: PreTrainedModel, config: StoMPPConfig, state: str, base: str | None, summary: TrainingSummary | None
 ) -> str:
-    what = "weights and activations" if config.mode == "bnn" else "weights"
+    what = "weights and activations" if config.has_binary_activations else "weights"
     origin = f"[{base}](https://huggingface.co/{base})" if base else f"a `{model.config.model_type}` model"
     data = " and ".join(f"the {name} data set" for name in _several(summary.dataset)) if summary else ""
     where = f" on {data}" if data else ""
@@ -337,10 +337,19 @@ def _introduction(
 def _what_is_binary(config: StoMPPConfig) -> str:
     kinds = [entry["kind"] for entry in config.modules or []]
     lines = [f"- binary: the weights of {kinds.count('linear')} linear layers, with a float scale for each output row"]
-    if config.mode == "bnn":
-        lines += ["- binary: the activations that enter them, with a threshold for each feature"]
-    else:
-        lines += ["- float: all activations (mode `bwn`, binary weights only)"]
+    binary, total = (
+        sum(entry["kind"] == "linear" and (entry["input"] is not None or every) for entry in config.modules or [])
+        for every in (False, True)
+    )
+    if binary:
+        which = "them" if binary == total else f"{binary} of them"
+        lines += [f"- binary: the activations that enter {which}, with a threshold for each feature"]
+    if binary < total:
+        lines += [
+            "- float: the activations that enter the others (mode `bwn`)"
+            if binary
+            else "- float: all activations (mode `bwn`, binary weights only)"
+        ]
     if "embedding" in kinds:
         lines += ["- binary: the word embeddings, with a scale for each row"]
     lines += ["- float: LayerNorm, biases, scales, attention scores and softmax, the residual stream"]
@@ -387,14 +396,14 @@ def _machine(model: PreTrainedModel) -> str:
 
 
 _SETTINGS = (
-    *("mode", "unit", "weight_scale", "weight_center", "weight_clip", "weight_window", "activation_scale"),
+    *("mode", "modes", "unit", "weight_scale", "weight_center", "weight_clip", "weight_window", "activation_scale"),
     *("initial_activation_scale", "activation_shift", "activation_clip", "activation_window", "feed_forward_levels"),
 )
 """Fields of the config that a card tells."""
 
 
 def _method(config: StoMPPConfig) -> str:
-    what = "weights and activations are" if config.mode == "bnn" else "weights are"
+    what = "weights and activations are" if config.has_binary_activations else "weights are"
     return (
         "StoMPP, Stochastic Masked Partial Progressive Binarization ([arXiv "
         f"2606.27759](https://arxiv.org/abs/2606.27759)): {what} replaced by their signs through "

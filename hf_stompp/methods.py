@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,6 +134,10 @@ class RecipeArguments:
     mode: str | None = option(
         "bnn: binary weights and activations; bwn: binary weights only.", choices=CHOICES["mode"]
     )
+    modes: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Another mode for some linear layers, as JSON: {pattern of names: bnn, bwn or float}."},
+    )
     surrogate: str | None = option(
         "Gradient of frozen entries. The method decides between none and ste; this picks the kind.",
         choices=CHOICES["surrogate"],
@@ -177,6 +182,11 @@ class RecipeArguments:
     def __post_init__(self) -> None:
         if self.float_num_train_epochs < 0:
             raise ValueError(f"--float_num_train_epochs {self.float_num_train_epochs} is negative. Give 0 or more.")
+        if isinstance(self.modes, str):
+            try:
+                self.modes = json.loads(self.modes)
+            except ValueError as error:
+                raise ValueError(f"--modes {self.modes} is no JSON ({error}). Give patterns and modes.") from error
         if self.method not in METHODS:
             raise ValueError(f"--method {self.method} is unknown. Give {', '.join(METHODS)}.")
         if self.dropout is not None and not 0 <= self.dropout < 1:

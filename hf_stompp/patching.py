@@ -226,7 +226,7 @@ def swap_in_packed(model: nn.Module, config: StoMPPConfig, dtype: torch.dtype | 
         new: nn.Module
         if entry["kind"] == "linear":
             new = PackedBinaryLinear(
-                old.in_features, old.out_features, entry["bias"], config.mode == "bnn", device=old.weight.device
+                old.in_features, old.out_features, entry["bias"], entry["input"] is not None, device=old.weight.device
             )
         elif entry["kind"] == "embedding":
             place = {"device": old.weight.device, "dtype": dtype or old.weight.dtype}
@@ -403,7 +403,7 @@ def report(model: nn.Module, config: StoMPPConfig) -> BinarizationReport:
             bias = rows if plan[name].get("bias") else 0
             before = (rows * columns + bias) * float_bytes
             is_linear = isinstance(module, MaskedBinaryLinear | PackedBinaryLinear)
-            packed_bias = 4 * rows if is_linear and (bias or config.mode == "bnn") else 0
+            packed_bias = 4 * rows if is_linear and (bias or plan[name]["input"] is not None) else 0
             scale_bytes = 4 if is_linear else float_bytes
             add(
                 plan[name]["unit"],

@@ -98,7 +98,7 @@ class StoMPPQuantizer(HfQuantizer):
         config = self.quantization_config
         if not packed_modules(model):
             raise ValueError(f"{type(model).__name__} is not packed: pack(model) first, then dequantize")
-        if config.mode != "bwn":
+        if config.has_binary_activations:
             raise ValueError(
                 f"only models of mode bwn can be dequantized: this {type(model).__name__} has binary activations too, "
                 "which no plain float model computes; hf_stompp.export.plain_torch(model) gives the same computation "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from .config import StoMPPConfig
+from .config import StoMPPConfig, matches
 
 
 AMBIGUOUS_SHARE = 0.1
@@ -21,7 +20,7 @@ AMBIGUOUS_SHARE = 0.1
 
 def is_excluded(name: str, patterns: list[str]) -> bool:
     """Whether a module's name has whole dot-separated parts that match one of the regular expressions."""
-    return any(re.search(rf"(^|\.)(?:{pattern})(\.|$)", name) for pattern in patterns)
+    return any(matches(name, pattern) for pattern in patterns)
 
 
 def _linear_weights(module: nn.Module) -> int:
@@ -228,11 +227,13 @@ def plan_modules(
             given.
 
     Returns:
-        `dict[str, dict]`: module name -> `{"kind", "unit"}`, and for a linear layer `"bias"` and `"input"` (None in
-            mode `bwn`); for an activation function `"input"`, the linear layer whose output it alone reads, or None.
+        `dict[str, dict]`: module name -> `{"kind", "unit"}`, and for a linear layer `"bias"` and `"input"` (None
+            where its mode is `bwn`); for an activation function `"input"`, the linear layer whose output it alone
+            reads, or None.
 
     Raises:
-        ValueError: no stack, an ambiguous one, layers that are shared, a tied weight, or nothing left to binarize.
+        ValueError: no stack, an ambiguous one, layers that are shared, a tied weight, `modes` that match nothing or
+            contradict each other, or nothing left to binarize.
     """
     stack_name, layers = find_layer_stack(model, config.layer_stack)
     stack = {f"{stack_name}.{i}": layer for i, layer in enumerate(layers)}
@@ -246,6 +247,7 @@ def plan_modules(
             "shared layers "
             "(ALBERT with num_hidden_layers > num_hidden_groups) are not supported: choose one such as BERT or RoBERTa"
         )
+    _check_modes(stack, config)
     plan: dict[str, dict[str, Any]] = {}
     if config.binary_word_embeddings:
         plan.update(_plan_embedding(model))
@@ -253,12 +255,33 @@ def plan_modules(
         plan.update(_plan_layer(layer_name, layer, config, trace))
     if not any(entry["kind"] == "linear" for entry in plan.values()):
         raise ValueError(
-            f"nothing to binarize in {type(model).__name__}: every linear layer of {stack_name} matches "
-            f"modules_to_not_convert="
-            f"{config.modules_to_not_convert}"
+            f"nothing to binarize in {type(model).__name__}: every linear layer of {stack_name} is float by "
+            f"modules_to_not_convert={config.modules_to_not_convert} or modes={config.modes}"
         )
     _check_not_tied(model, plan)
     return plan
+
+
+def _check_modes(stack: Mapping[str, nn.Module], config: StoMPPConfig) -> None:
+    linears = [
+        name
+        for layer_name, layer in stack.items()
+        for name, module in layer.named_modules(prefix=layer_name)
+        if type(module) is nn.Linear
+    ]
+    for pattern, mode in (config.modes or {}).items():
+        found = [name for name in linears if matches(name, pattern)]
+        if not found:
+            raise ValueError(
+                f"StoMPPConfig.modes: {pattern!r} matches no linear layer of the encoder; their names are like "
+                f"{linears[0]!r}"
+            )
+        kept = [name for name in found if is_excluded(name, config.modules_to_not_convert)]
+        if kept and mode != "float":
+            raise ValueError(
+                f"StoMPPConfig.modes: {pattern!r} makes {kept[0]!r} {mode}, and modules_to_not_convert leaves it "
+                "float; change one of them"
+            )
 
 
 def _plan_embedding(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -277,7 +300,9 @@ def _plan_layer(layer_name: str, layer: nn.Module, config: StoMPPConfig, trace: 
     linears: dict[str, nn.Module] = {
         name: module
         for name, module in layer.named_modules(prefix=layer_name)
-        if type(module) is nn.Linear and not is_excluded(name, config.modules_to_not_convert)
+        if type(module) is nn.Linear
+        and not is_excluded(name, config.modules_to_not_convert)
+        and config.mode_of(name) != "float"
     }
     # Execution order is depth order; what did not run in this pass comes last.
     names = [name for name in trace.reads if name in linears] + [name for name in linears if name not in trace.reads]
@@ -291,7 +316,7 @@ def _plan_layer(layer_name: str, layer: nn.Module, config: StoMPPConfig, trace: 
         units = {name: name for name in names}
     plan: dict[str, dict[str, Any]] = {}
     for name in names:
-        source = None if config.mode == "bwn" else _input_of(name, linears, plan, trace, config)
+        source = None if config.mode_of(name) == "bwn" else _input_of(name, linears, plan, trace, config)
         if source is not None and source not in plan and source != name:
             plan[source] = {"kind": "activation", "unit": units[name], "input": _producer_of(source, plan, trace)}
         plan[name] = {"kind": "linear", "unit": units[name], "input": source, "bias": linears[name].bias is not None}
@@ -328,7 +353,9 @@ def _producer_of(function: str, plan: Mapping[str, Any], trace: _Trace) -> str |
     read = trace.reads.get(function)
     for name, entry in plan.items():
         outputs = trace.outputs.get(name, [])
-        if entry["kind"] == "linear" and outputs and read is not None and outputs[0] is read[0]:
+        # A product with floats puts out no bits.
+        is_binary = entry["kind"] == "linear" and entry["input"] is not None
+        if is_binary and outputs and read is not None and outputs[0] is read[0]:
             return name if trace.only_read_by(name, {function}) else None
     return None
 

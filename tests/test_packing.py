@@ -27,6 +27,9 @@ CONFIGS = {
     "bwn-no_scale": {"mode": "bwn", "weight_scale": "none"},
     "bwn-centered": {"mode": "bwn", "weight_center": "row"},
     "bwn-embeddings": {"mode": "bwn", "binary_word_embeddings": True},
+    "mixed-attention": {"modes": {"attention|attn": "bwn"}},
+    "mixed-layers": {"mode": "bwn", "modes": {r"layers?\.0": "bnn"}},
+    "mixed-float": {"modes": {"attention|attn": "float", r"layers?\.1\.(?!attention|attn).*": "bwn"}},
 }
 all_configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
@@ -72,14 +75,22 @@ def test_packed_logits_are_those_of_the_trainable_arithmetic_up_to_rounding(tiny
 class PackedBert:
     """A packed BERT encoder in float64 NumPy, from the tensors in its state dict alone."""
 
-    def __init__(self, state: dict[str, Tensor], config, mode: str) -> None:
+    def __init__(self, state: dict[str, Tensor], config) -> None:
         self.state = {name: tensor.numpy() for name, tensor in state.items()}
-        self.heads, self.eps, self.mode = config.num_attention_heads, config.layer_norm_eps, mode
+        self.heads, self.eps = config.num_attention_heads, config.layer_norm_eps
+        self.table = config.quantization_config.table
 
     def signs(self, x: np.ndarray, name: str) -> np.ndarray:
         return np.where(x >= self.state[f"{name}.threshold"], 1.0, -1.0)
 
     def linear(self, x: np.ndarray, name: str) -> np.ndarray:
+        """Of a binary input, if the layer has one; that of the feed-forward activation comes signed."""
+        entry = self.table.get(name)
+        if entry is None:
+            return x @ self.state[f"{name}.weight"].T.astype(np.float64) + self.state[f"{name}.bias"]
+        source = entry["input"]
+        if source is not None and self.table[source]["kind"] == "linear":
+            x = self.signs(x, f"{source}.input_activation")
         packed, scale, bias = (self.state[f"{name}.{tensor}"] for tensor in ("packed_weight", "scale", "bias"))
         bits = np.unpackbits(packed, axis=1, bitorder="little")[:, : x.shape[-1]]
         return x @ (2.0 * bits - 1).T * scale.astype(np.float64) + bias
@@ -90,10 +101,9 @@ class PackedBert:
         return normal * self.state[f"{name}.weight"] + self.state[f"{name}.bias"]
 
     def attention(self, x: np.ndarray, mask: np.ndarray, name: str) -> np.ndarray:
-        read = self.signs(x, f"{name}.self.query.input_activation") if self.mode == "bnn" else x
         batch, length, hidden = x.shape
         query, key, value = (
-            self.linear(read, f"{name}.self.{part}").reshape(batch, length, self.heads, -1).transpose(0, 2, 1, 3)
+            self.linear(x, f"{name}.self.{part}").reshape(batch, length, self.heads, -1).transpose(0, 2, 1, 3)
             for part in ("query", "key", "value")
         )
         scores = query @ key.transpose(0, 1, 3, 2) / np.sqrt(hidden // self.heads)
@@ -101,26 +111,30 @@ class PackedBert:
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
         context = (weights @ value).transpose(0, 2, 1, 3).reshape(batch, length, hidden)
-        if self.mode == "bnn":
-            context = self.signs(context, f"{name}.output.dense.input_activation")
         return self.norm(self.linear(context, f"{name}.output.dense") + x, f"{name}.output.LayerNorm")
 
     def layer(self, x: np.ndarray, mask: np.ndarray, name: str) -> np.ndarray:
         x = self.attention(x, mask, f"{name}.attention")
-        if self.mode == "bnn":
-            inner = self.linear(
-                self.signs(x, f"{name}.intermediate.dense.input_activation"), f"{name}.intermediate.dense"
-            )
+        inner = self.linear(x, f"{name}.intermediate.dense")
+        if f"{name}.intermediate.intermediate_act_fn" in self.table:
             inner = self.signs(inner, f"{name}.intermediate.intermediate_act_fn")
         else:
-            inner = torch.nn.functional.gelu(torch.from_numpy(self.linear(x, f"{name}.intermediate.dense"))).numpy()
+            inner = torch.nn.functional.gelu(torch.from_numpy(inner)).numpy()
         return self.norm(self.linear(inner, f"{name}.output.dense") + x, f"{name}.output.LayerNorm")
 
 
 @pytest.mark.parametrize(
     "config",
-    [{}, {"feed_forward_levels": "zero_one"}, {"weight_scale": "tensor"}, {"mode": "bwn"}],
-    ids=["bnn", "bnn-zero_one", "bnn-tensor_scale", "bwn"],
+    [
+        *({}, {"feed_forward_levels": "zero_one"}, {"weight_scale": "tensor"}, {"mode": "bwn"}),
+        {"modes": {"attention": "bwn"}},
+        {"modes": {"query": "bwn"}},
+        {"modes": {"query": "float", "key": "bwn"}},
+        {"modes": {"intermediate": "bwn"}},
+        {"modes": {r"(?<!attention\.)output": "bwn"}},
+        {"modes": {r"layer\.0": "bwn", r"layer\.1\.intermediate": "float"}},
+    ],
+    ids=str,
 )
 def test_packed_bert_layers_equal_a_float64_reference_of_the_saved_tensors(tiny_packed, tiny_inputs, config):
     packed = tiny_packed("bert", StoMPPConfig(**config))
@@ -129,7 +143,7 @@ def test_packed_bert_layers_equal_a_float64_reference_of_the_saved_tensors(tiny_
     with torch.no_grad():
         states = packed(**inputs, output_hidden_states=True).hidden_states
 
-    reference = PackedBert(packed.state_dict(), packed.config, config.get("mode", "bnn"))
+    reference = PackedBert(packed.state_dict(), packed.config)
     for i in range(2):
         # Each layer from the model's own input: a rounded value at a threshold would change what follows.
         expected = reference.layer(

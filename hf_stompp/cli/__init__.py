@@ -71,6 +71,28 @@ def _option(parser: Any, name: str, **options: Any) -> None:
     parser.add_argument(*dict.fromkeys([name, f"--{name[2:].replace('_', '-')}"]), **options)
 
 
+class _Modes(argparse.Action):
+    """Makes a dictionary of the words `PATTERN=MODE`."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        pairs = [value.rpartition("=") for value in values]
+        wrong = [value for value, (pattern, _, mode) in zip(values, pairs, strict=True) if not pattern or not mode]
+        if wrong:
+            parser.error(f"{option_string}: {wrong[0]!r} is no PATTERN=MODE")
+        setattr(namespace, self.dest, {pattern: mode for pattern, _, mode in pairs})
+
+
+def _add_modes(group: Any) -> None:
+    group.add_argument(
+        "--modes",
+        nargs="+",
+        action=_Modes,
+        metavar="PATTERN=MODE",
+        help="another mode (bnn, bwn or float) for the linear layers whose names have parts that match a regular "
+        "expression, such as attention=bwn 'layer\\.0=float'",
+    )
+
+
 def _add(
     commands: Any, name: str, run: Callable[[argparse.Namespace], None], summary: str, description: str, *examples: str
 ) -> argparse.ArgumentParser:
@@ -145,6 +167,7 @@ def _add_inspect(commands: Any) -> None:
     group = inspect.add_argument_group("what to binarize in a float model, as in StoMPPConfig")
     choose: Any = group
     _option(choose, "--mode", choices=CHOICES["mode"], help="bnn: 1-bit weights and activations; bwn: weights alone")
+    _add_modes(choose)
     _option(choose, "--unit", choices=CHOICES["unit"], help="what freezes together (default: layer)")
     _option(
         choose,
@@ -207,6 +230,7 @@ def _add_train(commands: Any) -> None:
     how.add_argument(
         "--mode", choices=CHOICES["mode"], help="bnn (default): 1-bit weights and activations; bwn: weights"
     )
+    _add_modes(how)
     how.add_argument(
         "--teacher",
         metavar="MODEL",
@@ -279,6 +303,7 @@ def _add_distill(commands: Any) -> None:
     how.add_argument(
         "--mode", choices=CHOICES["mode"], help="bnn (default): 1-bit weights and activations; bwn: weights"
     )
+    _add_modes(how)
     _option(how, "--binary_word_embeddings", action="store_true", help="the word embedding table becomes 1-bit too")
     _option(
         how,

@@ -160,7 +160,7 @@ def run_unpack(arguments: argparse.Namespace) -> None:
         if not arguments.float:
             return unpack(model)
         stompp: Any = model.config.quantization_config
-        if stompp.mode != "bwn":
+        if stompp.has_binary_activations:
             raise CommandError(
                 "--float is for models of mode bwn: this one has binary activations too, which no plain float model "
                 "computes; unpack it without --float, or write an ONNX file with `hf-stompp export`"

@@ -199,6 +199,7 @@ def distill(arguments: argparse.Namespace) -> dict[str, Any]:
     asked = RecipeArguments(
         arguments.method,
         mode=arguments.mode,
+        modes=arguments.modes,
         binary_word_embeddings=arguments.binary_word_embeddings or None,
         # Noise in the student alone would keep it from what the teacher computes.
         dropout=0.0,

@@ -17,7 +17,7 @@ from .errors import CommandError
 from .models import empty_model, frozen_fractions, load, megabytes, read_config, state_of
 
 
-CONFIG_OPTIONS = ("mode", "unit", "binary_word_embeddings", "modules_to_not_convert", "layer_stack")
+CONFIG_OPTIONS = ("mode", "modes", "unit", "binary_word_embeddings", "modules_to_not_convert", "layer_stack")
 """The fields of `StoMPPConfig` that change what becomes binary, and how it is counted."""
 
 
@@ -88,7 +88,8 @@ def inspect(model: str, options: dict[str, Any]) -> dict[str, Any]:
 def _print(result: dict[str, Any]) -> None:
     options, total, state = result["options"], result["total"], result["state"]
     what = "float; what binarize() would make of it" if state == "float" else state
-    print(f"{result['model']}: {result['class']}, {what} (mode {options['mode']}, unit {options['unit']})\n")
+    others = "".join(f", {mode} where {pattern}" for pattern, mode in (options["modes"] or {}).items())
+    print(f"{result['model']}: {result['class']}, {what} (mode {options['mode']}{others}, unit {options['unit']})\n")
     print(result["table"] + "\n")
     binary, weights = total["binary_weights"], total["binary_weights"] + total["float_weights"]
     print(f"1-bit: {binary:,} of {weights:,} weights ({binary / weights:.1%})")

@@ -168,10 +168,12 @@ def load_model(arguments: argparse.Namespace, examples: Examples) -> tuple[Any, 
             f"{arguments.model} is packed, which cannot be trained: `hf-stompp unpack {arguments.model} OUTPUT` makes "
             "a latent model of it, or name the float model it was made from"
         )
-    if state == "latent" and (arguments.mode or arguments.float_epochs or arguments.method == "float"):
+    if state == "latent" and (
+        arguments.mode or arguments.modes or arguments.float_epochs or arguments.method == "float"
+    ):
         raise CommandError(
-            f"{arguments.model} is binary already (latent): drop --mode, --float_epochs and --method float, or name a "
-            "float model"
+            f"{arguments.model} is binary already (latent): drop --mode, --modes, --float_epochs and --method float, "
+            "or name a float model"
         )
     known = (config.architectures or [None])[0] in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
     options: dict[str, Any] = {}
@@ -316,11 +318,12 @@ def asked_for(arguments: argparse.Namespace) -> RecipeArguments:
     Raises:
         CommandError: one of them contradicts the method.
     """
-    unused = [name for name in ("mode", "float_epochs", "teacher") if getattr(arguments, name) is not None]
+    unused = [name for name in ("mode", "modes", "float_epochs", "teacher") if getattr(arguments, name) is not None]
     if arguments.method == "float" and unused:
         raise CommandError(f"--method float binarizes nothing: drop --{', --'.join(unused)}, or choose another method")
     names = {
         "mode": arguments.mode,
+        "modes": arguments.modes,
         "float_num_train_epochs": arguments.float_epochs,
         "float_learning_rate": None if arguments.method == "float" else arguments.float_learning_rate,
         "teacher": arguments.teacher,
