@@ -181,6 +181,7 @@ def plot(result: Mapping[str, Any], file: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10.5, 4.4), sharey=True, layout="constrained")
     panels = (
@@ -193,6 +194,9 @@ def plot(result: Mapping[str, Any], file: Path) -> None:
             axis.plot(value(row), row["accuracy"], marker, color=color, markersize=8)
             axis.annotate(name, (value(row), row["accuracy"]), (6, 5), textcoords="offset points", fontsize=7.5)
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.margins(x=0.18, y=0.12)
         axis.set_xlabel(label)
         axis.grid(alpha=0.25)

@@ -19,9 +19,10 @@ from .. import benchmark
 from ..config import CHOICES
 from ..methods import BINARY_DEFAULTS, FLOAT_DEFAULTS, METHODS, RecipeArguments
 from ..ops import cpu
+from ..sensitivity import DETAILS
 from ..tables import READERS
 from ..text import LINES
-from . import conversion, distill, evaluation, exporting, information, inspection, plotting, training
+from . import conversion, distill, evaluation, exporting, information, inspection, plotting, sensitivity, training
 from .errors import explain
 from .models import quiet_transformers
 
@@ -144,6 +145,7 @@ def parser() -> argparse.ArgumentParser:
     _add_unpack(commands)
     _add_export(commands)
     _add_eval(commands)
+    _add_sensitivity(commands)
     _add_plot(commands)
     _add_bench(commands)
     return root
@@ -385,21 +387,52 @@ def _add_eval(commands: Any) -> None:
         "hf-stompp eval output/packed --task sst2 --dataset_dir glue --json",
     )
     evaluate.add_argument("model", metavar="MODEL", help="a folder or a name on the Hub; float, latent or packed")
-    source = evaluate.add_mutually_exclusive_group(required=True)
+    _add_examples(evaluate)
+
+
+def _add_examples(parser: argparse.ArgumentParser) -> None:
+    """What to measure a classifier with."""
+    source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--file", type=Path, help=f"a file that ends in {', '.join(READERS)}")
     source.add_argument("--task", help="the validation set of a GLUE task, from the Hub or from --dataset_dir")
     _option(
-        evaluate,
+        parser,
         "--dataset_dir",
         type=Path,
         metavar="DIR",
         help="where to read --task instead: DIR/TASK/validation.parquet, or the Hub's validation-*.parquet",
     )
-    _option(evaluate, "--text_columns", nargs="+", metavar="NAME", help="one or two columns that hold the text")
-    _option(evaluate, "--label_column", default="label", metavar="NAME", help="default: label")
-    _option(evaluate, "--batch_size", type=_count, default=32, metavar="N", help="default: 32")
-    _option(evaluate, "--max_length", type=_count, default=128, metavar="N", help="tokens of a text (default: 128)")
-    evaluate.add_argument("--device", help="default: cuda where there is one, otherwise cpu")
+    _option(parser, "--text_columns", nargs="+", metavar="NAME", help="one or two columns that hold the text")
+    _option(parser, "--label_column", default="label", metavar="NAME", help="default: label")
+    _option(parser, "--batch_size", type=_count, default=32, metavar="N", help="default: 32")
+    _option(parser, "--max_length", type=_count, default=128, metavar="N", help="tokens of a text (default: 128)")
+    parser.add_argument("--device", help="default: cuda where there is one, otherwise cpu")
+
+
+def _add_sensitivity(commands: Any) -> None:
+    command = _add(
+        commands,
+        "sensitivity",
+        sensitivity.run,
+        "what each part of a float classifier costs when it alone is binarized",
+        "Binarizes one part of a float text classifier after the other, without training, and measures how far its "
+        "answers move from the float model's, and how often they are right. Parts are encoder layers (unit), all "
+        "layers of one name (kind) and single linear layers (module). Scales and thresholds of activations come from "
+        "32 of the examples. With --keep the layers that cost most are suggested for another mode, as --modes and "
+        "StoMPPConfig take it. It tells which parts matter most, not how good a trained binary model will be.",
+        "hf-stompp sensitivity output/float --file dev.csv",
+        "hf-stompp sensitivity output/float --file dev.csv --detail kind unit --plot sensitivity.png",
+        "hf-stompp sensitivity output/float --task sst2 --keep 8 --json",
+    )
+    command.add_argument("model", metavar="MODEL", help="a float text classifier: a folder or a name on the Hub")
+    _add_examples(command)
+    _option(command, "--max_examples", type=_count, default=256, metavar="N", help="measure with N (default: 256)")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of drawing them (default: 0)")
+    command.add_argument("--mode", nargs="+", choices=CHOICES["mode"], help="of the part (default: both)")
+    command.add_argument("--detail", nargs="+", choices=DETAILS, help="what a part is (default: all three)")
+    command.add_argument("--keep", type=_count, metavar="N", help="suggest another mode for the N costliest layers")
+    _option(command, "--keep_as", choices=("bwn", "float"), default="bwn", help="that mode (default: bwn)")
+    command.add_argument("--plot", type=Path, metavar="FILE", help="draw the costs, too (needs matplotlib)")
 
 
 def _add_plot(commands: Any) -> None:

@@ -1,4 +1,4 @@
-"""`hf-stompp eval`."""
+"""`hf-stompp eval`, and the classifier and examples that others measure with too."""
 
 from __future__ import annotations
 
@@ -6,32 +6,83 @@ import argparse
 import json
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from .errors import CommandError, hub_errors
-from .examples import class_ids, read_examples
+from .examples import Examples, class_ids, read_examples
 from .models import frozen_fractions, load, model_class, read_config, state_of
 
 
-def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Classifier:
     """
-    What `hf-stompp eval` tells.
+    A text classifier and the labelled examples that it is measured with.
+
+    Args:
+        model (`PreTrainedModel`): float, latent or packed.
+        tokenizer (`PreTrainedTokenizerBase`).
+        examples (`Examples`).
+        labels (`list[int]`): class of each example.
+        max_length (`int`): tokens of a text.
+        batch_size (`int`).
+    """
+
+    model: Any
+    tokenizer: Any
+    examples: Examples
+    labels: list[int]
+    max_length: int
+    batch_size: int
+
+    def encode(self, rows: Sequence[int]) -> Any:
+        """Examples as the model takes them."""
+        batch = [[column[row] for row in rows] for column in self.examples.texts]
+        return self.tokenizer(*batch, truncation=True, max_length=self.max_length, padding=True, return_tensors="pt")
+
+    def answers(self, model: Any, rows: Sequence[int], progress: Callable[[int], Any] = lambda count: None) -> Tensor:
+        """
+        Logits of shape `(len(rows), classes)`, on the CPU.
+
+        Args:
+            model (`PreTrainedModel`): this one, or what was made of it.
+            rows (`Sequence[int]`): of the examples.
+            progress (`Callable[[int], None]`, *optional*): told after each batch how many examples it had.
+        """
+        # Texts of like length share a batch, which wastes no time on padding.
+        order = sorted(range(len(rows)), key=lambda place: -sum(len(c[rows[place]]) for c in self.examples.texts))
+        found: list[Tensor] = []
+        with torch.inference_mode():
+            for first in range(0, len(order), self.batch_size):
+                places = order[first : first + self.batch_size]
+                inputs = self.encode([rows[place] for place in places]).to(model.device)
+                found.append(model(**inputs).logits.cpu())
+                progress(len(places))
+        logits = torch.cat(found)
+        return torch.empty_like(logits).index_copy_(0, torch.tensor(order), logits)
+
+
+def load_classifier(arguments: argparse.Namespace) -> Classifier:
+    """
+    The model and the examples that a command names.
 
     Raises:
         CommandError: the model is no text classifier or lacks weights, or the examples cannot be used.
     """
     config: Any = read_config(arguments.model)
-    state = state_of(config, arguments.model)
     name = model_class(config, arguments.model).__name__
     if name not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
         raise CommandError(
-            f"{arguments.model} is a {name}, and eval measures text classifiers: name a ...ForSequenceClassification"
+            f"{arguments.model} is a {name}, and {arguments.command} measures text classifiers: name a "
+            "...ForSequenceClassification"
         )
     if config.num_labels == 1:
         raise CommandError(
@@ -42,45 +93,47 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     with hub_errors("model", arguments.model):
         tokenizer = read_tokenizer(arguments.model)
     model: Any = load(arguments.model, config)
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model.to(device)
+    model.to(torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")))
     length = min(
         arguments.max_length,
         tokenizer.model_max_length,
         getattr(config, "max_position_embeddings", arguments.max_length),
     )
-    # Texts of like length share a batch, which wastes no time on padding.
-    order = sorted(range(len(labels)), key=lambda row: -sum(len(column[row]) for column in examples.texts))
-    correct, start = 0, time.perf_counter()
-    with (
-        torch.inference_mode(),
-        tqdm(total=len(order), desc="examples", unit="example", delay=1, leave=False, disable=None) as bar,
-    ):
-        for first in range(0, len(order), arguments.batch_size):
-            rows = order[first : first + arguments.batch_size]
-            batch = [[column[row] for row in rows] for column in examples.texts]
-            inputs = tokenizer(*batch, truncation=True, max_length=length, padding=True, return_tensors="pt")
-            predicted = model(**inputs.to(device)).logits.argmax(-1).cpu()
-            correct += int((predicted == torch.tensor([labels[row] for row in rows])).sum())
-            bar.update(len(rows))
+    return Classifier(model, tokenizer, examples, labels, length, arguments.batch_size)
+
+
+def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
+    """
+    What `hf-stompp eval` tells.
+
+    Raises:
+        CommandError: see [`load_classifier`].
+    """
+    classifier = load_classifier(arguments)
+    model, examples, labels = classifier.model, classifier.examples, classifier.labels
+    state = state_of(model.config, arguments.model)
+    start = time.perf_counter()
+    with tqdm(total=len(labels), desc="examples", unit="example", delay=1, leave=False, disable=None) as bar:
+        predicted = classifier.answers(model, range(len(labels)), bar.update).argmax(-1)
     seconds = time.perf_counter() - start
+    correct = int((predicted == torch.tensor(labels)).sum())
     fractions = frozen_fractions(model)
     return {
         "model": arguments.model,
-        "class": name,
+        "class": type(model).__name__,
         "state": state,
         "committed": all(fraction == 1.0 for fraction in fractions.values()) if state == "latent" else None,
         "source": examples.source,
         "text_columns": list(examples.columns),
-        "examples": len(order),
+        "examples": len(labels),
         "correct": correct,
-        "accuracy": correct / len(order),
-        "largest_class": max(Counter(labels).values()) / len(order),
+        "accuracy": correct / len(labels),
+        "largest_class": max(Counter(labels).values()) / len(labels),
         "seconds": seconds,
-        "examples_per_second": len(order) / seconds,
+        "examples_per_second": len(labels) / seconds,
         "batch_size": arguments.batch_size,
-        "max_length": length,
-        "device": str(device),
+        "max_length": classifier.max_length,
+        "device": str(model.device),
     }
 
 
