@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,9 +122,13 @@ def test_command_prints_a_table_a_suggestion_that_binarize_takes_and_a_picture(
     assert (tmp_path / "costs.png").stat().st_size > 5000
     assert cli.main(words) == 0
     printed = capsys.readouterr().out
-    assert (
-        "accuracy" in printed and "attention.self.key" in printed and f"modes={json.dumps(result['modes'])}" in printed
-    )
+    assert "accuracy" in printed and "attention.self.key" in printed
+    line = next(line for line in printed.splitlines() if line.startswith("--modes "))
+    # What is printed is what the other commands take.
+    assert cli.main(["inspect", str(model), *shlex.split(line), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["options"]["modes"] == result["modes"]
+    assert cli.main([*words, "--detail", "unit"]) == 2
+    assert "--keep needs the costs of single layers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

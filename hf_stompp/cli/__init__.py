@@ -418,8 +418,8 @@ def _add_sensitivity(commands: Any) -> None:
         "Binarizes one part of a float text classifier after the other, without training, and measures how far its "
         "answers move from the float model's, and how often they are right. Parts are encoder layers (unit), all "
         "layers of one name (kind) and single linear layers (module). Scales and thresholds of activations come from "
-        "32 of the examples. With --keep the layers that cost most are suggested for another mode, as --modes and "
-        "StoMPPConfig take it. It tells which parts matter most, not how good a trained binary model will be.",
+        "32 of the examples. --keep suggests another mode for the layers that cost most, as --modes takes it. "
+        "It tells which parts matter most, not how good a trained binary model will be.",
         "hf-stompp sensitivity output/float --file dev.csv",
         "hf-stompp sensitivity output/float --file dev.csv --detail kind unit --plot sensitivity.png",
         "hf-stompp sensitivity output/float --task sst2 --keep 8 --json",

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..config import CHOICES
 from ..drawing import can_draw, short_names
 from ..sensitivity import DETAILS, costs, linear_names, parts_of, suggest_modes
 from ..summary import surroundings
@@ -36,6 +37,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     if arguments.plot is not None and not can_draw():
         raise CommandError('--plot needs matplotlib, which is not installed: pip install "hf_stompp[plot]"')
+    modes = tuple(arguments.mode or CHOICES["mode"])
+    details = tuple(arguments.detail or DETAILS)
+    if arguments.keep is not None and not ("module" in details and "bnn" in modes):
+        raise CommandError("--keep needs the costs of single layers: take --detail module and --mode bnn, too")
     classifier = load_classifier(arguments)
     model, state = classifier.model, state_of(classifier.model.config, arguments.model)
     if state != "float":
@@ -50,8 +55,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     inputs = classifier.encode(calibration).to(model.device)
     labels = torch.tensor([classifier.labels[row] for row in measured])
-    modes = tuple(arguments.mode or ("bnn", "bwn"))
-    details = tuple(arguments.detail or DETAILS)
     total = len(modes) * sum(part.detail in details for part in parts_of(linear_names(model, inputs)))
     as_it_is = (classifier.answers(model, measured).argmax(-1) == labels).float().mean().item()
     found = costs(model, lambda other: classifier.answers(other, measured), inputs, labels, modes, details)
@@ -91,7 +94,8 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{arguments.model}: accuracy {result['accuracy']:.4f} as it is, {result['examples']:,} examples\n")
     print(_table(result["parts"]))
     if result["modes"] is not None:
-        print(f"\nmodes={json.dumps(result['modes'])}")
+        words = [f"{pattern}={mode}" for pattern, mode in result["modes"].items()]
+        print(f"\n--modes {shlex.join(words)}")
     if arguments.plot is not None:
         print(f"\npicture: {arguments.plot}")
 
