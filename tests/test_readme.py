@@ -34,6 +34,25 @@ def test_the_results_are_what_the_lines_of_the_accuracy_grid_say() -> None:
         assert re.search(rf"^\| {start}[^|]* \| {re.escape(figures)} \|$", README, re.MULTILINE), (cell, figures)
 
 
+def test_the_table_of_ablations_is_what_the_result_lines_say() -> None:
+    lines = (ROOT / "benchmarks" / "results" / "accuracy_ablations.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [json.loads(line) for line in lines]
+    assert {line["split"] for line in found} == {"held_out"}
+    for line in found:
+        name = line["cell"] if line["packed"] is None else f"`{line['cell']}`"
+        accuracy = (line["packed"] or line["float"])["accuracy"]
+        assert re.search(rf"^\| {name}[:,][^|]* \| {accuracy:.1f} \|$", ACCURACY, re.MULTILINE), name
+
+
+def test_the_table_of_costs_is_what_the_result_file_says() -> None:
+    spec = importlib.util.spec_from_file_location("tradeoff", ROOT / "benchmarks" / "tradeoff.py")
+    tradeoff = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = tradeoff
+    spec.loader.exec_module(tradeoff)
+    (file,) = (ROOT / "benchmarks" / "results").glob("tradeoff_*.json")
+    assert tradeoff.table(json.loads(file.read_text(encoding="utf-8"))) in README
+
+
 def test_the_tables_of_cpu_speed_are_what_the_result_file_says() -> None:
     spec = importlib.util.spec_from_file_location("cpu_table", ROOT / "benchmarks" / "cpu_table.py")
     cpu_table = importlib.util.module_from_spec(spec)
