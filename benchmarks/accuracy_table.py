@@ -1,0 +1,55 @@
+"""Prints the README's table of accuracy from `results/accuracy.jsonl`: python benchmarks/accuracy_table.py"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"
+
+TASKS = {"sst2": "SST-2, accuracy", "mrpc": "MRPC, accuracy / F1", "cola": "CoLA, Matthews correlation"}
+
+COLUMNS = {
+    "float": ("float",),
+    "binary weights (`bwn`)": ("bwn",),
+    "and binary embeddings": ("bwn-binary-embeddings",),
+    "binary weights and activations (`bnn`)": ("ste",),
+    "the same, from text first": ("ste-distilled-2-epochs", "ste-distilled"),
+    "bag of words": ("tfidf",),
+    "most frequent answer": ("majority",),
+}
+"""Column -> cells of the grid, the first that was run for a task."""
+
+
+def read_results() -> list[dict[str, Any]]:
+    """The lines of models with all their layers, on the development sets."""
+    lines = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line["split"] == "validation" and line.get("layers") is None]
+
+
+def table(lines: Iterable[Mapping[str, Any]]) -> str:
+    """Markdown: a row a task, means over the seeds; what was not run is a dash."""
+    found: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for line in lines:
+        # The packed model counts; what is float has no other figure.
+        found.setdefault((line["task"], line["cell"]), []).append(line["packed"] or line["float"])
+
+    def text(task: str, cells: tuple[str, ...]) -> str:
+        measured = next((found[task, cell] for cell in cells if (task, cell) in found), None)
+        if measured is None:
+            return "-"
+        return " / ".join(f"{statistics.mean(one[name] for one in measured):.1f}" for name in measured[0])
+
+    rows = [f"| task | {' | '.join(COLUMNS)} |", f"|{'---|' * (len(COLUMNS) + 1)}"]
+    rows += [
+        f"| {name} | {' | '.join(text(task, cells) for cells in COLUMNS.values())} |" for task, name in TASKS.items()
+    ]
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(table(read_results()))
