@@ -16,7 +16,6 @@ TASKS = {"sst2": "SST-2, accuracy", "mrpc": "MRPC, accuracy / F1", "cola": "CoLA
 COLUMNS = {
     "float": ("float",),
     "binary weights (`bwn`)": ("bwn",),
-    "and binary embeddings": ("bwn-binary-embeddings",),
     "binary weights and activations (`bnn`)": ("ste",),
     "the same, from text first": ("ste-distilled-2-epochs", "ste-distilled"),
     "bag of words": ("tfidf",),

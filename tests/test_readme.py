@@ -95,3 +95,13 @@ def test_the_table_of_encoders_on_a_gpu_is_what_the_result_file_says() -> None:
     spec.loader.exec_module(gpu)
     path = ROOT / "benchmarks" / "results" / "cuda_nvidia_h100_80gb_hbm3.json"
     assert gpu.encoder_table(json.loads(path.read_text(encoding="utf-8"))) in README
+
+
+def test_the_table_of_sentence_encoders_is_what_the_result_lines_say() -> None:
+    page = (ROOT / "docs" / "howto" / "distillation.md").read_text(encoding="utf-8")
+    lines = (ROOT / "benchmarks" / "results" / "sentence_encoder.jsonl").read_text(encoding="utf-8").splitlines()
+    for line in map(json.loads, lines):
+        figures = f"{line['packed']['spearman']:.1f} | {line['kept']:.1f} %"
+        row = f"| `{line['mode']}` | {line['steps']:,} | {line['seconds'] / 60:.0f} | {figures} |"
+        assert row in page
+        assert f"{line['packed']['spearman']:.1f} ({figures.split('| ')[1]}" in README
