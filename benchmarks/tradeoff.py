@@ -181,23 +181,28 @@ def plot(result: Mapping[str, Any], file: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10.5, 4.4), sharey=True, layout="constrained")
     panels = (
         ("MiB on disk", lambda row: row["bytes"] / 2**20),
         ("ms a sentence, one thread", lambda row: row["milliseconds"]),
     )
-    for axis, (label, value) in zip(axes, panels, strict=True):
+    for axis, (label, value), left in zip(axes, panels, ("binary", "int8"), strict=True):
         for name, row in result["models"].items():
             color, marker, _ = KINDS[row["kind"]]
             axis.plot(value(row), row["accuracy"], marker, color=color, markersize=8)
-            axis.annotate(name, (value(row), row["accuracy"]), (6, 5), textcoords="offset points", fontsize=7.5)
+            # Kinds lie close to each other, so that their names go to different sides.
+            place, side = ((7, 4), "left") if row["kind"] == "float" else ((7, -10), "left")
+            if row["kind"] == left:
+                place, side = (-7, 4 if left == "int8" else -11), "right"
+            point = value(row), row["accuracy"]
+            axis.annotate(name, point, place, textcoords="offset points", fontsize=7.5, ha=side)
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.xaxis.set_major_formatter(lambda tick, position: f"{tick:g}")
         axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.margins(x=0.18, y=0.12)
+        axis.margins(x=0.25, y=0.12)
         axis.set_xlabel(label)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
