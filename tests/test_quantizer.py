@@ -581,9 +581,9 @@ def test_sound_pytorch_file_is_not_read_either(packed_folder, tiny_packed):
 
 
 def test_newer_format_is_refused(packed_folder):
-    edit_config(packed_folder, lambda config: config.update(format_version=2))
+    edit_config(packed_folder, lambda config: config.update(format_version=3))
 
-    with pytest.raises(ValueError, match="format version 2; this hf_stompp reads up to 1: upgrade"):
+    with pytest.raises(ValueError, match="format version 3; this hf_stompp reads up to 2: upgrade"):
         load(packed_folder)
 
 
@@ -595,9 +595,9 @@ def test_unknown_field_is_refused(packed_folder):
 
 
 def test_newer_format_is_named_before_its_unknown_fields(packed_folder):
-    edit_config(packed_folder, lambda config: config.update(format_version=2, weight_groups=4, mode="ternary"))
+    edit_config(packed_folder, lambda config: config.update(format_version=3, weight_groups=4, mode="ternary"))
 
-    with pytest.raises(ValueError, match=r"format version 2.*upgrade"):
+    with pytest.raises(ValueError, match=r"format version 3.*upgrade"):
         load(packed_folder)
 
 
