@@ -345,8 +345,7 @@ def baseline_line(name: str, task: str, split: str, data: Path, limits: dict[str
     """The result line of the majority class, or of a bag of words with a linear model."""
     import datasets
     import numpy as np
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression, Ridge
+    from bag_of_words import linear_model, vectorizer
 
     sys.path.insert(0, str(GLUE))
     from glue_metric import GlueMetric
@@ -365,7 +364,7 @@ def baseline_line(name: str, task: str, split: str, data: Path, limits: dict[str
         typical = labels.mean() if task == "stsb" else np.bincount(labels).argmax()
         predicted = np.full(len(validation), typical)
     else:
-        bag = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)
+        bag = vectorizer()
         bag.fit([text for column in columns for text in train[column]])
 
         def features(part: Any) -> Any:
@@ -378,8 +377,7 @@ def baseline_line(name: str, task: str, split: str, data: Path, limits: dict[str
             common = sides[0].multiply(sides[1])
             return scipy.sparse.hstack([common, abs(sides[0] - sides[1]), common.sum(axis=1)]).tocsr()
 
-        model = Ridge() if task == "stsb" else LogisticRegression(max_iter=1000, C=10.0)
-        predicted = model.fit(features(train), labels).predict(features(validation))
+        predicted = linear_model(task == "stsb").fit(features(train), labels).predict(features(validation))
     metric = GlueMetric(task, keep_in_memory=True)
     found = metric.compute(predictions=predicted, references=validation["label"][:])
     measures = MEASURES.get(task, ("accuracy",))
@@ -475,10 +473,7 @@ class Grid:
         return {key_of(line) for line in read_lines(self.results)}
 
     def _key(self, cell: Cell) -> tuple[Any, ...]:
-        return key_of(
-            {"split": self.split, "task": cell.task, "cell": cell.name, "layers": cell.layers, "seed": cell.seed}
-            | {"flags": cell.flags, "float_flags": cell.float_flags}
-        )
+        return key_of({**vars(cell), "split": self.split, "cell": cell.name})
 
     def _is_ready(self, cell: Cell) -> bool:
         start = self.work / cell.start.folder(self.split)

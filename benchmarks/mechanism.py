@@ -31,10 +31,13 @@ from transformers import (
     set_seed,
 )
 
-from hf_stompp import StoMPPTrainer, StoMPPTrainingArguments, binarize
+from hf_stompp import StoMPPTrainingArguments, binarize
 from hf_stompp.binarization import config_of
+from hf_stompp.cli.training import accuracy
 from hf_stompp.methods import RecipeArguments
 from hf_stompp.patching import unit_modules
+from hf_stompp.recipe import Recipe, Results
+from hf_stompp.stages import train_binary
 from hf_stompp.summary import surroundings
 
 
@@ -94,9 +97,7 @@ def train(name: str, model: Any, data: Mapping[str, Any], arguments: argparse.Na
     asked = RecipeArguments(**options, dropout=0.0)
     set_seed(arguments.seed)
     student = binarize(copy.deepcopy(model), asked.config())
-    for module in student.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    watch, results = Watch(student), Results()
     with tempfile.TemporaryDirectory() as folder:
         given = {
             "max_steps": arguments.steps,
@@ -111,25 +112,26 @@ def train(name: str, model: Any, data: Mapping[str, Any], arguments: argparse.Na
             folder, eval_strategy="no", save_strategy="no", report_to="none", use_cpu=True, eval_mixed=False, **given
         )
         asked.complete(args, given)
-        watch = Watch(student)
-        trainer = StoMPPTrainer(
-            student,
+        recipe = Recipe(
+            asked,
             args,
+            output_dir=Path(folder),
+            tokenizer=data["tokenizer"],
             train_dataset=data["train"],
-            eval_dataset=data["validation"],
+            eval_datasets={"eval": data["validation"]},
             data_collator=DataCollatorWithPadding(data["tokenizer"]),
-            compute_metrics=lambda found: {
-                "accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())
-            },
-            teacher=model,
-            callbacks=[watch],
+            compute_metrics=accuracy,
+            prepare=lambda trainer: trainer.add_callback(watch),
         )
-        trainer.train()
-        accuracy = 100 * trainer.evaluate()["eval_accuracy"]
-    print(f"{name}: {accuracy:.1f}", flush=True)
-    shorten = {unit: [float(f"{value:.4g}") for value in values] for unit, values in watch.gradients.items()}
-    flips = {unit: [float(f"{value:.4g}") for value in values] for unit, values in watch.flips.items()}
-    return {"options": METHODS[name], "accuracy": round(accuracy, 2), "gradient_norm": shorten, "flips": flips}
+        train_binary(recipe, student, model, results)
+    found = 100 * (results.metrics["binary_final"] or {})["eval_accuracy"]
+    print(f"{name}: {found:.1f}", flush=True)
+    series = {"gradient_norm": watch.gradients, "flips": watch.flips}
+    rounded = {
+        kind: {unit: [float(f"{value:.4g}") for value in values] for unit, values in units.items()}
+        for kind, units in series.items()
+    }
+    return {"options": METHODS[name], "accuracy": round(found, 2), **rounded}
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

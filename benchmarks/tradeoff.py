@@ -97,12 +97,10 @@ def load(name: str, folder: Path, max_length: int) -> dict[str, Candidate]:
 
 def bag_of_words(texts: list[str], labels: list[int]) -> Candidate:
     """TF-IDF of words and pairs of words, and logistic regression."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
+    from bag_of_words import linear_model, vectorizer
     from sklearn.pipeline import make_pipeline
 
-    bag = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)
-    pipeline = make_pipeline(bag, LogisticRegression(max_iter=1000, C=10.0)).fit(texts, labels)
+    pipeline = make_pipeline(vectorizer(), linear_model()).fit(texts, labels)
     return Candidate("bag", lambda texts: list(pipeline.predict(texts)), len(pickle.dumps(pipeline)))
 
 

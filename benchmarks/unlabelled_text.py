@@ -2,9 +2,10 @@
 Writes a text file of sentences without labels, a sentence a line, for `hf-stompp distill`.
 
     python benchmarks/unlabelled_text.py OUTPUT.txt --reviews REVIEWS.parquet --reviews_sentences 60000 \\
-        --dataset_dir DIR --tasks cola mrpc stsb rte mnli_small qnli_small
+        --dataset_dir DIR --tasks cola mrpc stsb rte
 
-Takes sentences of film reviews, drawn at random, and every sentence of the training sets of the tasks named.
+Takes sentences of film reviews, drawn at random, and every sentence of the training sets of the tasks named: those of
+3 to 40 words, each once.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import pyarrow.parquet
 from hf_stompp.text import read_texts, split_sentences
 
 
-MOST_WORDS = 40
+WORDS = range(3, 41)
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
 
     reviews = read_texts([arguments.reviews])
     random.Random(arguments.seed).shuffle(reviews)
-    # Ten sentences make a review; a few more reviews than needed are cut.
+    # A review has ten sentences: twice as many as needed, since short and long ones are dropped.
     sentences = [line for text in reviews[: arguments.reviews_sentences // 5] for line in split_sentences(text)]
     random.Random(arguments.seed).shuffle(sentences)
     found = dict.fromkeys(_short(sentences)[: arguments.reviews_sentences])
@@ -48,7 +49,7 @@ def main() -> None:
 
 
 def _short(sentences: list[str]) -> list[str]:
-    return [line for line in (" ".join(item.split()) for item in sentences) if 3 <= len(line.split()) <= MOST_WORDS]
+    return [line for line in (" ".join(item.split()) for item in sentences) if len(line.split()) in WORDS]
 
 
 if __name__ == "__main__":

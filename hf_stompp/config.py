@@ -128,7 +128,6 @@ class StoMPPConfig(QuantizationConfigMixin):
     def __init__(
         self,
         mode: str = "bnn",
-        modes: dict[str, str] | None = None,
         surrogate: str = "ste",
         weight_scale: str = "row",
         weight_center: str = "none",
@@ -144,6 +143,7 @@ class StoMPPConfig(QuantizationConfigMixin):
         modules_to_not_convert: list[str] | None = None,
         binary_word_embeddings: bool = False,
         layer_stack: str | None = None,
+        modes: dict[str, str] | None = None,
         state: str = "latent",
         format_version: int | None = None,
         modules: list[dict[str, Any]] | None = None,

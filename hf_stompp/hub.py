@@ -337,19 +337,15 @@ def _introduction(
 def _what_is_binary(config: StoMPPConfig) -> str:
     kinds = [entry["kind"] for entry in config.modules or []]
     lines = [f"- binary: the weights of {kinds.count('linear')} linear layers, with a float scale for each output row"]
-    binary, total = (
-        sum(entry["kind"] == "linear" and (entry["input"] is not None or every) for entry in config.modules or [])
-        for every in (False, True)
-    )
+    inputs = [entry["input"] for entry in config.modules or [] if entry["kind"] == "linear"]
+    binary = len(inputs) - inputs.count(None)
     if binary:
-        which = "them" if binary == total else f"{binary} of them"
+        which = "them" if binary == len(inputs) else f"{binary} of them"
         lines += [f"- binary: the activations that enter {which}, with a threshold for each feature"]
-    if binary < total:
-        lines += [
-            "- float: the activations that enter the others (mode `bwn`)"
-            if binary
-            else "- float: all activations (mode `bwn`, binary weights only)"
-        ]
+    if 0 < binary < len(inputs):
+        lines += ["- float: the activations that enter the others (mode `bwn`)"]
+    if not binary:
+        lines += ["- float: all activations (mode `bwn`, binary weights only)"]
     if "embedding" in kinds:
         lines += ["- binary: the word embeddings, with a scale for each row"]
     lines += ["- float: LayerNorm, biases, scales, attention scores and softmax, the residual stream"]

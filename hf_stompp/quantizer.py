@@ -164,6 +164,10 @@ def _follow_prefix(model: nn.Module, config: StoMPPConfig) -> None:
             return None if name is None else f"{prefix}.{name}"
     else:
         return
+    if config.modes:
+        # A pattern may have held the prefix. What is left float is in no table, so nothing is lost with its pattern.
+        modes = {name: config.mode_of(name) for name, entry in config.table.items() if entry["kind"] == "linear"}
+        config.modes = {re.escape(str(rename(name))): mode for name, mode in modes.items() if mode != config.mode}
     for entry in config.modules or []:
         entry.update({key: rename(entry[key]) for key in ("name", "unit", "input") if key in entry})
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .binarization import binarize, commit
-from .config import CHOICES, StoMPPConfig
+from .config import StoMPPConfig
 from .structure import plan_modules
 
 
@@ -63,7 +63,12 @@ class Cost:
 
 
 def linear_names(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """The linear layers that [`binarize`] would replace, from input to output: name -> its encoder layer."""
+    """
+    The linear layers that [`binarize`] would replace, from input to output: name -> its encoder layer.
+
+    Raises:
+        ValueError: the encoder layers cannot be found, see [`~hf_stompp.structure.plan_modules`].
+    """
     plan = plan_modules(model, StoMPPConfig(), inputs)
     return {name: entry["unit"] for name, entry in plan.items() if entry["kind"] == "linear"}
 
@@ -104,36 +109,20 @@ def binarized_alone(
     return commit(binary)
 
 
-def costs(
-    model: PreTrainedModel,
-    answer: Callable[[PreTrainedModel], Tensor],
-    inputs: Mapping[str, Any],
-    labels: Tensor | None = None,
-    modes: tuple[str, ...] = CHOICES["mode"],
-    details: tuple[str, ...] = DETAILS,
-) -> Iterator[Cost]:
+def cost_of(part: Part, mode: str, logits: Tensor, float_logits: Tensor, labels: Tensor | None = None) -> Cost:
     """
-    Measures parts one after the other.
+    What a part costs, from the answers of the model in which it alone is binary.
 
     Args:
-        model (`PreTrainedModel`): a float classifier.
-        answer (`Callable`): model -> logits of shape `(examples, classes)` on the examples to measure with.
-        inputs (`dict[str, Any]`): see [`binarized_alone`].
+        part (`Part`), mode (`str`): see [`Cost`].
+        logits (`Tensor` of shape `(examples, classes)`): of that model.
+        float_logits (`Tensor` of the same shape): of the float model.
         labels (`Tensor` of shape `(examples,)`, *optional*): classes, int64.
-        modes (`tuple[str]`, *optional*): of the parts.
-        details (`tuple[str]`, *optional*): which parts; some of [`DETAILS`].
-
-    Yields:
-        `Cost`: as soon as it is known.
     """
-    linears = linear_names(model, inputs)
-    expected = F.log_softmax(answer(model).float(), -1)
-    for part in parts_of(linears):
-        for mode in modes if part.detail in details else ():
-            logits = answer(binarized_alone(model, part, mode, linears, inputs)).float()
-            divergence = F.kl_div(F.log_softmax(logits, -1), expected, reduction="batchmean", log_target=True)
-            right = None if labels is None else (logits.argmax(-1) == labels).float().mean().item()
-            yield Cost(part, mode, divergence.item(), right)
+    answers, expected = (F.log_softmax(one.float(), -1) for one in (logits, float_logits))
+    divergence = F.kl_div(answers, expected, reduction="batchmean", log_target=True).item()
+    accuracy = None if labels is None else (logits.argmax(-1) == labels).float().mean().item()
+    return Cost(part, mode, divergence, accuracy)
 
 
 def suggest_modes(measured: list[Cost], keep: int, mode: str = "bwn") -> dict[str, str]:

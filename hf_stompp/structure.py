@@ -353,9 +353,7 @@ def _producer_of(function: str, plan: Mapping[str, Any], trace: _Trace) -> str |
     read = trace.reads.get(function)
     for name, entry in plan.items():
         outputs = trace.outputs.get(name, [])
-        # A product with floats puts out no bits.
-        is_binary = entry["kind"] == "linear" and entry["input"] is not None
-        if is_binary and outputs and read is not None and outputs[0] is read[0]:
+        if entry["kind"] == "linear" and outputs and read is not None and outputs[0] is read[0]:
             return name if trace.only_read_by(name, {function}) else None
     return None
 

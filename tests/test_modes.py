@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from hf_stompp import (
     StoMPPConfig,
@@ -76,6 +76,24 @@ def test_every_layer_gets_the_mode_of_its_pattern_also_after_loading(
     assert saved["format_version"] == 2 and saved["modes"] == settings["modes"]
 
 
+@pytest.mark.parametrize("state", ["latent", "packed"])
+def test_patterns_with_a_prefix_survive_the_encoder_being_loaded_and_saved_without_its_head(
+    tiny_committed: Callable, tiny_inputs: Callable, tmp_path: Path, state: str
+) -> None:
+    modes = {r"bert\.encoder\.layer\.0\.attention\.self\.key": "bwn", r"bert\.encoder\.layer\.1\.output": "float"}
+    model = tiny_committed("bert", StoMPPConfig(modes=modes))
+    (pack(model) if state == "packed" else model).save_pretrained(tmp_path / "classifier")
+    encoder = AutoModel.from_pretrained(tmp_path / "classifier")
+    encoder.save_pretrained(tmp_path / "encoder")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "encoder", num_labels=3)
+    again.save_pretrained(tmp_path / "again")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "again")
+    assert modes_of(again) == modes_of(model)
+    with torch.no_grad():
+        found, expected = (one.eval().bert(**tiny_inputs("bert")).last_hidden_state for one in (again, model))
+    assert torch.equal(found, expected)
+
+
 def test_a_layer_of_mode_bwn_beside_binary_ones_reads_floats(tiny_committed: Callable, tiny_inputs: Callable) -> None:
     model = pack(tiny_committed("bert", StoMPPConfig(modes={"key": "bwn"})))
     attention = model.bert.encoder.layer[0].attention.self
@@ -94,8 +112,15 @@ def test_a_layer_of_mode_bwn_beside_binary_ones_reads_floats(tiny_committed: Cal
     assert attention.query.input_activation is attention.value.input_activation is not None
 
 
-def test_sizes_are_those_of_the_saved_file(tiny_committed: Callable, tmp_path: Path) -> None:
-    model = tiny_committed("bert", StoMPPConfig(modes={"attention": "bwn", "intermediate": "float"}))
+# ModernBERT's linear layers have no bias, and only those that read binary inputs get one.
+@pytest.mark.parametrize(
+    ("family", "modes"),
+    [("bert", {"attention": "bwn", "intermediate": "float"}), ("modernbert", {"attn": "bwn", "Wo": "bwn"})],
+)
+def test_sizes_are_those_of_the_saved_file(
+    tiny_committed: Callable, tmp_path: Path, family: str, modes: dict[str, str]
+) -> None:
+    model = tiny_committed(family, StoMPPConfig(modes=modes))
     packed = pack(model)
     packed.save_pretrained(tmp_path)
     with open(tmp_path / "model.safetensors", "rb") as file:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ..config import CHOICES
 from ..drawing import can_draw, short_names
-from ..sensitivity import DETAILS, costs, linear_names, parts_of, suggest_modes
+from ..sensitivity import DETAILS, binarized_alone, cost_of, linear_names, parts_of, suggest_modes
 from ..summary import surroundings
 from .errors import CommandError
 from .evaluation import load_classifier
@@ -55,16 +55,18 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     inputs = classifier.encode(calibration).to(model.device)
     labels = torch.tensor([classifier.labels[row] for row in measured])
-    total = len(modes) * sum(part.detail in details for part in parts_of(linear_names(model, inputs)))
-    as_it_is = (classifier.answers(model, measured).argmax(-1) == labels).float().mean().item()
-    found = costs(model, lambda other: classifier.answers(other, measured), inputs, labels, modes, details)
-    listed = list(tqdm(found, total=total, desc="parts", unit="part", delay=1, leave=False, disable=None))
+    linears, float_logits = linear_names(model, inputs), classifier.answers(model, measured)
+    cases = [(part, mode) for part in parts_of(linears) if part.detail in details for mode in modes]
+    listed = []
+    for part, mode in tqdm(cases, desc="parts", unit="part", delay=1, leave=False, disable=None):
+        logits = classifier.answers(binarized_alone(model, part, mode, linears, inputs), measured)
+        listed.append(cost_of(part, mode, logits, float_logits, labels))
     suggestion = None if arguments.keep is None else suggest_modes(listed, arguments.keep, arguments.keep_as)
     return {
         "model": arguments.model,
         "source": classifier.examples.source,
         "examples": len(measured),
-        "accuracy": as_it_is,
+        "accuracy": (float_logits.argmax(-1) == labels).float().mean().item(),
         "largest_class": max(Counter(labels.tolist()).values()) / len(measured),
         "parts": [
             {
