@@ -27,7 +27,7 @@ from hf_stompp.methods import METHODS
 
 
 # Binary activations want a higher one.
-LEARNING_RATES = {"bnn": 5e-4, "bwn": 2e-4}
+LEARNING_RATES = {"bnn": 5e-4, "bwn": 3e-4}
 
 
 def run_demo(
