@@ -17,7 +17,7 @@ COLUMNS = {
     "float": ("float",),
     "binary weights (`bwn`)": ("bwn",),
     "binary weights and activations (`bnn`)": ("ste",),
-    "the same, from text first": ("ste-distilled-2-epochs", "ste-distilled"),
+    "`bnn`, after text without labels": ("ste-distilled-2-epochs", "ste-distilled"),
     "bag of words": ("tfidf",),
     "most frequent answer": ("majority",),
 }

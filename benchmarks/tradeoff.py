@@ -145,7 +145,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         rows = {
             name: {
                 "kind": candidate.kind,
-                "accuracy": round(accuracy(candidate, texts, labels), 2),
+                "accuracy": round(accuracy(candidate, texts, labels), 4),
                 "bytes": candidate.bytes,
                 "milliseconds": round(times[name], 3),
             }
