@@ -2,7 +2,7 @@
 The whole way of a binary BERT, without the Hub: fetch a model, write a corpus, fine-tune in float, binarize, fine-tune
 by StoMPP, pack, reload, and print one table.
 
-    python examples/demo/run_demo.py [--output_dir demo] [--num_train 4000] [--epochs 4] [--mode bwn]
+    python examples/demo/run_demo.py [--output_dir demo] [--num_train 4000] [--epochs 6] [--mode bwn]
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("demo"))
     parser.add_argument("--num_train", type=int, default=4000)
     parser.add_argument("--num_validation", type=int, default=600)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--method", choices=[name for name in METHODS if name != "float"], default="stompp_ste")
     parser.add_argument("--mode", choices=list(LEARNING_RATES), default="bwn")
     parser.add_argument("--seed", type=int, default=0)
