@@ -25,7 +25,14 @@ from .sampling import ReproducibleGrouping
 from .training_args import StoMPPTrainingArguments
 
 
-ACTIVATION_PARAMETERS = ("scale", "shift", "threshold")
+def _activation_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Scales, shifts and thresholds that are learned, by name."""
+    return {
+        f"{prefix}.{name}": parameter
+        for prefix, module in masked_modules(model).items()
+        if isinstance(module, MaskedBinaryActivation)
+        for name, parameter in module.named_parameters(recurse=False)
+    }
 
 
 class ProgressionCallback(TrainerCallback, ExportableState):
@@ -131,8 +138,8 @@ class StoMPPTrainer(ReproducibleGrouping, PushingTrainer):
         args, kwargs: those of [`~transformers.Trainer`].
 
     Raises:
-        ValueError: the model is not binarized, the teacher does not fit it, or the run would use nn.DataParallel,
-            FSDP or DeepSpeed.
+        ValueError: the model is not binarized, the teacher does not fit it, the run would use nn.DataParallel, FSDP or
+            DeepSpeed, or `activation_learning_rate` meets an optimizer that was passed.
     """
 
     model: PreTrainedModel
@@ -175,6 +182,11 @@ class StoMPPTrainer(ReproducibleGrouping, PushingTrainer):
                 )
             # Transformers leaves it off with activation checkpointing.
             self.args.ddp_find_unused_parameters = True
+        if self.args.activation_learning_rate is not None and self.optimizer is not None:
+            raise ValueError(
+                "activation_learning_rate is for the optimizer that StoMPPTrainer makes: leave it out, and give the "
+                "one that you pass a group for scales, shifts and thresholds"
+            )
 
     def _prepare_teacher(self, teacher: PreTrainedModel) -> nn.Module:
         losses = cast(dict[str, float], self.args.distillation_losses)
@@ -394,14 +406,31 @@ class StoMPPTrainer(ReproducibleGrouping, PushingTrainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        names = super().get_decay_parameter_names(model)
-        ours = {
-            f"{name}.{parameter}"
-            for name, module in masked_modules(model).items()
-            if isinstance(module, MaskedBinaryActivation)
-            for parameter in ACTIVATION_PARAMETERS
-        }
-        return [name for name in names if name not in ours]
+        ours = _activation_parameters(model)
+        return [name for name in super().get_decay_parameter_names(model) if name not in ours]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """
+        The optimizer of [`~transformers.Trainer.create_optimizer`], in which scales, shifts and thresholds of binary
+        activations have a group of their own if `args.activation_learning_rate` is given.
+
+        Args:
+            model (`nn.Module`, *optional*): the trainer's when not given.
+
+        Returns:
+            `torch.optim.Optimizer`.
+        """
+        rate, is_new = self.args.activation_learning_rate, self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if rate is None or not is_new:
+            return optimizer
+        named = _activation_parameters(self.model if model is None else model)
+        ours = {id(parameter): parameter for parameter in named.values() if parameter.requires_grad}
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ours]
+        if ours:
+            optimizer.add_param_group({"params": list(ours.values()), "lr": rate, "weight_decay": 0.0})
+        return optimizer
 
     # --- evaluation ------------------------------------------------------------------------------------------------
 

@@ -47,6 +47,13 @@ class StoMPPTrainingArguments(TrainingArguments):
             (ours). Its latent weights never do. On by default, as in the paper: over three seeds on SST-2 the two
             could not be told apart (docs/training.md).
 
+    > Parameters that control the optimizer
+
+    Args:
+        activation_learning_rate (`float`, *optional*):
+            Learning rate of scales, shifts and thresholds of binary activations, which have a group of their own then
+            (BiT, arXiv 2205.13016, takes 1e-4). `learning_rate` when not given. They never decay.
+
     > Parameters that control distillation, where [`StoMPPTrainer`] has a teacher
 
     Args:
@@ -95,6 +102,13 @@ class StoMPPTrainingArguments(TrainingArguments):
         default=True,
         metadata={"help": "STE-free: let LayerNorm, biases, scales and shifts of committed units go on learning."},
     )
+    activation_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of scales, shifts and thresholds of binary activations; that of the rest when not "
+            "given."
+        },
+    )
     distillation_losses: dict[str, Any] | str | None = field(
         default=None,
         metadata={
@@ -121,6 +135,9 @@ class StoMPPTrainingArguments(TrainingArguments):
             raise ValueError(f"progression_overlap must lie in [0, 1), got {self.progression_overlap}")
         if not 1 <= self.refresh_period < math.inf:
             raise ValueError(f"refresh_period must be at least 1 step, got {self.refresh_period}")
+        rate = self.activation_learning_rate
+        if rate is not None and not 0 < rate < math.inf:
+            raise ValueError(f"activation_learning_rate must be a finite number above 0, got {rate}")
 
     def _check_distillation(self) -> None:
         losses = DEFAULT_LOSSES if self.distillation_losses is None else self.distillation_losses

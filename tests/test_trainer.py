@@ -192,6 +192,33 @@ def test_activation_parameters_get_no_weight_decay(tmp_path: Path) -> None:
     assert any(name.endswith("query.weight") for name in names)
 
 
+def test_activation_parameters_take_the_learning_rate_they_are_given(tmp_path: Path) -> None:
+    settings = {"lr_scheduler_type": "constant", "progression_schedule": "immediate", "max_steps": 1}
+    trainer = make_trainer(tmp_path, activation_learning_rate=1e-6, learning_rate=1e-2, weight_decay=0.1, **settings)
+    trainer.evaluate()  # initialises scales, shifts and thresholds
+    before = state_of(trainer.model)
+    trainer.train()
+
+    moved = {}
+    for name, parameter in trainer.model.named_parameters():
+        # The first step of Adam is the learning rate long, in every entry that has a gradient.
+        moved[name] = (parameter.detach() - before[name]).abs().max().item()
+    ours = {name for name in moved if name.rpartition(".")[2] in ("scale", "shift", "threshold")}
+    assert max(moved[name] for name in ours) < 2e-6
+    assert all(0 < moved[name] for name in ours if name.endswith("scale"))
+    assert moved["bert.encoder.layer.0.attention.self.query.weight"] > 5e-3
+    grouped = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
+    assert len(grouped) == len({id(parameter) for parameter in grouped}) == len(moved)
+
+
+def test_a_learning_rate_of_activations_is_refused_beside_an_optimizer_of_the_users_own(tmp_path: Path) -> None:
+    model = binarize(make_model(), StoMPPConfig())
+    optimizers = torch.optim.SGD(model.parameters(), lr=0.1), None
+    args = StoMPPTrainingArguments(str(tmp_path), activation_learning_rate=1e-4, use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match="activation_learning_rate is for the optimizer that StoMPPTrainer makes"):
+        StoMPPTrainer(model=model, args=args, train_dataset=make_dataset(), optimizers=optimizers)
+
+
 def test_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
     states = []
     for run in range(2):

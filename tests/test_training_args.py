@@ -23,6 +23,8 @@ from hf_stompp.progression import ORDERS, SCHEDULES
         ("progression_overlap", math.nan, r"must lie in \[0, 1\), got nan"),
         ("refresh_period", 0.5, "must be at least 1 step, got 0.5"),
         ("refresh_period", math.nan, "must be at least 1 step, got nan"),
+        ("activation_learning_rate", 0.0, "must be a finite number above 0, got 0.0"),
+        ("activation_learning_rate", math.inf, "must be a finite number above 0, got inf"),
         ("progression_warmup", math.nan, ""),
         ("progression_tail", 1.5, ""),
     ],
