@@ -13,8 +13,11 @@ from .nn.functional import LEVELS, SURROGATES, WEIGHT_CENTERS, WEIGHT_SCALES
 
 
 QUANT_METHOD = "stompp"
-FORMAT_VERSION = 2
-"""The newest version of the file format. Models without `modes` are written as version 1."""
+FORMAT_VERSION = 3
+"""
+The newest version of the file format. Models are written as the oldest that says what they are: 3 with
+`activation_bits`, 2 with `modes`, else 1.
+"""
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("bnn", "bwn"),
@@ -62,6 +65,10 @@ class StoMPPConfig(QuantizationConfigMixin):
     Args:
         mode (`str`, *optional*, defaults to `"bnn"`):
             `"bnn"`: binary weights and activations; `"bwn"`: binary weights, float activations (paper).
+        activation_bits (`int`, *optional*, defaults to 8):
+            Bits of the float inputs of layers with binary weights alone (mode `bwn`): 8 rounds each token's features
+            to 255 even levels up to their largest magnitude, so that products run on integers (ours). `None`: float
+            products. `None` as well where no layer has such inputs, and in files older than format version 3.
         modes (`dict[str, str]`, *optional*):
             Another mode for some of the linear layers (ours): a regular expression that matches whole dot-separated
             parts of their names -> `"bnn"`, `"bwn"` or `"float"`. Such as `{"layer.0": "bwn", "attention": "bwn"}`.
@@ -115,7 +122,7 @@ class StoMPPConfig(QuantizationConfigMixin):
         state (`str`, *optional*, defaults to `"latent"`):
             `"latent"`: float weights with freeze masks, trainable; `"packed"`: 1-bit weights. Set by the library.
         format_version (`int`, *optional*):
-            Version of the file format: 2 with `modes`, else 1. Set by the library.
+            Version of the file format: 3 with `activation_bits`, 2 with `modes`, else 1. Set by the library.
         modules (`list[dict]`, *optional*):
             What was replaced, from input to output: `name`, `kind` (`"linear"`, `"activation"`, `"embedding"`),
             `unit`, and for a linear layer `input`, the module that binarizes its input (`None` where that stays
@@ -144,6 +151,7 @@ class StoMPPConfig(QuantizationConfigMixin):
         binary_word_embeddings: bool = False,
         layer_stack: str | None = None,
         modes: dict[str, str] | None = None,
+        activation_bits: int | None = 8,
         state: str = "latent",
         format_version: int | None = None,
         modules: list[dict[str, Any]] | None = None,
@@ -153,6 +161,9 @@ class StoMPPConfig(QuantizationConfigMixin):
         self.quant_method = quant_method  # type: ignore[assignment]
         self.mode = mode
         self.modes = modes
+        if activation_bits is not None and (type(activation_bits) is not int or activation_bits != 8):
+            raise ValueError(f"StoMPPConfig.activation_bits must be 8 or None, got {activation_bits!r}")
+        self.activation_bits = activation_bits if self._may_round_inputs(format_version) else None
         self.surrogate = surrogate
         self.weight_scale = weight_scale
         self.weight_center = weight_center
@@ -171,7 +182,8 @@ class StoMPPConfig(QuantizationConfigMixin):
         self.binary_word_embeddings = binary_word_embeddings
         self.layer_stack = layer_stack
         self.state = state
-        self.format_version = (2 if modes else 1) if format_version is None else format_version
+        oldest = 3 if self.activation_bits is not None else 2 if modes else 1
+        self.format_version = oldest if format_version is None else format_version
         self.modules = modules
         self._check(unknown)
 
@@ -240,6 +252,11 @@ class StoMPPConfig(QuantizationConfigMixin):
         _check_patterns("modes", list(modes))
         if modes and self.format_version < 2:
             raise ValueError(f"StoMPPConfig.modes needs format version 2, got {self.format_version}")
+
+    def _may_round_inputs(self, format_version: int | None) -> bool:
+        """Whether the mode of all layers, or of some, is `bwn`, and the file is not older than such rounding."""
+        modes = self.modes.values() if isinstance(self.modes, dict) else ()
+        return format_version not in (1, 2) and "bwn" in (self.mode, *modes)
 
     def mode_of(self, name: str) -> str:
         """

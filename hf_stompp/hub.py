@@ -342,10 +342,10 @@ def _what_is_binary(config: StoMPPConfig) -> str:
     if binary:
         which = "them" if binary == len(inputs) else f"{binary} of them"
         lines += [f"- binary: the activations that enter {which}, with a threshold for each feature"]
-    if 0 < binary < len(inputs):
-        lines += ["- float: the activations that enter the others (mode `bwn`)"]
-    if not binary:
-        lines += ["- float: all activations (mode `bwn`, binary weights only)"]
+    kept_as = "float" if config.activation_bits is None else f"rounded to {config.activation_bits} bits"
+    if binary < len(inputs):
+        which = "the others" if binary else "them"
+        lines += [f"- {kept_as}: the activations that enter {which} (mode `bwn`, binary weights only)"]
     if "embedding" in kinds:
         lines += ["- binary: the word embeddings, with a scale for each row"]
     lines += ["- float: LayerNorm, biases, scales, attention scores and softmax, the residual stream"]

@@ -138,6 +138,10 @@ class RecipeArguments:
         default=None,
         metadata={"help": "Another mode for some linear layers, as JSON: {pattern of names: bnn, bwn or float}."},
     )
+    activation_bits: str | None = option(
+        "Float inputs of layers of mode bwn are rounded to 8 bits, or none are. 8 when not given.",
+        choices=("8", "none"),
+    )
     surrogate: str | None = option(
         "Gradient of frozen entries. The method decides between none and ste; this picks the kind.",
         choices=CHOICES["surrogate"],
@@ -199,11 +203,18 @@ class RecipeArguments:
 
     def config(self) -> StoMPPConfig | None:
         """The binarization asked for; `None` with the method `float`."""
-        given = {name: getattr(self, name) for name in CONFIG_FIELDS if getattr(self, name) is not None}
+        given = self._given()
         if self.method == "float":
             _refuse_for_float(given)
             return None
         return StoMPPConfig(**_agreeing(self.method, METHODS[self.method].config, given))
+
+    def _given(self) -> dict[str, Any]:
+        """The fields of [`StoMPPConfig`] that were asked for."""
+        given = {name: getattr(self, name) for name in CONFIG_FIELDS if getattr(self, name) is not None}
+        if "activation_bits" in given:
+            given["activation_bits"] = None if given["activation_bits"] == "none" else int(given["activation_bits"])
+        return given
 
     def check_latent(self, config: StoMPPConfig) -> None:
         """
@@ -215,7 +226,7 @@ class RecipeArguments:
         if self.float_num_train_epochs > 0 or self.method == "float":
             raise ValueError("the model is latent, binarized already: it has no float stage. Name a float model.")
         table = METHODS[self.method].config
-        asked = {name: getattr(self, name) for name in CONFIG_FIELDS if getattr(self, name) is not None}
+        asked = self._given()
         for name in {*table, *asked}:
             allowed = (asked[name],) if name in asked else table[name]
             if getattr(config, name) not in allowed:

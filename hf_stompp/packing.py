@@ -11,7 +11,6 @@ from torch import nn
 from .binarization import config_of
 from .nn import (
     MaskedBinaryActivation,
-    MaskedBinaryLinear,
     PackedBinaryEmbedding,
     PackedBinaryLinear,
 )
@@ -73,7 +72,7 @@ def pack(model: Model) -> Model:
     for name, module in packed_modules(packed).items():
         source: Any = latent[name]
         if isinstance(module, PackedBinaryLinear):
-            scale, bias = _packed_values(source)
+            scale, bias = source.folded()
             module.packed_weight.copy_(pack_bits(source.centered_weight()))
             module.scale.copy_(scale)
             if module.bias is not None and bias is not None:
@@ -85,13 +84,6 @@ def pack(model: Model) -> Model:
             module.threshold.copy_(source.threshold)
     attach_quantizer(packed, config)
     return packed.eval()
-
-
-def _packed_values(linear: MaskedBinaryLinear) -> tuple[torch.Tensor, torch.Tensor | None]:
-    if linear.input_activation is not None:
-        return linear.folded()
-    # The rounding of the latent forward pass, which takes the scale in the weight's dtype.
-    return linear.row_scale().to(linear.weight.dtype).flatten().float(), linear.bias
 
 
 @torch.no_grad()

@@ -175,6 +175,7 @@ def swap_in_masked(model: nn.Module, config: StoMPPConfig) -> None:
                 entry["bias"],
                 scale=config.weight_scale,
                 center=config.weight_center,
+                activation_bits=None if entry["input"] is not None else config.activation_bits,
                 **settings,
                 **place,
             )
@@ -226,7 +227,12 @@ def swap_in_packed(model: nn.Module, config: StoMPPConfig, dtype: torch.dtype | 
         new: nn.Module
         if entry["kind"] == "linear":
             new = PackedBinaryLinear(
-                old.in_features, old.out_features, entry["bias"], entry["input"] is not None, device=old.weight.device
+                old.in_features,
+                old.out_features,
+                entry["bias"],
+                binary_input=entry["input"] is not None,
+                activation_bits=None if entry["input"] is not None else config.activation_bits,
+                device=old.weight.device,
             )
         elif entry["kind"] == "embedding":
             place = {"device": old.weight.device, "dtype": dtype or old.weight.dtype}

@@ -17,6 +17,7 @@ LINEAR = {"name": "encoder.layer.0.dense", "kind": "linear", "unit": "encoder.la
 OTHER_VALUES = {
     "mode": "bwn",
     "modes": {"attention": "bnn"},
+    "activation_bits": 8,
     "surrogate": "none",
     "weight_scale": "tensor",
     "weight_center": "tensor",
@@ -90,6 +91,9 @@ def test_a_window_that_is_not_above_zero_or_not_finite_is_refused(field: str, va
         ("modules_to_not_convert", "pooler", "must be a list of strings, got 'pooler'"),
         ("modules_to_not_convert", ["pooler", 3], "must be a list of strings"),
         ("quant_method", "gptq", "must be 'stompp', got 'gptq'"),
+        ("activation_bits", 4, "must be 8 or None, got 4"),
+        ("activation_bits", 8.0, "must be 8 or None, got 8.0"),
+        ("activation_bits", True, "must be 8 or None, got True"),
         ("format_version", 0, "must be a whole number from 1 on, got 0"),
         ("format_version", "1", "must be a whole number from 1 on, got '1'"),
         ("format_version", True, "must be a whole number from 1 on, got True"),
@@ -153,6 +157,29 @@ def test_a_newer_format_is_refused_with_what_to_do_even_with_fields_unknown_here
 def test_a_change_to_the_excluded_modules_of_one_config_leaves_the_default() -> None:
     StoMPPConfig().modules_to_not_convert.append("lm_head")
     assert StoMPPConfig().modules_to_not_convert == ["embeddings", "pooler", "classifier"]
+
+
+@pytest.mark.parametrize(
+    ("values", "bits", "version"),
+    [
+        ({}, None, 1),
+        ({"activation_bits": 8}, None, 1),
+        ({"mode": "bwn"}, 8, 3),
+        ({"mode": "bwn", "activation_bits": None}, None, 1),
+        ({"modes": {"attention": "bwn"}}, 8, 3),
+        ({"modes": {"attention": "bwn"}, "activation_bits": None}, None, 2),
+        ({"modes": {"attention": "float"}}, None, 2),
+        # Files from before there were such roundings.
+        ({"mode": "bwn", "format_version": 1}, None, 1),
+        ({"modes": {"attention": "bwn"}, "format_version": 2}, None, 2),
+    ],
+)
+def test_inputs_are_rounded_where_some_are_float_and_the_file_is_new_enough(
+    values: dict[str, object], bits: int | None, version: int
+) -> None:
+    config = StoMPPConfig(**values)
+    assert (config.activation_bits, config.format_version) == (bits, version)
+    assert StoMPPConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
 
 
 # round trips

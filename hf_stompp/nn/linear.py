@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import binary_linear, binary_linear_sign, fold, pack_sign
+from ..ops import binary_linear, binary_linear_sign, byte_linear, fold, pack_sign
 from .functional import (
     WEIGHT_CENTERS,
     compute_dtype,
     masked_binary_linear,
     masked_binary_weight,
     packed_linear,
+    rounded_rows,
     weight_scale,
 )
 from .module import BinaryInputModule, MaskedBinaryModule, as_bits, as_integers, identity
@@ -31,6 +32,9 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
     - in STE-free training, where weight and input get no gradient any more and neither is kept for the backward pass.
       Bias, activation scale and shift go on learning.
 
+    With float inputs and `activation_bits`, a committed layer rounds its input: in evaluation mode without gradients
+    in the packed layer's integers, else as floats that pass their gradient on unchanged.
+
     Args:
         in_features (`int`).
         out_features (`int`).
@@ -41,6 +45,8 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
         surrogate (`str`, *optional*, defaults to `"ste"`): a key of [`~hf_stompp.nn.functional.SURROGATES`].
         window (`float`, *optional*): of the surrogate `clipped_ste`, as a multiple of the scale; the clip range when
             not given.
+        activation_bits (`int`, *optional*): 8 rounds float inputs, see [`~hf_stompp.ops.quantize_rows`], once the
+            weight is committed; not rounded when not given.
         device (`torch.device`, *optional*).
         dtype (`torch.dtype`, *optional*): of weight and bias.
     """
@@ -55,6 +61,7 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
         clip: float = 3.0,
         surrogate: str = "ste",
         window: float | None = None,
+        activation_bits: int | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -65,6 +72,7 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
         self.center = center
         self.clip = clip
         self.window = window
+        self.activation_bits = activation_bits
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
@@ -110,9 +118,16 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
         super()._set_committed(committed)
         self._packed = None
 
-    def folded(self) -> tuple[Tensor, Tensor]:
-        """Scale and bias of the integer product, see [`~hf_stompp.ops.fold`]."""
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        """
+        Scale and bias of the integer product, float32 of shape `(out_features,)`: with binary inputs those of
+        [`~hf_stompp.ops.fold`], else the row's own; no bias where there is none.
+        """
         packed_weight, row_scale = self.packed()
+        if self.input_activation is None:
+            # The rounding of a forward pass in training, which takes the scale in the weight's dtype.
+            scale = row_scale.to(self.weight.dtype).flatten().float()
+            return scale, None if self.bias is None else self.bias.float()
         offset, amplitude = self.input_activation.two_levels()
         return fold(packed_weight, row_scale, offset, amplitude, self.bias, self.in_features)
 
@@ -121,6 +136,10 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
             return self._multiply_bits(input)
         if self.binarizes_input:
             input = self.input_activation.shared_output(input, self)
+        elif self.activation_bits is not None and self.committed:
+            if not self.training and not torch.is_grad_enabled():
+                return byte_linear(input, self.packed()[0], self.in_features, *self.folded(), input.dtype)
+            input = rounded_rows(input)
         weight = self.centered_weight()
         return masked_binary_linear(
             input,

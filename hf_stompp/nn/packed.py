@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import binary_linear, binary_linear_sign, pack_sign, packed_bytes, plus_minus_one, unpack_signs
+from ..ops import binary_linear, binary_linear_sign, byte_linear, pack_sign, packed_bytes, plus_minus_one, unpack_signs
 from .module import BinaryInputModule, SharedResult, as_bits, as_integers, identity
 
 
@@ -96,14 +96,16 @@ class PackedBinaryActivation(Float32Buffers):
 
 class PackedBinaryLinear(Float32Buffers, BinaryInputModule):
     """
-    A linear layer with 1-bit weights: `scale * integer_product + bias` on binary inputs, or a product with `+-scale`
-    on float inputs. No gradient passes through it on binary inputs.
+    A linear layer with 1-bit weights: `scale * integer_product + bias` on binary inputs, the same on float inputs that
+    it rounds to 8 bits, or else a float product with `+-scale`. A gradient passes through float products alone.
 
     Args:
         in_features (`int`).
         out_features (`int`).
         bias (`bool`, *optional*, defaults to `True`).
         binary_input (`bool`, *optional*, defaults to `True`): mode `bnn`; otherwise `bwn`.
+        activation_bits (`int`, *optional*): 8 rounds float inputs, see [`~hf_stompp.ops.quantize_rows`]; not rounded
+            when not given.
         device (`torch.device`, *optional*).
     """
 
@@ -117,12 +119,14 @@ class PackedBinaryLinear(Float32Buffers, BinaryInputModule):
         out_features: int,
         bias: bool = True,
         binary_input: bool = True,
+        activation_bits: int | None = None,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
         self.binary_input = binary_input
+        self.activation_bits = activation_bits
         self.binarizes_input = False
         shape = (out_features, packed_bytes(in_features))
         self.register_buffer("packed_weight", torch.zeros(shape, dtype=torch.uint8, device=device))
@@ -136,12 +140,14 @@ class PackedBinaryLinear(Float32Buffers, BinaryInputModule):
         self._float_weight: tuple[tuple[Any, ...], Tensor] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.binary_input:
-            weight = self.float_weight(input.dtype)
-            return F.linear(input, weight, None if self.bias is None else self.bias.to(input.dtype))
-        bits_or_floats, threshold, dtype = self._signed_input(input)
         bias = self.bias
+        if not self.binary_input and self.activation_bits is None:
+            return F.linear(input, self.float_weight(input.dtype), None if bias is None else bias.to(input.dtype))
         layer = self.packed_weight, self.in_features, self.scale.float(), None if bias is None else bias.float()
+        if not self.binary_input:
+            # Integers have no gradient.
+            return byte_linear(input.detach() if input.requires_grad else input, *layer, input.dtype)
+        bits_or_floats, threshold, dtype = self._signed_input(input)
         following = self.output_activation
         if following is None or following.training:
             return binary_linear(bits_or_floats, threshold, *layer, dtype)

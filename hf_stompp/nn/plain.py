@@ -74,6 +74,7 @@ class PlainBinaryLinear(_PackedRows):
     def __init__(self, packed: PackedBinaryLinear) -> None:
         super().__init__(packed.packed_weight, packed.in_features)
         self.binary_input = packed.binary_input
+        self.activation_bits = packed.activation_bits
         self.register_buffer("scale", packed.scale)
         self.register_buffer("bias", packed.bias)
         self.register_buffer("threshold", packed.input_activation.threshold if packed.binarizes_input else None)
@@ -81,6 +82,8 @@ class PlainBinaryLinear(_PackedRows):
     def forward(self, input: Tensor) -> Tensor:
         # In float32, which holds every sum of up to 2^24 terms of +-1.
         signs, scale, bias = self.signs(self.packed_weight, torch.float32), self.scale, self.bias
+        if not self.binary_input and self.activation_bits is not None:
+            return self._multiply_bytes(input, signs)
         if not self.binary_input:
             weight = (signs * scale.unsqueeze(-1)).to(input.dtype)
             return F.linear(input, weight, None if bias is None else bias.to(input.dtype))
