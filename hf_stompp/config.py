@@ -67,8 +67,9 @@ class StoMPPConfig(QuantizationConfigMixin):
             `"bnn"`: binary weights and activations; `"bwn"`: binary weights, float activations (paper).
         activation_bits (`int`, *optional*, defaults to 8):
             Bits of the float inputs of layers with binary weights alone (mode `bwn`): 8 rounds each token's features
-            to 255 even levels up to their largest magnitude, so that products run on integers (ours). `None`: float
-            products. `None` as well where no layer has such inputs, and in files older than format version 3.
+            to 255 even levels up to their largest magnitude, so that products run on integers (ours). That is done in
+            evaluation, committed or packed; training takes the floats as they are. `None`: float products. `None` as
+            well where no layer has such inputs, and in files older than format version 3.
         modes (`dict[str, str]`, *optional*):
             Another mode for some of the linear layers (ours): a regular expression that matches whole dot-separated
             parts of their names -> `"bnn"`, `"bwn"` or `"float"`. Such as `{"layer.0": "bwn", "attention": "bwn"}`.

@@ -86,7 +86,8 @@ class StoMPPQuantizer(HfQuantizer):
     def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         """
         What `packed.dequantize()` does: makes a packed model of mode `bwn` a plain Transformers model, in place. Its
-        linear layers are `nn.Linear` with weights of `+-scale`, and it computes the same.
+        linear layers are `nn.Linear` with weights of `+-scale`. It computes the same, but does not round inputs to
+        `activation_bits`.
 
         Args:
             model (`PreTrainedModel`): packed.

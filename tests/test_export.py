@@ -33,6 +33,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "zero_one": {"feed_forward_levels": "zero_one"},
     "embeddings": {"binary_word_embeddings": True},
     "bwn_embeddings": {"mode": "bwn", "binary_word_embeddings": True},
+    "bwn_float_inputs": {"mode": "bwn", "activation_bits": None},
 }
 all_configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
@@ -117,7 +118,7 @@ def test_export_of_a_model_that_is_not_packed_is_refused(tiny_model, tiny_commit
 
 @pytest.mark.parametrize("embeddings", [False, True])
 def test_dequantized_bwn_model_is_a_plain_one_that_computes_the_same(packed, family, embeddings, logits, tmp_path):
-    model = packed(family, {"mode": "bwn", "binary_word_embeddings": embeddings})
+    model = packed(family, {"mode": "bwn", "activation_bits": None, "binary_word_embeddings": embeddings})
     expected = logits(model, family)
 
     plain = model.dequantize()
@@ -128,6 +129,16 @@ def test_dequantized_bwn_model_is_a_plain_one_that_computes_the_same(packed, fam
     assert kinds == {"torch", "transformers"} == {type(module).__module__.split(".")[0] for module in plain.modules()}
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     assert torch.equal(logits(plain, family), expected) and torch.equal(logits(loaded, family), expected)
+
+
+def test_dequantized_model_computes_the_same_but_for_the_rounding_of_inputs(packed, logits):
+    model = packed(config={"mode": "bwn"})
+    expected = logits(model)
+
+    found = logits(model.dequantize())
+
+    assert not torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
 
 
 def test_dequantized_weights_are_plus_minus_scale(packed):
@@ -141,7 +152,7 @@ def test_dequantized_weights_are_plus_minus_scale(packed):
 
 
 def test_dequantized_model_keeps_or_takes_a_dtype(packed, logits):
-    model = packed(config={"mode": "bwn"}).to(torch.bfloat16)
+    model = packed(config={"mode": "bwn", "activation_bits": None}).to(torch.bfloat16)
     expected = logits(model)
 
     assert torch.equal(logits(copy.deepcopy(model).dequantize()), expected)

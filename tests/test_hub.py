@@ -257,7 +257,8 @@ def test_a_card_of_the_model_alone_is_sound(tiny_packed: Any, tmp_path: Path, mo
     text = str(card)
     total = binarization_report(packed).total
     assert f"{total.bytes_before:,} as a float model, {total.bytes_packed:,} packed" in text
-    assert ("activations that enter them" in text) == (mode == "bnn")
+    binary, rounded = ("binary: the activations that enter them", "rounded to 8 bits: the activations that enter them")
+    assert ((binary in text), (rounded in text)) == (mode == "bnn", mode == "bwn")
     timed = re.search(r"8 x 128 tokens +\| 30.00 +\| 4.00 +\| 7.5 +\|\n\n.*: .+, \d+ threads, float32\.\n\n##", text)
     assert bool(timed) == ("## Speed" in text) == (mode == "bnn")
     assert "binary: the word embeddings" in text and "2606.27759" in text

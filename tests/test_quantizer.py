@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from hf_stompp import StoMPPConfig, binarize, commit, pack
+from hf_stompp.config import FORMAT_VERSION
 from hf_stompp.nn import MaskedBinaryActivation, PackedBinaryActivation, PackedBinaryEmbedding, PackedBinaryLinear
 from hf_stompp.patching import masked_modules, packed_modules
 from hf_stompp.quantizer import _guard_name
@@ -581,9 +582,9 @@ def test_sound_pytorch_file_is_not_read_either(packed_folder, tiny_packed):
 
 
 def test_newer_format_is_refused(packed_folder):
-    edit_config(packed_folder, lambda config: config.update(format_version=3))
+    edit_config(packed_folder, lambda config: config.update(format_version=FORMAT_VERSION + 1))
 
-    with pytest.raises(ValueError, match="format version 3; this hf_stompp reads up to 2: upgrade"):
+    with pytest.raises(ValueError, match=f"format version {FORMAT_VERSION + 1}; this hf_stompp reads up to {FORMAT_VERSION}: upgrade"):
         load(packed_folder)
 
 
@@ -595,9 +596,9 @@ def test_unknown_field_is_refused(packed_folder):
 
 
 def test_newer_format_is_named_before_its_unknown_fields(packed_folder):
-    edit_config(packed_folder, lambda config: config.update(format_version=3, weight_groups=4, mode="ternary"))
+    edit_config(packed_folder, lambda config: config.update(format_version=FORMAT_VERSION + 1, weight_groups=4, mode="ternary"))
 
-    with pytest.raises(ValueError, match=r"format version 3.*upgrade"):
+    with pytest.raises(ValueError, match=rf"format version {FORMAT_VERSION + 1}.*upgrade"):
         load(packed_folder)
 
 

@@ -23,7 +23,6 @@ from ..ops import (
     masked_activation_grad,
     masked_weight,
     masked_weight_grad,
-    quantize_rows,
 )
 
 
@@ -37,7 +36,6 @@ __all__ = [
     "masked_binary_linear",
     "masked_binary_weight",
     "packed_linear",
-    "rounded_rows",
     "weight_scale",
 ]
 
@@ -217,31 +215,6 @@ def masked_binary_linear(
     weight = weight.detach() if blocked else weight
     window = clip if window is None else window
     return _MaskedBinaryLinear.apply(input.to(dtype), weight, mask, scale, bias, clip, surrogate, window)
-
-
-class _RoundedRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, input: Tensor) -> Tensor:
-        codes, scale = quantize_rows(input)
-        return (codes.float() * scale.unsqueeze(-1)).to(input.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
-
-
-def rounded_rows(input: Tensor) -> Tensor:
-    """
-    What [`~hf_stompp.ops.quantize_rows`] leaves of a tensor, as floats; the gradient passes unchanged (the identity
-    as straight-through estimator).
-
-    Args:
-        input (`Tensor` of shape `(..., features)`): float32, bfloat16 or float16.
-
-    Returns:
-        `Tensor` of the shape and dtype of `input`.
-    """
-    return _RoundedRows.apply(input)
 
 
 class _PackedLinear(torch.autograd.Function):

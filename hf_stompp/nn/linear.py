@@ -15,7 +15,6 @@ from .functional import (
     masked_binary_linear,
     masked_binary_weight,
     packed_linear,
-    rounded_rows,
     weight_scale,
 )
 from .module import BinaryInputModule, MaskedBinaryModule, as_bits, as_integers, identity
@@ -32,8 +31,8 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
     - in STE-free training, where weight and input get no gradient any more and neither is kept for the backward pass.
       Bias, activation scale and shift go on learning.
 
-    With float inputs and `activation_bits`, a committed layer rounds its input: in evaluation mode without gradients
-    in the packed layer's integers, else as floats that pass their gradient on unchanged.
+    With float inputs and `activation_bits`, a committed layer runs on integers in evaluation mode without gradients,
+    like its packed counterpart. Training takes the floats as they are.
 
     Args:
         in_features (`int`).
@@ -45,8 +44,8 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
         surrogate (`str`, *optional*, defaults to `"ste"`): a key of [`~hf_stompp.nn.functional.SURROGATES`].
         window (`float`, *optional*): of the surrogate `clipped_ste`, as a multiple of the scale; the clip range when
             not given.
-        activation_bits (`int`, *optional*): 8 rounds float inputs, see [`~hf_stompp.ops.quantize_rows`], once the
-            weight is committed; not rounded when not given.
+        activation_bits (`int`, *optional*): 8 rounds float inputs in evaluation, see
+            [`~hf_stompp.ops.quantize_rows`]; they are not rounded when not given.
         device (`torch.device`, *optional*).
         dtype (`torch.dtype`, *optional*): of weight and bias.
     """
@@ -136,10 +135,8 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
             return self._multiply_bits(input)
         if self.binarizes_input:
             input = self.input_activation.shared_output(input, self)
-        elif self.activation_bits is not None and self.committed:
-            if not self.training and not torch.is_grad_enabled():
-                return byte_linear(input, self.packed()[0], self.in_features, *self.folded(), input.dtype)
-            input = rounded_rows(input)
+        elif self._runs_on_bytes():
+            return byte_linear(input, self.packed()[0], self.in_features, *self.folded(), input.dtype)
         weight = self.centered_weight()
         return masked_binary_linear(
             input,
@@ -152,6 +149,9 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
             self.window,
             blocked=self.blocks_gradient,
         )
+
+    def _runs_on_bytes(self) -> bool:
+        return self.activation_bits is not None and not (self.training or torch.is_grad_enabled()) and self.committed
 
     def _runs_on_bits(self, input: Tensor) -> bool:
         if not self.binarizes_input:

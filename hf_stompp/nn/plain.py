@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ops import quantize_rows
 from .packed import Float32Buffers, PackedBinaryActivation, PackedBinaryEmbedding, PackedBinaryLinear
 
 
@@ -61,7 +62,7 @@ class PlainBinaryActivation(Float32Buffers):
 class PlainBinaryLinear(_PackedRows):
     """
     [`PackedBinaryLinear`]: on binary inputs a sign, the product of +-1 with +-1, a scale and a bias; on float inputs
-    the product with `+-scale`.
+    the same of what is rounded to 8 bits, or the product with `+-scale`.
 
     Args:
         packed (`PackedBinaryLinear`): its tensors are shared, not copied.
@@ -90,6 +91,12 @@ class PlainBinaryLinear(_PackedRows):
         above = input if self.threshold is None else _plus_minus_one(input >= self.threshold, torch.float32)
         product = F.linear(above.float(), signs) * scale
         return (product if bias is None else product + bias).to(input.dtype)
+
+    def _multiply_bytes(self, input: Tensor, signs: Tensor) -> Tensor:
+        # Floats hold every sum of up to 2^24 / 127 terms.
+        codes, code_scale = quantize_rows(input)
+        product = F.linear(codes.float(), signs) * code_scale.unsqueeze(-1) * self.scale
+        return (product if self.bias is None else product + self.bias).to(input.dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.columns}, out_features={self.scale.shape[0]}, bias={self.bias is not None}"
