@@ -50,12 +50,16 @@ def plain_torch(model: Model) -> Model:
     Raises:
         ValueError: the model is not packed.
     """
+    return _plain(model)
+
+
+def _plain(model: Model, in_integers: bool = False) -> Model:
     config_of(model)
     if not packed_modules(model):
         raise ValueError(f"{type(model).__name__} is not packed: pack(model) first")
     plain = copy.deepcopy(model)
     for name in config_of(plain).table:
-        plain.set_submodule(name, plain_module(plain.get_submodule(name)))
+        plain.set_submodule(name, plain_module(plain.get_submodule(name), in_integers))
     swap_out_norms(plain)
     mark_as_plain(plain)
     return plain.eval()
@@ -87,7 +91,8 @@ def sample_inputs(model: nn.Module) -> dict[str, Tensor]:
 
 def export_onnx(model: nn.Module, path: str | os.PathLike[str], inputs: Mapping[str, Tensor] | None = None) -> None:
     """
-    Writes a packed model as one ONNX file of standard operators, in float32. Its weights stay eight to a byte.
+    Writes a packed model as one ONNX file of standard operators, in float32, with products of 8-bit inputs in integers
+    (`MatMulInteger`). Its weights stay eight to a byte.
 
     Batch size and sequence length are free: the first dimension of every input, and the second of those that hold
     integers, are named `batch` and `length`. Outputs are named as in Transformers, `logits` for instance.
@@ -105,7 +110,7 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], inputs: Mapping[
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"export to ONNX needs {' and '.join(missing)}: pip install 'hf_stompp[onnx]'")
-    plain: Any = plain_torch(model)
+    plain: Any = _plain(model, in_integers=True)
     plain = plain.cpu().float()
     inputs = {name: tensor.cpu() for name, tensor in (sample_inputs(plain) if inputs is None else inputs).items()}
     for name, tensor in inputs.items():
@@ -123,6 +128,7 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], inputs: Mapping[
             output_names=[name for name, value in outputs.items() if isinstance(value, Tensor)],
             dynamic_shapes=dynamic,
             dynamo=True,
+            custom_translation_table={torch.ops.aten._int_mm.default: _multiply_integers},
             optimize=False,
             verbose=False,
         )
@@ -134,6 +140,13 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], inputs: Mapping[
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _multiply_integers(a: Any, b: Any) -> Any:
+    """int8 products of PyTorch in ONNX, which the exporter does not know."""
+    from onnxscript import opset18
+
+    return opset18.MatMulInteger(a, b)
 
 
 def _length(tensor: Tensor) -> dict[int, str]:

@@ -268,6 +268,8 @@ def test_onnx_file_holds_the_packed_bits_and_standard_operators_alone(packed, co
     onnx.checker.check_model(file, full_check=True)
     assert {(node.domain, opset.domain) for node in file.graph.node for opset in file.opset_import} == {("", "")}
     assert not file.functions
+    kinds = [node.op_type for node in file.graph.node]
+    assert kinds.count("MatMulInteger") == (0 if model.config.quantization_config.activation_bits is None else 12)
     bits = [onnx.numpy_helper.to_array(tensor) for tensor in file.graph.initializer if tensor.data_type == 2]
     bits = sorted(array.tobytes() for array in bits if array.ndim == 2)
     packed_weights = [buffer for name, buffer in model.named_buffers() if name.endswith("packed_weight")]

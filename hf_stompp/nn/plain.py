@@ -66,14 +66,17 @@ class PlainBinaryLinear(_PackedRows):
 
     Args:
         packed (`PackedBinaryLinear`): its tensors are shared, not copied.
+        in_integers (`bool`, *optional*, defaults to `False`): multiply inputs of 8 bits as int8, by an operator that
+            ONNX has but PyTorch has not for every shape on a GPU; else as floats, which hold the same integers.
     """
 
     scale: Tensor
     bias: Tensor | None
     threshold: Tensor | None
 
-    def __init__(self, packed: PackedBinaryLinear) -> None:
+    def __init__(self, packed: PackedBinaryLinear, in_integers: bool = False) -> None:
         super().__init__(packed.packed_weight, packed.in_features)
+        self.in_integers = in_integers
         self.binary_input = packed.binary_input
         self.activation_bits = packed.activation_bits
         self.register_buffer("scale", packed.scale)
@@ -81,10 +84,10 @@ class PlainBinaryLinear(_PackedRows):
         self.register_buffer("threshold", packed.input_activation.threshold if packed.binarizes_input else None)
 
     def forward(self, input: Tensor) -> Tensor:
+        if not self.binary_input and self.activation_bits is not None:
+            return self._multiply_bytes(input)
         # In float32, which holds every sum of up to 2^24 terms of +-1.
         signs, scale, bias = self.signs(self.packed_weight, torch.float32), self.scale, self.bias
-        if not self.binary_input and self.activation_bits is not None:
-            return self._multiply_bytes(input, signs)
         if not self.binary_input:
             weight = (signs * scale.unsqueeze(-1)).to(input.dtype)
             return F.linear(input, weight, None if bias is None else bias.to(input.dtype))
@@ -92,10 +95,15 @@ class PlainBinaryLinear(_PackedRows):
         product = F.linear(above.float(), signs) * scale
         return (product if bias is None else product + bias).to(input.dtype)
 
-    def _multiply_bytes(self, input: Tensor, signs: Tensor) -> Tensor:
-        # Floats hold every sum of up to 2^24 / 127 terms.
+    def _multiply_bytes(self, input: Tensor) -> Tensor:
         codes, code_scale = quantize_rows(input)
-        product = F.linear(codes.float(), signs) * code_scale.unsqueeze(-1) * self.scale
+        if self.in_integers:
+            sums = torch._int_mm(codes.flatten(0, -2), self.signs(self.packed_weight, torch.int8).T)
+            sums = sums.unflatten(0, codes.shape[:-1]).float()
+        else:
+            # Every sum of up to 2^24 / 127 terms.
+            sums = F.linear(codes.float(), self.signs(self.packed_weight, torch.float32))
+        product = sums * code_scale * self.scale
         return (product if self.bias is None else product + self.bias).to(input.dtype)
 
     def extra_repr(self) -> str:
@@ -120,16 +128,17 @@ class PlainBinaryEmbedding(_PackedRows):
         return self.signs(self.packed_weight[input], self.scale.dtype) * self.scale[input].unsqueeze(-1)
 
 
-def plain_module(packed: nn.Module) -> nn.Module:
+def plain_module(packed: nn.Module, in_integers: bool = False) -> nn.Module:
     """
     The same computation in PyTorch's own operators.
 
     Args:
         packed (`PackedBinaryLinear`, `PackedBinaryActivation` or `PackedBinaryEmbedding`).
+        in_integers (`bool`, *optional*, defaults to `False`): as in [`PlainBinaryLinear`].
     """
     if isinstance(packed, PackedBinaryActivation):
         return PlainBinaryActivation(packed)
     if isinstance(packed, PackedBinaryLinear):
-        return PlainBinaryLinear(packed)
+        return PlainBinaryLinear(packed, in_integers)
     assert isinstance(packed, PackedBinaryEmbedding)
     return PlainBinaryEmbedding(packed)

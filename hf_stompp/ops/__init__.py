@@ -9,7 +9,15 @@ import torch
 
 # Importing them registers the implementations of devices, and what graphs share.
 from . import cpu, cuda, schema, tracing
-from .reference import SURROGATES, integer_linear, pack_bits, packed_bytes, plus_minus_one, unpack_signs
+from .reference import (
+    SURROGATES,
+    integer_linear,
+    pack_bits,
+    packed_bytes,
+    plus_minus_one,
+    quantize_rows,
+    unpack_signs,
+)
 
 
 def has_native_kernels(device: torch.device) -> bool:
@@ -48,6 +56,7 @@ for _question in (has_native_kernels, fuses_layer_norm):
 pack_sign = torch.ops.hf_stompp.pack_sign.default
 binary_linear = torch.ops.hf_stompp.binary_linear.default
 binary_linear_sign = torch.ops.hf_stompp.binary_linear_sign.default
+byte_linear = torch.ops.hf_stompp.byte_linear.default
 layer_norm_sign = torch.ops.hf_stompp.layer_norm_sign.default
 sign_product = torch.ops.hf_stompp.sign_product.default
 fold = torch.ops.hf_stompp.fold.default
@@ -60,6 +69,7 @@ __all__ = [
     "SURROGATES",
     "binary_linear",
     "binary_linear_sign",
+    "byte_linear",
     "cpu",
     "cuda",
     "fold",
@@ -75,6 +85,7 @@ __all__ = [
     "pack_sign",
     "packed_bytes",
     "plus_minus_one",
+    "quantize_rows",
     "schema",
     "sign_product",
     "tracing",

@@ -34,7 +34,10 @@ KERNEL_FILES: dict[str, dict[str, list[str]]] = {
     "x86_64": {
         "scalar.c": ["-mpopcnt"],
         "avx2.c": ["-mavx2", "-mf16c", "-mpopcnt"],
-        "avx512.c": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vpopcntdq", "-mpopcnt"],
+        "avx512.c": [
+            *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi", "-mpopcnt"),
+            *("-mavx512vpopcntdq", "-mavx512vnni"),
+        ],
         "amx.c": [
             *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi", "-mpopcnt"),
             *("-mamx-tile", "-mamx-int8"),

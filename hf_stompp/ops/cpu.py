@@ -18,7 +18,7 @@ from .native import check_origin, open_or_build
 from .schema import FLOATS, empty_output, empty_output_bits, empty_packing, register
 
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 # enum hf_stompp_kernel, in the order in which they are preferred.
 KERNELS = ("amx", "avx512", "avx2", "neon", "scalar")
@@ -33,7 +33,7 @@ _SURROGATES = {"none": 0, "ste": 1, "clipped_ste": 2}
 
 # The records of hf_stompp.h: fields of 64 bits, pointers as numbers, NULL as 0.
 _packing = struct.Struct("9q").pack
-_product = struct.Struct("15q").pack
+_product = struct.Struct("16q").pack
 _masked_weight = struct.Struct("6qdd6q").pack
 _masked_activation = struct.Struct("20q").pack
 _sign_product = struct.Struct("8q").pack
@@ -166,7 +166,7 @@ class NativeKernels:
     ) -> Tensor:
         """See [`~hf_stompp.ops.reference.binary_linear`]; arguments have been checked."""
         output = empty_output(input, packed_weight, dtype)
-        self._multiply(input, threshold, packed_weight, in_features, scale, bias, dtype, output.data_ptr(), 0, None)
+        self._multiply(1, input, threshold, packed_weight, in_features, scale, bias, dtype, output.data_ptr(), 0, None)
         return output
 
     def binary_linear_sign(
@@ -183,12 +183,27 @@ class NativeKernels:
         """See [`~hf_stompp.ops.reference.binary_linear_sign`]; arguments have been checked."""
         bits = empty_output_bits(input, packed_weight)
         self._multiply(
-            *(input, threshold, packed_weight, in_features, scale, bias, dtype, 0, bits.data_ptr(), output_threshold)
+            *(1, input, threshold, packed_weight, in_features, scale, bias, dtype, 0, bits.data_ptr(), output_threshold)
         )
         return bits
 
+    def byte_linear(
+        self,
+        input: Tensor,
+        packed_weight: Tensor,
+        in_features: int,
+        scale: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """See [`~hf_stompp.ops.reference.byte_linear`]; arguments have been checked."""
+        output = empty_output(input, packed_weight, dtype)
+        self._multiply(8, input, None, packed_weight, in_features, scale, bias, dtype, output.data_ptr(), 0, None)
+        return output
+
     def _multiply(
         self,
+        activation_bits: int,
         input: Tensor,
         threshold: Tensor | None,
         packed_weight: Tensor,
@@ -210,6 +225,7 @@ class NativeKernels:
             torch.get_num_threads(),
             input.data_ptr(),
             _DTYPES[input.dtype],
+            activation_bits,
             0 if threshold is None else threshold.data_ptr(),
             packed_weight.data_ptr(),
             scale.data_ptr(),

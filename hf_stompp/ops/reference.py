@@ -265,6 +265,63 @@ def binary_linear_sign(
     return pack_bools(_above(output, output_threshold))
 
 
+def quantize_rows(input: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Rounds each row to 255 even levels about 0 that reach to its largest magnitude (dynamic symmetric 8-bit
+    quantization; one scale a token).
+
+    Args:
+        input (`Tensor` of shape `(..., features)`): float32, bfloat16 or float16.
+
+    Returns:
+        `tuple(Tensor, Tensor)`: codes, int8 of shape `(..., features)` in [-127, 127], halves rounded to even; and
+            what a code is multiplied by, float32 of shape `(..., 1)`. Both are 0 where the largest magnitude is 0 or
+            too small to divide 127 by. Where a row holds NaN or infinity its codes are 0 and its scale is NaN: so are
+            its products then, and those of no other row.
+    """
+    wide = input.detach().float()
+    largest = wide.abs().amax(dim=-1, keepdim=True)
+    inverse = torch.full_like(largest, 127.0) / largest
+    is_finite = torch.isfinite(largest)
+    is_usable = is_finite & torch.isfinite(inverse)
+    codes = torch.where(is_usable, (wide * inverse).round(), 0.0).to(torch.int8)
+    scale = torch.where(is_usable, largest / 127.0, torch.where(is_finite, 0.0, torch.nan))
+    return codes, scale
+
+
+def byte_linear(
+    input: Tensor,
+    packed_weight: Tensor,
+    in_features: int,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """
+    A linear layer with a packed weight on floats that are rounded to 8 bits, see [`quantize_rows`]. The sums are exact
+    integers.
+
+    Args:
+        input (`Tensor` of shape `(..., in_features)`): float32, bfloat16 or float16.
+        packed_weight (`Tensor` of shape `(out_features, packed_bytes(in_features))`): uint8.
+        in_features (`int`): at least 1, and so few that no sum exceeds int32.
+        scale (`Tensor` of shape `(out_features,)`): float32.
+        bias (`Tensor` of shape `(out_features,)`, *optional*): float32.
+        dtype (`torch.dtype`): of the result: float32, bfloat16 or float16.
+
+    Returns:
+        `Tensor` of shape `(..., out_features)`: rounded to float32 after the sum, the product with the scale of the
+            row, the product with `scale` and the sum with the bias, then to `dtype`.
+    """
+    codes, code_scale = quantize_rows(input)
+    # What holds every sum.
+    work = torch.float32 if 127 * in_features < 2**24 else torch.float64
+    with torch.autocast(input.device.type, enabled=False):
+        sums = F.linear(codes.to(work), unpack_signs(packed_weight, in_features).to(work)).float()
+        product = sums * code_scale * scale
+        return (product if bias is None else product + bias).to(dtype)
+
+
 @torch.no_grad()
 def layer_norm_sign(
     input: Tensor,

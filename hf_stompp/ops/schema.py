@@ -25,6 +25,8 @@ SCHEMAS = (
     "Tensor? bias, ScalarType dtype) -> Tensor",
     "binary_linear_sign(Tensor input, Tensor? threshold, Tensor packed_weight, int in_features, Tensor scale, "
     "Tensor? bias, ScalarType dtype, Tensor? output_threshold) -> Tensor",
+    "byte_linear(Tensor input, Tensor packed_weight, int in_features, Tensor scale, Tensor? bias, ScalarType dtype) "
+    "-> Tensor",
     "layer_norm_sign(Tensor input, Tensor? residual, Tensor weight, Tensor bias, float epsilon, Tensor? threshold) -> "
     "(Tensor output, Tensor bits)",
     "sign_product(Tensor packed_weight, int in_features, Tensor vector, bool transposed) -> Tensor",
@@ -125,6 +127,36 @@ def check_binary_linear(
     _check_vector(op, "scale", scale, weight_shape[0], input)
     _check_vector(op, "bias", bias, weight_shape[0], input)
     _check_vector(op, "output_threshold", output_threshold, weight_shape[0], input)
+
+
+MAX_BYTE_FEATURES = (2**31 - 1) // 127
+"""More features than this could give a sum of bytes that int32 does not hold."""
+
+
+def check_byte_linear(
+    input: Tensor,
+    packed_weight: Tensor,
+    in_features: int,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> None:
+    """
+    Checks the arguments of `byte_linear`.
+
+    Raises:
+        TypeError: a dtype is not among those allowed.
+        ValueError: a shape does not fit, in_features is so large that int32 would not hold the sums, or tensors are on
+            different devices.
+    """
+    if input.dtype not in FLOATS:
+        raise TypeError(f"hf_stompp::byte_linear: input must be float32, bfloat16 or float16, got {input.dtype}")
+    if in_features > MAX_BYTE_FEATURES:
+        raise ValueError(
+            f"hf_stompp::byte_linear: in_features must be at most {MAX_BYTE_FEATURES}, or sums may exceed int32; got "
+            f"{in_features}"
+        )
+    check_binary_linear("byte_linear", input, None, packed_weight, in_features, scale, bias, dtype)
 
 
 def check_layer_norm_sign(
@@ -381,6 +413,10 @@ class _Shapes:
         return empty_output_bits(layer[0], layer[2])
 
     @staticmethod
+    def byte_linear(*layer: Any) -> Tensor:
+        return empty_output(layer[0], layer[1], layer[5])
+
+    @staticmethod
     def layer_norm_sign(input: Tensor, *layer: Any) -> tuple[Tensor, Tensor]:
         return input.new_empty(input.shape), empty_packing(input)[0]
 
@@ -426,6 +462,10 @@ def _checked(implementation: Callable[[], Any]) -> dict[str, Callable]:
         check_binary_linear("binary_linear_sign", *layer)
         return implementation().binary_linear_sign(*layer)
 
+    def byte_linear(*layer: Any) -> Tensor:
+        check_byte_linear(*layer)
+        return implementation().byte_linear(*layer)
+
     def layer_norm_sign(*layer: Any) -> tuple[Tensor, Tensor]:
         check_layer_norm_sign(*layer)
         return implementation().layer_norm_sign(*layer)
@@ -459,8 +499,8 @@ def _checked(implementation: Callable[[], Any]) -> dict[str, Callable]:
         check_masked_activation_grad(*arguments)
         return implementation().masked_activation_grad(*arguments)
 
-    functions: list[Callable] = [pack_sign, binary_linear, binary_linear_sign, layer_norm_sign, sign_product, fold]
-    functions += [masked_weight, masked_weight_grad, masked_activation, masked_activation_grad]
+    functions: list[Callable] = [pack_sign, binary_linear, binary_linear_sign, byte_linear, layer_norm_sign]
+    functions += [sign_product, fold, masked_weight, masked_weight_grad, masked_activation, masked_activation_grad]
     return {function.__name__: function for function in functions}
 
 

@@ -6,7 +6,6 @@
  * side. A strip is the tiles of 16 rows, or of 16 columns, over all features.
  */
 #include "avx512.h"
-#include "masked.h"
 
 #ifdef HF_STOMPP_EMULATED_AMX
 #include HF_STOMPP_EMULATED_AMX
@@ -81,7 +80,7 @@ static int64_t strips_within(const product *p, int64_t bytes) {
 
 struct layout {
     int64_t strip_bytes, input_strips, weight_strips;
-    size_t packed_bytes;
+    size_t packed_bytes, scale_bytes;
 };
 
 static struct layout layout_of(const product *p, const struct part *part) {
@@ -92,12 +91,15 @@ static struct layout layout_of(const product *p, const struct part *part) {
     layout.weight_strips =
         min_int64(strips_within(p, WEIGHT_BYTES), divide_up(part->column_end - part->column_begin, TILE_COLUMNS));
     layout.packed_bytes = p->input_dtype == HF_STOMPP_BITS ? 0 : (size_t)(TILE_ROWS * row_bytes(p->in_features));
+    if (p->activation_bits == 8) layout.packed_bytes = (size_t)(TILE_ROWS * code_bytes(p->in_features));
+    layout.scale_bytes = p->activation_bits == 8 ? (size_t)(layout.input_strips * TILE_ROWS * 4) : 0;
     return layout;
 }
 
 static size_t scratch_bytes(const product *p, const struct part *part) {
     struct layout layout = layout_of(p, part);
-    return layout.packed_bytes + (size_t)((layout.input_strips + layout.weight_strips) * layout.strip_bytes);
+    size_t strips = (size_t)((layout.input_strips + layout.weight_strips) * layout.strip_bytes);
+    return layout.packed_bytes + strips + layout.scale_bytes;
 }
 
 static inline __m512i signs_of_bits(uint64_t bits) {
@@ -118,39 +120,15 @@ static void expand_rows(const product *p, const uint8_t *bits, int64_t rows, int
         }
 }
 
-/* One strip of the weight. Columns beyond the last are whatever no bits give: their sums are not stored. */
-static void expand_columns(const product *p, int64_t column, int8_t *strip) {
-    int64_t bytes = row_bytes(p->in_features), columns = min_int64(TILE_COLUMNS, p->out_features - column);
-    __m512i lanes = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
-    __m512i even_offsets = _mm512_mullo_epi64(lanes, _mm512_set1_epi64(2 * bytes));
-    __m512i odd_offsets = _mm512_add_epi64(even_offsets, _mm512_set1_epi64(bytes));
-    __mmask8 even_live = (__mmask8)((1 << (columns + 1) / 2) - 1), odd_live = (__mmask8)((1 << columns / 2) - 1);
-    /* Byte 8q + b of the result is byte q of lane b. */
-    __m512i transpose = _mm512_add_epi64(_mm512_set1_epi64(0x3830282018100800),
-                                         _mm512_mullo_epi64(lanes, _mm512_set1_epi64(0x0101010101010101)));
-    __m512i low_nibbles = _mm512_set1_epi8(0x0f), none = _mm512_setzero_si512();
-    const uint8_t *weight = p->weight + column * bytes;
-    int64_t tiles = tiles_in_strip(p);
-    for (int64_t tile = 0; tile < tiles; tile++, weight += 8, strip += TILE_BYTES) {
-        __m512i even = _mm512_mask_i64gather_epi64(none, even_live, even_offsets, weight, 1);
-        __m512i odd = _mm512_mask_i64gather_epi64(none, odd_live, odd_offsets, weight, 1);
-        even = _mm512_permutexvar_epi8(transpose, even);
-        odd = _mm512_permutexvar_epi8(transpose, odd);
-        /* 0xca picks its second operand where a bit of the first is set, else the third. */
-        __m512i low = _mm512_ternarylogic_epi64(low_nibbles, even, _mm512_slli_epi16(odd, 4), 0xca);
-        __m512i high = _mm512_ternarylogic_epi64(low_nibbles, _mm512_srli_epi16(even, 4), odd, 0xca);
-        /* A row of the tile is 64 bits now. They go through memory: to load a mask is one instruction, to take a lane
-         * out of a vector, as the compiler would, up to three. */
-        uint64_t words[2][8] __attribute__((aligned(64)));
-        _mm512_store_si512(words[0], low);
-        _mm512_store_si512(words[1], high);
-        __asm__("" : "+m"(words));
-#pragma GCC unroll 8
-        for (int q = 0; q < 8; q++) {
-            _mm512_store_si512(strip + 2 * q * TILE_FEATURES, signs_of_bits(words[0][q]));
-            _mm512_store_si512(strip + (2 * q + 1) * TILE_FEATURES, signs_of_bits(words[1][q]));
+/* Sixteen rows of bytes, as one strip; `codes` holds `rows` rows, the others are 0. */
+static void spread_rows(const product *p, const int8_t *codes, int64_t rows, int8_t *strip) {
+    int64_t tiles = tiles_in_strip(p), bytes = code_bytes(p->in_features);
+    for (int64_t row = 0; row < TILE_ROWS; row++)
+        for (int64_t tile = 0; tile < tiles; tile++) {
+            const int8_t *code = codes + row * bytes + tile * TILE_FEATURES;
+            _mm512_store_si512(strip + tile * TILE_BYTES + row * TILE_FEATURES,
+                               row < rows ? _mm512_loadu_si512(code) : _mm512_setzero_si512());
         }
-    }
 }
 
 /* Tiles 0 .. 3 are sums, 4 and 5 the input, 6 and 7 the weight. All are whole: what does not exist is expanded too. */
@@ -197,7 +175,8 @@ __attribute__((always_inline)) static inline void multiply_strips(const int8_t *
 
 /* Expanded rows by expanded columns. Rows outside, so that the output is written in long pieces. */
 static void multiply_block(const product *p, const int8_t *input, int64_t row, int64_t rows,
-                           const int8_t *weight, int64_t column, int64_t columns, int64_t strip_bytes) {
+                           const int8_t *weight, int64_t column, int64_t columns, int64_t strip_bytes,
+                           const float *scales) {
     int32_t sums[SUMS] __attribute__((aligned(64)));
     /* GCC is not told that a tile load reads memory: the stores of the expansion could be moved below it. */
     __asm__ volatile("" ::: "memory");
@@ -216,7 +195,8 @@ static void multiply_block(const product *p, const int8_t *input, int64_t row, i
             else
                 multiply_strips(input_strip, 1, weight_strip, 1, strip_bytes, sums);
             for (int64_t c = 0; c < (two ? BLOCK_COLUMNS : TILE_COLUMNS); c += TILE_COLUMNS)
-                store_sums16(p, row + i, live_rows, column + j + c, sums + c, BLOCK_COLUMNS);
+                store_sums16(p, row + i, live_rows, column + j + c, sums + c, BLOCK_COLUMNS,
+                             scales ? scales + i : NULL);
         }
     }
 }
@@ -230,20 +210,31 @@ static void multiply(const product *p, const struct part *part, void *scratch) {
     uint8_t *packed = scratch;
     int8_t *input = (int8_t *)(packed + layout.packed_bytes);
     int8_t *weight = input + layout.input_strips * layout.strip_bytes;
+    float *scales = layout.scale_bytes ? (float *)(weight + layout.weight_strips * layout.strip_bytes) : NULL;
     int64_t rows_at_a_time = layout.input_strips * TILE_ROWS, columns_at_a_time = layout.weight_strips * TILE_COLUMNS;
     _tile_loadconfig(&tile_shapes);
     for (int64_t row = part->row_begin; row < part->row_end; row += rows_at_a_time) {
         int64_t rows = min_int64(rows_at_a_time, part->row_end - row);
         for (int64_t i = 0; i < rows; i += TILE_ROWS) {
             int64_t live = min_int64(TILE_ROWS, rows - i);
-            const uint8_t *bits = bits_of_rows(p, pack_sign_avx512, row + i, live, packed);
-            expand_rows(p, bits, live, input + i / TILE_ROWS * layout.strip_bytes);
+            int8_t *strip = input + i / TILE_ROWS * layout.strip_bytes;
+            if (scales) {
+                int8_t *codes = (int8_t *)packed;
+                int32_t total;
+                for (int64_t j = 0; j < live; j++)
+                    scales[i + j] =
+                        quantize_row_avx512(p, row + i + j, codes + j * code_bytes(p->in_features), &total);
+                spread_rows(p, codes, live, strip);
+            } else {
+                expand_rows(p, bits_of_rows(p, pack_sign_avx512, row + i, live, packed), live, strip);
+            }
         }
         for (int64_t column = part->column_begin; column < part->column_end; column += columns_at_a_time) {
             int64_t columns = min_int64(columns_at_a_time, part->column_end - column);
             for (int64_t j = 0; j < columns; j += TILE_COLUMNS)
-                expand_columns(p, column + j, weight + j / TILE_COLUMNS * layout.strip_bytes);
-            multiply_block(p, input, row, rows, weight, column, columns, layout.strip_bytes);
+                expand_columns(p, column + j, _mm512_set1_epi8(-1),
+                               (uint8_t *)weight + j / TILE_COLUMNS * layout.strip_bytes);
+            multiply_block(p, input, row, rows, weight, column, columns, layout.strip_bytes, scales);
         }
     }
     _tile_release();
@@ -267,6 +258,8 @@ const struct kernel hf_stompp_amx_kernel = {
     .pack_sign = pack_sign_avx512,
     .scratch_bytes = scratch_bytes,
     .multiply = multiply,
+    .byte_scratch_bytes = scratch_bytes,
+    .multiply_bytes = multiply,
     .rows_per_thread = 512,
     .limit = limit,
     MASKED_FUNCTIONS,

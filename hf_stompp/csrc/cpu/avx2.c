@@ -5,8 +5,8 @@
  */
 #include <immintrin.h>
 
+#include "bytes.h"
 #include "kernel.h"
-#include "masked.h"
 
 enum {
     /* 3 rows x 2 vectors of byte sums, the columns' nibbles and the tables fill 16 registers. */
@@ -82,15 +82,16 @@ static void pack_sign(const void *input, int64_t dtype, const float *threshold, 
 }
 
 /* store_sum for 8 columns from `column` on. */
-static inline void store_sums8(const product *p, int64_t row, int64_t column, __m256i sums) {
+static inline void store_sums8(const product *p, int64_t row, int64_t column, __m256i sums, float row_scale) {
     if (column + 8 > p->out_features) {
         int32_t each[8];
         _mm256_storeu_si256((__m256i *)each, sums);
-        for (int64_t j = column; j < p->out_features; j++) store_sum(p, row, j, each[j - column]);
+        for (int64_t j = column; j < p->out_features; j++) store_sum(p, row, j, each[j - column], row_scale);
         return;
     }
     int64_t index = row * p->out_features + column;
-    __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(sums), _mm256_loadu_ps(p->scale + column));
+    __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(sums), _mm256_set1_ps(row_scale));
+    value = _mm256_mul_ps(value, _mm256_loadu_ps(p->scale + column));
     if (p->bias) value = _mm256_add_ps(value, _mm256_loadu_ps(p->bias + column));
     __m128i half = _mm_setzero_si128();
     if (p->output_dtype == HF_STOMPP_BF16) {
@@ -219,7 +220,8 @@ __attribute__((always_inline)) static inline void multiply_block(const product *
             __m128i half = j % 2 ? _mm256_extracti128_si256(different[i][j / 2], 1)
                                  : _mm256_castsi256_si128(different[i][j / 2]);
             __m256i count = _mm256_cvtepu16_epi32(half);
-            store_sums8(p, row + i, column + 8 * j, _mm256_sub_epi32(features, _mm256_slli_epi32(count, 1)));
+            __m256i sums = _mm256_sub_epi32(features, _mm256_slli_epi32(count, 1));
+            store_sums8(p, row + i, column + 8 * j, sums, 1.0f);
         }
 }
 
@@ -273,7 +275,7 @@ __attribute__((always_inline)) static inline void multiply_as_stored(const produ
             __m128i half =
                 _mm_add_epi64(_mm256_castsi256_si128(different[i]), _mm256_extracti128_si256(different[i], 1));
             int64_t count = _mm_cvtsi128_si64(half) + _mm_extract_epi64(half, 1);
-            store_sum(p, row + i, column, (int32_t)(p->in_features - 2 * count));
+            store_sum(p, row + i, column, (int32_t)(p->in_features - 2 * count), 1.0f);
         }
     }
 }
@@ -317,11 +319,103 @@ static int64_t limit(int64_t steps) {
     return steps * ROWS * 2 * 128;
 }
 
+enum {
+    BYTE_COLUMNS = 8,
+    /* Products of two codes and flags are at most 254: a sum of 16 bits holds so many. */
+    BYTE_STEPS = 128,
+    BYTE_ROWS_AT_A_TIME = 64,
+};
+
+static size_t byte_scratch_bytes_avx2(const product *p, const struct part *part) {
+    int64_t rows = min_int64(BYTE_ROWS_AT_A_TIME, part->row_end - part->row_begin);
+    return (size_t)((rows + BYTE_COLUMNS) * code_bytes(p->in_features));
+}
+
+/* Sums of the codes of `rows` rows that 4 columns have flags for. */
+ALWAYS_INLINE void add_codes(const int8_t *codes, int rows, const uint8_t *flags, int64_t bytes, __m128i sums[2]) {
+    const __m256i one = _mm256_set1_epi16(1);
+    __m256i wide[2][4];
+#pragma GCC unroll 2
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) wide[i][j] = _mm256_setzero_si256();
+    for (int64_t begin = 0; begin < bytes; begin += 32 * BYTE_STEPS) {
+        int64_t end = min_int64(bytes, begin + 32 * BYTE_STEPS);
+        __m256i narrow[2][4];
+#pragma GCC unroll 2
+        for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) narrow[i][j] = _mm256_setzero_si256();
+        for (int64_t k = begin; k < end; k += 32) {
+            __m256i code[2];
+#pragma GCC unroll 2
+            for (int i = 0; i < rows; i++) code[i] = _mm256_loadu_si256((const __m256i *)(codes + i * bytes + k));
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                __m256i flag = _mm256_loadu_si256((const __m256i *)(flags + j * bytes + k));
+#pragma GCC unroll 2
+                for (int i = 0; i < rows; i++)
+                    narrow[i][j] = _mm256_add_epi16(narrow[i][j], _mm256_maddubs_epi16(flag, code[i]));
+            }
+        }
+#pragma GCC unroll 2
+        for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++)
+                wide[i][j] = _mm256_add_epi32(wide[i][j], _mm256_madd_epi16(narrow[i][j], one));
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < rows; i++) {
+        __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(wide[i][0], wide[i][1]),
+                                          _mm256_hadd_epi32(wide[i][2], wide[i][3]));
+        sums[i] = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+    }
+}
+
+ALWAYS_INLINE void multiply_bytes_of_rows(const product *p, const int8_t *codes, int rows, const uint8_t *flags,
+                                          const float *scales, const int32_t *totals, int64_t row, int64_t column) {
+    int64_t bytes = code_bytes(p->in_features);
+    __m128i low[2], high[2];
+    add_codes(codes, rows, flags, bytes, low);
+    add_codes(codes, rows, flags + 4 * bytes, bytes, high);
+    for (int i = 0; i < rows; i++) {
+        __m256i sums = _mm256_slli_epi32(_mm256_set_m128i(high[i], low[i]), 1);
+        store_sums8(p, row + i, column, _mm256_sub_epi32(sums, _mm256_set1_epi32(totals[i])), scales[i]);
+    }
+}
+
+static void multiply_bytes_avx2(const product *p, const struct part *part, void *scratch) {
+    int64_t bytes = code_bytes(p->in_features);
+    uint8_t *flags = scratch;
+    int8_t *codes = (int8_t *)scratch + BYTE_COLUMNS * bytes;
+    for (int64_t row = part->row_begin; row < part->row_end; row += BYTE_ROWS_AT_A_TIME) {
+        int64_t rows = min_int64(BYTE_ROWS_AT_A_TIME, part->row_end - row);
+        float scales[BYTE_ROWS_AT_A_TIME];
+        int32_t totals[BYTE_ROWS_AT_A_TIME];
+        for (int64_t i = 0; i < rows; i++) {
+            scales[i] = quantize_row(p, row + i, codes + i * bytes);
+            totals[i] = sum_of_codes(codes + i * bytes, bytes);
+        }
+        for (int64_t column = part->column_begin; column < part->column_end; column += BYTE_COLUMNS) {
+            /* What columns beyond the last give is not stored. */
+            for (int64_t j = 0; j < BYTE_COLUMNS; j++)
+                flags_of_column(p, min_int64(column + j, p->out_features - 1), flags + j * bytes);
+            int64_t i = 0;
+            for (; i + 2 <= rows; i += 2)
+                multiply_bytes_of_rows(p, codes + i * bytes, 2, flags, scales + i, totals + i, row + i, column);
+            if (i < rows)
+                multiply_bytes_of_rows(p, codes + i * bytes, 1, flags, scales + i, totals + i, row + i, column);
+        }
+    }
+}
+
 const struct kernel hf_stompp_avx2_kernel = {
     .unavailable = unavailable,
     .pack_sign = pack_sign,
     .scratch_bytes = scratch_bytes,
     .multiply = multiply,
+    .byte_scratch_bytes = byte_scratch_bytes_avx2,
+    .multiply_bytes = multiply_bytes_avx2,
     .rows_per_thread = 64,
     .limit = limit,
     MASKED_FUNCTIONS,

@@ -3,7 +3,6 @@
  * With few rows it is read as it is stored, 512 bits of one column at a time.
  */
 #include "avx512.h"
-#include "masked.h"
 
 enum {
     LANES = 16,
@@ -17,8 +16,14 @@ enum {
 static const char *unavailable(void) {
     const char *reason = avx512_unavailable();
     if (reason) return reason;
-    return __builtin_cpu_supports("avx512vpopcntdq") ? NULL : "the processor has no AVX512-VPOPCNTDQ";
+    /* No processor has the first alone. */
+    int supported = __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("avx512vnni") &&
+                    __builtin_cpu_supports("avx512vbmi");
+    return supported ? NULL : "the processor has no AVX512-VPOPCNTDQ, VNNI and VBMI";
 }
+
+/* Read through a pointer, so that broadcasting it is one load: GCC 12 takes a copy through a general register. */
+typedef int32_t word32 __attribute__((may_alias, aligned(1)));
 
 /* Words of 32 bits in a row; what follows in a row is zero on both sides. */
 static inline int64_t row_words(const product *p) { return divide_up(p->in_features, 32); }
@@ -88,9 +93,7 @@ __attribute__((always_inline)) static inline void multiply_block(const product *
         for (int j = 0; j < panels; j++) weight[j] = _mm512_load_si512(panel + (j * words + k) * LANES);
 #pragma GCC unroll 8
         for (int i = 0; i < rows; i++) {
-            int32_t word;
-            memcpy(&word, input + i * bytes + 4 * k, 4);
-            __m512i value = _mm512_set1_epi32(word);
+            __m512i value = _mm512_set1_epi32(*(const word32 *)(input + i * bytes + 4 * k));
 #pragma GCC unroll 2
             for (int j = 0; j < panels; j++) {
                 different[i][j] = _mm512_add_epi32(
@@ -109,7 +112,7 @@ __attribute__((always_inline)) static inline void multiply_block(const product *
             _mm512_store_si512(sums[i] + j * LANES,
                                _mm512_sub_epi32(features, _mm512_slli_epi32(different[i][j], 1)));
     for (int j = 0; j < panels; j++)
-        store_sums16(p, row, rows, column + j * LANES, sums[0] + j * LANES, PANELS * LANES);
+        store_sums16(p, row, rows, column + j * LANES, sums[0] + j * LANES, PANELS * LANES, NULL);
 }
 
 __attribute__((always_inline)) static inline void multiply_rows(const product *p, const uint8_t *input,
@@ -174,7 +177,7 @@ __attribute__((always_inline)) static inline void multiply_as_stored(const produ
             for (int i = 0; i < rows; i++)
                 sums[i][lane] = (int32_t)(p->in_features - 2 * _mm512_reduce_add_epi64(different[i]));
         }
-        store_sums16(p, row, rows, column, sums[0], LANES);
+        store_sums16(p, row, rows, column, sums[0], LANES, NULL);
     }
 }
 
@@ -190,6 +193,137 @@ static void multiply(const product *p, const struct part *part, void *scratch) {
     for (; rows - done >= 4; done += 4)
         multiply_as_stored(p, input + done * bytes, 4, part->row_begin + done, part);
     for (; done < rows; done++) multiply_as_stored(p, input + done * bytes, 1, part->row_begin + done, part);
+}
+
+/* --- rows of bytes: VPDPBUSD multiplies 4 codes with 4 flags of a column in each lane ------------------------------- */
+
+enum {
+    /* Bytes of a thread's codes: they are to stay in its L2 cache beside two strips. */
+    CODE_BYTES = 512 * 1024,
+    /* Columns that are read as they are stored side by side. */
+    STORED_COLUMNS = 4,
+};
+
+static int64_t byte_rows_at_a_time(const product *p, const struct part *part) {
+    int64_t rows = max_int64(ROWS, CODE_BYTES / code_bytes(p->in_features) / ROWS * ROWS);
+    return min_int64(rows, part->row_end - part->row_begin);
+}
+
+static size_t byte_scratch_bytes_avx512(const product *p, const struct part *part) {
+    int64_t rows = byte_rows_at_a_time(p, part);
+    return (size_t)(rows * code_bytes(p->in_features) + PANELS * pieces_in_strip(p) * STRIP_PIECE + rows * 8);
+}
+
+__attribute__((always_inline)) static inline void multiply_strips(const product *p, const int8_t *codes, int rows,
+                                                                  const uint8_t *strips, int panels,
+                                                                  const int32_t *totals, const float *scales,
+                                                                  int64_t row, int64_t column) {
+    int64_t bytes = code_bytes(p->in_features), strip_bytes = pieces_in_strip(p) * STRIP_PIECE;
+    int64_t groups = divide_up(p->in_features, 4);
+    __m512i sum[ROWS][PANELS];
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 2
+        for (int j = 0; j < panels; j++) sum[i][j] = _mm512_setzero_si512();
+    for (int64_t group = 0; group < groups; group++) {
+        __m512i flags[PANELS];
+#pragma GCC unroll 2
+        for (int j = 0; j < panels; j++) flags[j] = _mm512_load_si512(strips + j * strip_bytes + 64 * group);
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++) {
+            __m512i code = _mm512_set1_epi32(*(const word32 *)(codes + i * bytes + 4 * group));
+#pragma GCC unroll 2
+            for (int j = 0; j < panels; j++) {
+                sum[i][j] = _mm512_dpbusd_epi32(sum[i][j], flags[j], code);
+                /* Keeps a sum in its register, as above. */
+                __asm__("" : "+v"(sum[i][j]));
+            }
+        }
+    }
+    int32_t sums[ROWS][PANELS * LANES] __attribute__((aligned(64)));
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 2
+        for (int j = 0; j < panels; j++)
+            _mm512_store_si512(sums[i] + j * LANES, _mm512_sub_epi32(_mm512_slli_epi32(sum[i][j], 1),
+                                                                     _mm512_set1_epi32(totals[i])));
+    for (int j = 0; j < panels; j++)
+        store_sums16(p, row, rows, column + j * LANES, sums[0] + j * LANES, PANELS * LANES, scales);
+}
+
+__attribute__((always_inline)) static inline void multiply_bytes_as_stored(const product *p, const int8_t *codes,
+                                                                           int rows, const int32_t *totals,
+                                                                           const float *scales, int64_t row,
+                                                                           const struct part *part) {
+    int64_t bytes = code_bytes(p->in_features), weight_bytes = row_bytes(p->in_features);
+    const __m512i one = _mm512_set1_epi8(1);
+    for (int64_t column = part->column_begin; column < part->column_end; column += LANES) {
+        int32_t sums[ROWS][LANES] __attribute__((aligned(64))) = {{0}};
+        for (int64_t lane = 0; lane < LANES; lane += STORED_COLUMNS) {
+            const uint8_t *weight[STORED_COLUMNS];
+            /* What columns beyond the last give is not stored. */
+            for (int j = 0; j < STORED_COLUMNS; j++)
+                weight[j] = p->weight + min_int64(column + lane + j, p->out_features - 1) * weight_bytes;
+            __m512i sum[ROWS][STORED_COLUMNS];
+#pragma GCC unroll 8
+            for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+                for (int j = 0; j < STORED_COLUMNS; j++) sum[i][j] = _mm512_setzero_si512();
+            for (int64_t k = 0; k < bytes; k += 64)
+#pragma GCC unroll 4
+                for (int j = 0; j < STORED_COLUMNS; j++) {
+                    uint64_t word;
+                    memcpy(&word, weight[j] + k / 8, 8);
+                    __m512i flags = _mm512_maskz_mov_epi8(word, one);
+#pragma GCC unroll 8
+                    for (int i = 0; i < rows; i++)
+                        sum[i][j] =
+                            _mm512_dpbusd_epi32(sum[i][j], flags, _mm512_loadu_si512(codes + i * bytes + k));
+                }
+#pragma GCC unroll 8
+            for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+                for (int j = 0; j < STORED_COLUMNS; j++)
+                    sums[i][lane + j] = 2 * _mm512_reduce_add_epi32(sum[i][j]) - totals[i];
+        }
+        store_sums16(p, row, rows, column, sums[0], LANES, scales);
+    }
+}
+
+static void multiply_bytes_avx512(const product *p, const struct part *part, void *scratch) {
+    int64_t bytes = code_bytes(p->in_features), rows_at_a_time = byte_rows_at_a_time(p, part);
+    uint8_t *strips = scratch;
+    int8_t *codes = (int8_t *)strips + PANELS * pieces_in_strip(p) * STRIP_PIECE;
+    float *scales = (float *)(codes + rows_at_a_time * bytes);
+    int32_t *totals = (int32_t *)(scales + rows_at_a_time);
+    for (int64_t row = part->row_begin; row < part->row_end; row += rows_at_a_time) {
+        int64_t rows = min_int64(rows_at_a_time, part->row_end - row), i = 0;
+        for (int64_t j = 0; j < rows; j++)
+            scales[j] = quantize_row_avx512(p, row + j, codes + j * bytes, totals + j);
+#define TAKE(count, function, ...) \
+    for (; i + count <= rows; i += count) function(p, codes + i * bytes, count, __VA_ARGS__)
+        if (rows < ROWS) {
+            TAKE(4, multiply_bytes_as_stored, totals + i, scales + i, row + i, part);
+            TAKE(1, multiply_bytes_as_stored, totals + i, scales + i, row + i, part);
+            continue;
+        }
+        for (int64_t column = part->column_begin; column < part->column_end; column += PANELS * LANES) {
+            int two = column + LANES < part->column_end;
+            expand_columns(p, column, _mm512_setzero_si512(), strips);
+            if (two) expand_columns(p, column + LANES, _mm512_setzero_si512(), strips + pieces_in_strip(p) * STRIP_PIECE);
+            i = 0;
+            if (two) {
+                TAKE(8, multiply_strips, strips, 2, totals + i, scales + i, row + i, column);
+                TAKE(4, multiply_strips, strips, 2, totals + i, scales + i, row + i, column);
+                TAKE(1, multiply_strips, strips, 2, totals + i, scales + i, row + i, column);
+            } else {
+                TAKE(8, multiply_strips, strips, 1, totals + i, scales + i, row + i, column);
+                TAKE(4, multiply_strips, strips, 1, totals + i, scales + i, row + i, column);
+                TAKE(1, multiply_strips, strips, 1, totals + i, scales + i, row + i, column);
+            }
+        }
+#undef TAKE
+    }
 }
 
 static int64_t limit(int64_t steps) {
@@ -218,6 +352,8 @@ const struct kernel hf_stompp_avx512_kernel = {
     .pack_sign = pack_sign_avx512,
     .scratch_bytes = scratch_bytes,
     .multiply = multiply,
+    .byte_scratch_bytes = byte_scratch_bytes_avx512,
+    .multiply_bytes = multiply_bytes_avx512,
     .rows_per_thread = 64,
     .limit = limit,
     MASKED_FUNCTIONS,

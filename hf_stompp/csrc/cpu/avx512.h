@@ -4,6 +4,7 @@
 
 #include <immintrin.h>
 
+#include "bytes.h"
 #include "kernel.h"
 
 /* Why the instructions that both kernels need cannot run; NULL if they can. */
@@ -69,6 +70,40 @@ static inline void pack_sign_avx512(const void *input, int64_t dtype, const floa
         pack_rows(input, HF_STOMPP_F16, threshold, rows, features, bits, popcounts);
 }
 
+/* quantize_row_of, which also sums the codes. */
+__attribute__((always_inline)) static inline float quantize_row16_of(const void *input, int64_t dtype, int64_t row,
+                                                                     int64_t features, int8_t *codes,
+                                                                     int32_t *total) {
+    int64_t first = row * features;
+    __m512i magnitudes = _mm512_setzero_si512(), sum = _mm512_setzero_si512();
+    for (int64_t k = 0; k < features; k += 16) {
+        __m512 value = _mm512_abs_ps(load16(input, dtype, first + k, first16(features - k)));
+        magnitudes = _mm512_max_epu32(magnitudes, _mm512_castps_si512(value));
+    }
+    float largest = float_of_bits(_mm512_reduce_max_epu32(magnitudes)), inverse = 127.0f / largest;
+    int is_usable = isfinite(largest) && isfinite(inverse);
+    for (int64_t k = 0; k < features; k += BLOCK)
+        for (int64_t j = k; j < k + BLOCK; j += 16) {
+            __m512i code = _mm512_setzero_si512();
+            if (is_usable)
+                code = _mm512_cvtps_epi32(
+                    _mm512_mul_ps(load16(input, dtype, first + j, first16(features - j)), _mm512_set1_ps(inverse)));
+            sum = _mm512_add_epi32(sum, code);
+            _mm_storeu_si128((__m128i *)(codes + j), _mm512_cvtepi32_epi8(code));
+        }
+    *total = _mm512_reduce_add_epi32(sum);
+    return is_usable ? largest / 127.0f : isfinite(largest) ? 0.0f : NAN;
+}
+
+/* Returns the scale of the codes. */
+static inline float quantize_row_avx512(const product *p, int64_t row, int8_t *codes, int32_t *total) {
+    if (p->input_dtype == HF_STOMPP_F32)
+        return quantize_row16_of(p->input, HF_STOMPP_F32, row, p->in_features, codes, total);
+    if (p->input_dtype == HF_STOMPP_BF16)
+        return quantize_row16_of(p->input, HF_STOMPP_BF16, row, p->in_features, codes, total);
+    return quantize_row16_of(p->input, HF_STOMPP_F16, row, p->in_features, codes, total);
+}
+
 /* Round to nearest even, NaN to 0x7fc0, as bf16_of_float does. */
 static inline __m512i bf16_of_float16(__m512 value) {
     __m512i bits = _mm512_castps_si512(value);
@@ -78,9 +113,9 @@ static inline __m512i bf16_of_float16(__m512 value) {
     return _mm512_mask_set1_epi32(_mm512_srli_epi32(rounded, 16), nan, 0x7fc0);
 }
 
-/* store_sum for 16 columns from `column` on, of rows whose sums lie `stride` apart. */
+/* store_sum for 16 columns from `column` on, of rows whose sums lie `stride` apart. No row_scales: they are 1. */
 static void store_sums16(const product *p, int64_t row, int64_t rows, int64_t column, const int32_t *sums,
-                         int64_t stride) {
+                         int64_t stride, const float *row_scales) {
     const int64_t dtype = p->output_dtype, features = p->out_features, bit_bytes = row_bytes(features);
     const __mmask16 live = first16(features - column);
     const __m512 scale = _mm512_maskz_loadu_ps(live, p->scale + column);
@@ -92,6 +127,7 @@ static void store_sums16(const product *p, int64_t row, int64_t rows, int64_t co
     uint8_t *output = (uint8_t *)p->output + (row * features + column) * element_bytes(dtype);
     for (int64_t i = 0; i < rows; i++) {
         __m512 value = _mm512_cvtepi32_ps(_mm512_load_si512(sums + i * stride));
+        if (row_scales) value = _mm512_mul_ps(value, _mm512_set1_ps(row_scales[i]));
         value = _mm512_add_ps(_mm512_mul_ps(value, scale), bias);
         __m256i half = _mm256_setzero_si256();
         if (dtype == HF_STOMPP_BF16) {
@@ -111,6 +147,49 @@ static void store_sums16(const product *p, int64_t row, int64_t rows, int64_t co
             _mm256_storeu_si256((__m256i *)(output + i * features * 2), half);
         } else {
             _mm256_mask_storeu_epi16(output + i * features * 2, live, half);
+        }
+    }
+}
+
+/* A strip is 16 columns of the weight over all features, in pieces of 64 features: 16 rows of 64 bytes, of which row r
+ * is features 4r .. 4r + 3, the four of a column side by side. */
+enum { STRIP_COLUMNS = 16, STRIP_FEATURES = 64, STRIP_PIECE = STRIP_COLUMNS * STRIP_FEATURES };
+
+static inline int64_t pieces_in_strip(const product *p) { return divide_up(p->in_features, STRIP_FEATURES); }
+
+/* Expands one strip: 1 where a bit is set, `clear` where not. Columns beyond the last are whatever no bits give: their
+ * sums are not stored. */
+__attribute__((always_inline)) static inline void expand_columns(const product *p, int64_t column, __m512i clear,
+                                                                 uint8_t *strip) {
+    int64_t bytes = row_bytes(p->in_features), columns = min_int64(STRIP_COLUMNS, p->out_features - column);
+    __m512i lanes = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+    __m512i even_offsets = _mm512_mullo_epi64(lanes, _mm512_set1_epi64(2 * bytes));
+    __m512i odd_offsets = _mm512_add_epi64(even_offsets, _mm512_set1_epi64(bytes));
+    __mmask8 even_live = (__mmask8)((1 << (columns + 1) / 2) - 1), odd_live = (__mmask8)((1 << columns / 2) - 1);
+    /* Byte 8q + b of the result is byte q of lane b. */
+    __m512i transpose = _mm512_add_epi64(_mm512_set1_epi64(0x3830282018100800),
+                                         _mm512_mullo_epi64(lanes, _mm512_set1_epi64(0x0101010101010101)));
+    __m512i low_nibbles = _mm512_set1_epi8(0x0f), none = _mm512_setzero_si512(), set = _mm512_set1_epi8(1);
+    const uint8_t *weight = p->weight + column * bytes;
+    int64_t pieces = pieces_in_strip(p);
+    for (int64_t piece = 0; piece < pieces; piece++, weight += 8, strip += STRIP_PIECE) {
+        __m512i even = _mm512_mask_i64gather_epi64(none, even_live, even_offsets, weight, 1);
+        __m512i odd = _mm512_mask_i64gather_epi64(none, odd_live, odd_offsets, weight, 1);
+        even = _mm512_permutexvar_epi8(transpose, even);
+        odd = _mm512_permutexvar_epi8(transpose, odd);
+        /* 0xca picks its second operand where a bit of the first is set, else the third. */
+        __m512i low = _mm512_ternarylogic_epi64(low_nibbles, even, _mm512_slli_epi16(odd, 4), 0xca);
+        __m512i high = _mm512_ternarylogic_epi64(low_nibbles, _mm512_srli_epi16(even, 4), odd, 0xca);
+        /* A row of the piece is 64 bits now. They go through memory: to load a mask is one instruction, to take a lane
+         * out of a vector, as the compiler would, up to three. */
+        uint64_t words[2][8] __attribute__((aligned(64)));
+        _mm512_store_si512(words[0], low);
+        _mm512_store_si512(words[1], high);
+        __asm__("" : "+m"(words));
+#pragma GCC unroll 8
+        for (int q = 0; q < 8; q++) {
+            _mm512_store_si512(strip + 2 * q * STRIP_FEATURES, _mm512_mask_blend_epi8(words[0][q], clear, set));
+            _mm512_store_si512(strip + (2 * q + 1) * STRIP_FEATURES, _mm512_mask_blend_epi8(words[1][q], clear, set));
         }
     }
 }

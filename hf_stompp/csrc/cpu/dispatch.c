@@ -119,7 +119,9 @@ int hf_stompp_binary_linear(const struct hf_stompp_product *p) {
     const struct kernel *chosen = choose((int)p->kernel, p->rows);
     if (!chosen) return HF_STOMPP_UNAVAILABLE;
     double pairs = (double)p->rows * (double)p->in_features * (double)p->out_features;
-    int64_t parts = max_int64(1, min_int64((int64_t)(pairs / 16 / WORK_PER_THREAD) + 1, p->threads));
+    int is_bytes = p->activation_bits == 8;
+    int64_t parts = (int64_t)(pairs / (is_bytes ? 4 : 16) / WORK_PER_THREAD) + 1;
+    parts = max_int64(1, min_int64(parts, p->threads));
     int64_t row_parts = min_int64(parts, max_int64(1, p->rows / chosen->rows_per_thread));
     int64_t column_blocks = divide_up(p->out_features, COLUMN_ALIGNMENT);
     int64_t column_parts = max_int64(1, min_int64(parts / row_parts, column_blocks));
@@ -138,7 +140,7 @@ int hf_stompp_binary_linear(const struct hf_stompp_product *p) {
         piece(p->out_features, COLUMN_ALIGNMENT, column_parts, index % column_parts, &part.column_begin,
               &part.column_end);
         if (part.row_begin == part.row_end || part.column_begin == part.column_end) continue;
-        size_t bytes = chosen->scratch_bytes(p, &part);
+        size_t bytes = is_bytes ? chosen->byte_scratch_bytes(p, &part) : chosen->scratch_bytes(p, &part);
         void *scratch = NULL;
         if (bytes && posix_memalign(&scratch, 64, bytes)) {
 #ifdef _OPENMP
@@ -147,7 +149,10 @@ int hf_stompp_binary_linear(const struct hf_stompp_product *p) {
             failed = 1;
             continue;
         }
-        chosen->multiply(p, &part, scratch);
+        if (is_bytes)
+            chosen->multiply_bytes(p, &part, scratch);
+        else
+            chosen->multiply(p, &part, scratch);
         free(scratch);
     }
     return failed ? HF_STOMPP_NO_MEMORY : HF_STOMPP_OK;

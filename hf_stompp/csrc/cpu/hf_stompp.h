@@ -10,7 +10,7 @@
 
 #include <stdint.h>
 
-#define HF_STOMPP_ABI_VERSION 3
+#define HF_STOMPP_ABI_VERSION 4
 
 #if defined(_WIN32)
 #define HF_STOMPP_EXPORT __declspec(dllexport)
@@ -78,12 +78,17 @@ HF_STOMPP_EXPORT int hf_stompp_pack_sign(const struct hf_stompp_packing *);
 
 /* y[m][n] = round(scale[n] * sum_k s[m][k] v[n][k] + bias[n]) with s, v in {-1, +1}: the sum is an exact integer (of
  * fewer than 2^24 terms), product and sum are rounded to float one after the other, then to output_dtype.
+ * With 8 activation bits s is the byte that the input is rounded to, and the sum, first rounded to float, is multiplied
+ * by the scale of its row before it is by scale[n].
  */
 struct hf_stompp_product {
     int64_t kernel, threads;
-    /* rows x in_features, signed as in a packing, or BITS. */
+    /* rows x in_features, signed as in a packing, or BITS; floats with 8 activation bits. */
     const void *input;
     int64_t input_dtype;
+    /* 1 or 8. */
+    int64_t activation_bits;
+    /* With 1 activation bit: as in a packing. */
     const float *threshold;
     /* out_features rows of bits. */
     const uint8_t *weight;
@@ -95,7 +100,7 @@ struct hf_stompp_product {
     /* rows x out_features of output_dtype; not used if output_bits is given. */
     void *output;
     int64_t output_dtype;
-    /* NULL, or rows of bits of out_features: y >= output_threshold, NULL for 0. */
+    /* With 1 activation bit: NULL, or rows of bits of out_features: y >= output_threshold, NULL for 0. */
     uint8_t *output_bits;
     const float *output_threshold;
 };

@@ -28,6 +28,9 @@ struct kernel {
     /* Bytes of working memory for a part, and the part itself. The memory is aligned to 64 bytes. */
     size_t (*scratch_bytes)(const product *, const struct part *);
     void (*multiply)(const product *, const struct part *, void *scratch);
+    /* The same for 8 activation bits. */
+    size_t (*byte_scratch_bytes)(const product *, const struct part *);
+    void (*multiply_bytes)(const product *, const struct part *, void *scratch);
     /* With fewer rows a thread takes a share of the columns instead: each lays the weight out anew for itself. */
     int64_t rows_per_thread;
     /* Runs the inner instructions `steps` times on registers alone; returns the pairs of bits they would have
@@ -143,9 +146,10 @@ static inline const uint8_t *bits_of_rows(const product *p, pack_sign_function *
     return scratch;
 }
 
-/* Scales one sum, and stores it as a value or as a bit; bits of a row must be cleared before. */
-static inline void store_sum(const product *p, int64_t row, int64_t column, int32_t sum) {
-    float value = (float)sum * p->scale[column];
+/* Scales one sum, and stores it as a value or as a bit; bits of a row must be cleared before. The scale of a row of
+ * signs is 1. */
+static inline void store_sum(const product *p, int64_t row, int64_t column, int32_t sum, float row_scale) {
+    float value = (float)sum * row_scale * p->scale[column];
     if (p->bias) value = value + p->bias[column];
     int64_t index = row * p->out_features + column;
     uint16_t half = 0;

@@ -5,7 +5,7 @@
 #include <arm_neon.h>
 
 #include "kernel.h"
-#include "masked.h"
+#include "bytes.h"
 
 enum {
     /* 4 x 4 vectors of byte sums, 4 of totals, the columns and a row take 25 of the 32 registers. */
@@ -72,7 +72,7 @@ static inline void store_sums4(const product *p, int64_t row, int64_t column, in
     if (column + 4 > p->out_features) {
         int32_t each[4];
         vst1q_s32(each, sums);
-        for (int64_t j = column; j < p->out_features; j++) store_sum(p, row, j, each[j - column]);
+        for (int64_t j = column; j < p->out_features; j++) store_sum(p, row, j, each[j - column], 1.0f);
         return;
     }
     int64_t index = row * p->out_features + column;
@@ -183,6 +183,8 @@ const struct kernel hf_stompp_neon_kernel = {
     .pack_sign = pack_sign,
     .scratch_bytes = scratch_bytes,
     .multiply = multiply,
+    .byte_scratch_bytes = byte_scratch_bytes,
+    .multiply_bytes = multiply_bytes,
     .rows_per_thread = 64,
     MASKED_FUNCTIONS,
 };

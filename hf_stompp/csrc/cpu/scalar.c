@@ -1,6 +1,6 @@
 /* 64-bit popcounts in plain C: the kernel of last resort, and the one to read first. */
+#include "bytes.h"
 #include "kernel.h"
-#include "masked.h"
 
 enum { ROWS = 4 };
 
@@ -56,7 +56,7 @@ static void multiply(const product *p, const struct part *part, void *scratch) {
                             __builtin_popcountll(load_word(weight + k) ^ load_word(input + i * bytes + k));
             }
             for (int i = 0; i < rows; i++)
-                store_sum(p, row + i, column, (int32_t)(p->in_features - 2 * different[i]));
+                store_sum(p, row + i, column, (int32_t)(p->in_features - 2 * different[i]), 1.0f);
         }
     }
 }
@@ -66,6 +66,8 @@ const struct kernel hf_stompp_scalar_kernel = {
     .pack_sign = pack_sign,
     .scratch_bytes = scratch_bytes,
     .multiply = multiply,
+    .byte_scratch_bytes = byte_scratch_bytes,
+    .multiply_bytes = multiply_bytes,
     .rows_per_thread = 64,
     MASKED_FUNCTIONS,
 };

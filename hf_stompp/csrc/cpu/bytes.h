@@ -1,0 +1,95 @@
+/* Products of packed signs with floats that are rounded to bytes, row by row, as quantize_rows in
+ * hf_stompp/ops/reference.py does it. A bit b stands for 2b - 1, so the sum of signed codes is twice the sum of those
+ * whose bit is set, less the sum of all.
+ *
+ * Plain C; each kernel includes it and compiles it with its own instructions. A kernel that has a better product than
+ * multiply_bytes takes the quantization alone.
+ */
+#ifndef HF_STOMPP_BYTES_H
+#define HF_STOMPP_BYTES_H
+
+#include "masked.h"
+
+/* Bytes of a row of codes: zero beyond its features, so that a kernel may read whole vectors. */
+static inline int64_t code_bytes(int64_t features) { return divide_up(features, BLOCK) * BLOCK; }
+
+ALWAYS_INLINE float quantize_row_of(const void *input, int64_t dtype, int64_t row, int64_t features, int8_t *codes) {
+    float block[BLOCK];
+    /* As integers, magnitudes keep their order, and NaN is above infinity. */
+    uint32_t bits = 0;
+    for (int64_t k = 0; k < features; k += BLOCK) {
+        load_block(input, dtype, row * features + k, min_int64(BLOCK, features - k), block);
+        for (int j = 0; j < BLOCK; j++) {
+            uint32_t magnitude = bits_of_float(block[j]) & 0x7fffffff;
+            bits = magnitude > bits ? magnitude : bits;
+        }
+    }
+    float largest = float_of_bits(bits), inverse = 127.0f / largest;
+    if (!isfinite(largest) || !isfinite(inverse)) {
+        for (int64_t k = 0; k < features; k += BLOCK) memset(codes + k, 0, BLOCK);
+        return isfinite(largest) ? 0.0f : NAN;
+    }
+    /* The sum has no digits behind the point: it is rounded to even, and its last byte is the code. */
+    const float shift = 12582912.0f;
+    for (int64_t k = 0; k < features; k += BLOCK) {
+        load_block(input, dtype, row * features + k, min_int64(BLOCK, features - k), block);
+        for (int j = 0; j < BLOCK; j++) codes[k + j] = (int8_t)bits_of_float(block[j] * inverse + shift);
+    }
+    return largest / 127.0f;
+}
+
+/* Returns the scale of the codes. */
+static inline float quantize_row(const product *p, int64_t row, int8_t *codes) {
+    if (p->input_dtype == HF_STOMPP_F32) return quantize_row_of(p->input, HF_STOMPP_F32, row, p->in_features, codes);
+    if (p->input_dtype == HF_STOMPP_BF16) return quantize_row_of(p->input, HF_STOMPP_BF16, row, p->in_features, codes);
+    return quantize_row_of(p->input, HF_STOMPP_F16, row, p->in_features, codes);
+}
+
+static inline int32_t sum_of_codes(const int8_t *codes, int64_t bytes) {
+    int32_t sum = 0;
+    for (int64_t k = 0; k < bytes; k++) sum += codes[k];
+    return sum;
+}
+
+/* The bits of a column of the weight as bytes of 0 and 1. */
+static inline void flags_of_column(const product *p, int64_t column, uint8_t *flags) {
+    const uint8_t *weight = p->weight + column * row_bytes(p->in_features);
+    for (int64_t k = 0; k < code_bytes(p->in_features); k += BLOCK) {
+        uint64_t word;
+        memcpy(&word, weight + k / 8, 8);
+        flags_of_bits(word, flags + k);
+    }
+}
+
+/* Rows for which a column is expanded once. */
+enum { BYTE_ROWS = 16 };
+
+__attribute__((unused)) static size_t byte_scratch_bytes(const product *p, const struct part *part) {
+    (void)part;
+    return (size_t)((BYTE_ROWS + 1) * code_bytes(p->in_features));
+}
+
+__attribute__((unused)) static void multiply_bytes(const product *p, const struct part *part, void *scratch) {
+    int64_t bytes = code_bytes(p->in_features);
+    int8_t *codes = scratch;
+    uint8_t *flags = (uint8_t *)scratch + BYTE_ROWS * bytes;
+    for (int64_t row = part->row_begin; row < part->row_end; row += BYTE_ROWS) {
+        int64_t rows = min_int64(BYTE_ROWS, part->row_end - row);
+        float scales[BYTE_ROWS];
+        int32_t totals[BYTE_ROWS];
+        for (int64_t i = 0; i < rows; i++) {
+            scales[i] = quantize_row(p, row + i, codes + i * bytes);
+            totals[i] = sum_of_codes(codes + i * bytes, bytes);
+        }
+        for (int64_t column = part->column_begin; column < part->column_end; column++) {
+            flags_of_column(p, column, flags);
+            for (int64_t i = 0; i < rows; i++) {
+                int32_t sum = 0;
+                for (int64_t k = 0; k < bytes; k++) sum += codes[i * bytes + k] * (int8_t)flags[k];
+                store_sum(p, row + i, column, 2 * sum - totals[i], scales[i]);
+            }
+        }
+    }
+}
+
+#endif
