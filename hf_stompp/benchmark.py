@@ -33,7 +33,8 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, BertConfig, BertModel
 
 from .binarization import binarize, commit
-from .ops import binary_linear, cpu, pack_bits
+from .config import StoMPPConfig
+from .ops import binary_linear, byte_linear, cpu, pack_bits
 from .packing import pack
 
 
@@ -121,6 +122,7 @@ def linear_case(rows: int, in_features: int, out_features: int, kernels: list[st
         "int8": lambda: int8(input),
         "packed_fp32": lambda: binary_linear(input, *packed, torch.float32),
         "packed_bf16": lambda: binary_linear(half_input, *packed, torch.bfloat16),
+        "packed_bwn": lambda: byte_linear(input, *packed[1:], torch.float32),
     }
     native = cpu.native_kernels()
     if native is not None:
@@ -180,10 +182,10 @@ def minilm() -> nn.Module | None:
     return AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
 
 
-def packed_copy(model: nn.Module) -> Any:
+def packed_copy(model: nn.Module, mode: str = "bnn") -> Any:
     """A packed copy, committed without training: what it computes is of no use, how fast is what counts."""
     packed = copy.deepcopy(model)
-    commit(binarize(packed))
+    commit(binarize(packed, StoMPPConfig(mode=mode)))
     with torch.no_grad():
         packed(input_ids=_token_ids(model, 4, 32))
     return pack(packed)
@@ -204,6 +206,7 @@ def bench_model(name: str, model: Any, batches: list[tuple[int, int]], threads: 
             "int8": dynamic_int8(model),
             "packed_fp32": packed,
             "packed_bf16": copy.deepcopy(packed).bfloat16(),
+            "packed_bwn": packed_copy(model, "bwn"),
         }
     results = []
     for count in threads:
@@ -474,6 +477,9 @@ def model_rows(result: dict[str, Any]) -> Rows:
     """Whole encoders: median milliseconds a batch, and times faster."""
     names = list(result["models"][0]["seconds"])
     ratios = [("packed_fp32", "fp32"), ("packed_bf16", "bf16"), ("packed_fp32", "int8")]
+    ratios += [("packed_bwn", "fp32"), ("packed_bwn", "int8")]
+    # Older results have fewer variants.
+    ratios = [(packed, baseline) for packed, baseline in ratios if packed in names]
     rows = [["model", "batch", "threads", *names, *(f"{packed}/{baseline}" for packed, baseline in ratios)]]
     for case in result["models"]:
         seconds = {name: case["seconds"][name]["median"] for name in names}

@@ -89,7 +89,7 @@ def test_whole_models_are_timed_for_every_batch_and_number_of_threads(tiny_model
     results = benchmark.bench_model("tiny", tiny_model("bert"), [(1, 4), (2, 8)], [1, 2])
 
     assert [(r["threads"], r["batch"], r["length"]) for r in results] == [(1, 1, 4), (1, 2, 8), (2, 1, 4), (2, 2, 8)]
-    assert set(results[0]["seconds"]) == {"fp32", "bf16", "int8", "packed_fp32", "packed_bf16"}
+    assert set(results[0]["seconds"]) == {"fp32", "bf16", "int8", "packed_fp32", "packed_bf16", "packed_bwn"}
 
 
 @pytest.mark.slow

@@ -64,7 +64,8 @@ def test_bench_prints_tables_and_writes_what_it_printed_from(
     assert result["command"] == "hf-stompp bench --quick --level op --kernels scalar --output cpu.json"
     assert result["seed"] == 0 and result["machine"]["processor"]["name"] and result["versions"]["torch"]
     case = result["linear"][0]
-    assert set(case["seconds"]) == {"fp32", "bf16", "int8", "packed_fp32", "packed_bf16", "packed_scalar"}
+    packed = {"packed_fp32", "packed_bf16", "packed_bwn", "packed_scalar"}
+    assert set(case["seconds"]) == {"fp32", "bf16", "int8", *packed}
     assert f"{case['seconds']['packed_fp32']['median'] * 1e6:.1f}" in printed
     assert str(tmp_path) not in output.read_text(encoding="utf-8")
 

@@ -91,20 +91,3 @@ __all__ = [
     "tracing",
     "unpack_signs",
 ]
-
-
-def quantize_rows(input):  # STUB
-    wide = input.detach().float()
-    amax = wide.abs().amax(-1, keepdim=True)
-    inverse = 127 / amax
-    ok = torch.isfinite(amax) & torch.isfinite(inverse)
-    codes = torch.where(ok, (wide * inverse).round(), 0.0).clamp(-127, 127).to(torch.int8)
-    scale = torch.where(ok, amax / 127, torch.where(torch.isfinite(amax), 0.0, torch.nan)).squeeze(-1)
-    return codes, scale
-
-
-def byte_linear(input, packed_weight, in_features, scale, bias, dtype):  # STUB
-    codes, row = quantize_rows(input)
-    sums = codes.float() @ unpack_signs(packed_weight, in_features).T
-    out = sums * row.unsqueeze(-1) * scale
-    return (out if bias is None else out + bias).to(dtype)
