@@ -166,7 +166,7 @@ class NativeKernels:
     ) -> Tensor:
         """See [`~hf_stompp.ops.reference.binary_linear`]; arguments have been checked."""
         output = empty_output(input, packed_weight, dtype)
-        self._multiply(1, input, threshold, packed_weight, in_features, scale, bias, dtype, output.data_ptr(), 0, None)
+        self._multiply(input, threshold, packed_weight, in_features, scale, bias, dtype, output.data_ptr(), 0, None)
         return output
 
     def binary_linear_sign(
@@ -183,7 +183,7 @@ class NativeKernels:
         """See [`~hf_stompp.ops.reference.binary_linear_sign`]; arguments have been checked."""
         bits = empty_output_bits(input, packed_weight)
         self._multiply(
-            *(1, input, threshold, packed_weight, in_features, scale, bias, dtype, 0, bits.data_ptr(), output_threshold)
+            *(input, threshold, packed_weight, in_features, scale, bias, dtype, 0, bits.data_ptr(), output_threshold)
         )
         return bits
 
@@ -198,12 +198,12 @@ class NativeKernels:
     ) -> Tensor:
         """See [`~hf_stompp.ops.reference.byte_linear`]; arguments have been checked."""
         output = empty_output(input, packed_weight, dtype)
-        self._multiply(8, input, None, packed_weight, in_features, scale, bias, dtype, output.data_ptr(), 0, None)
+        layer = packed_weight, in_features, scale, bias, dtype
+        self._multiply(input, None, *layer, output.data_ptr(), 0, None, activation_bits=8)
         return output
 
     def _multiply(
         self,
-        activation_bits: int,
         input: Tensor,
         threshold: Tensor | None,
         packed_weight: Tensor,
@@ -214,6 +214,7 @@ class NativeKernels:
         output: int,
         output_bits: int,
         output_threshold: Tensor | None,
+        activation_bits: int = 1,
     ) -> None:
         # Names, so that a copy made here lives until the call returns.
         input, packed_weight, scale = input.contiguous(), packed_weight.contiguous(), scale.contiguous()
@@ -225,7 +226,6 @@ class NativeKernels:
             torch.get_num_threads(),
             input.data_ptr(),
             _DTYPES[input.dtype],
-            activation_bits,
             0 if threshold is None else threshold.data_ptr(),
             packed_weight.data_ptr(),
             scale.data_ptr(),
@@ -237,6 +237,7 @@ class NativeKernels:
             _DTYPES[dtype],
             output_bits,
             0 if output_threshold is None else output_threshold.data_ptr(),
+            activation_bits,
         )
         _check_status(self._binary_linear(arguments))
 

@@ -354,19 +354,22 @@ class Operators:
             return on.attempt(lambda native: native.binary_linear(bits, *layer), lambda: self._multiply(bits, *layer))
         return self._multiply(bits, *layer)
 
+    def _unpack(self, packed: Tensor, features: int, dtype: torch.dtype) -> Tensor:
+        return device(packed.device).attempt(
+            lambda native: native.unpack(packed, features, dtype), lambda: eight_bit.unpack(packed, features, dtype)
+        )
+
     def _multiply(self, bits: Tensor, *layer: Any) -> Tensor:
         """`binary_linear` in a product of PyTorch."""
         on = device(bits.device)
         if on.product == "float32":
             return reference.binary_linear(bits, None, *layer)
+        return eight_bit.binary_linear(on.product, self._unpack, bits, *layer)
 
-        def unpack(packed: Tensor, features: int, dtype: torch.dtype) -> Tensor:
-            return on.attempt(
-                lambda native: native.unpack(packed, features, dtype),
-                lambda: eight_bit.unpack(packed, features, dtype),
-            )
-
-        return eight_bit.binary_linear(on.product, unpack, bits, *layer)
+    def byte_linear(self, input: Tensor, *layer: Any) -> Tensor:
+        if device(input.device).product == "float32":
+            return reference.byte_linear(input, *layer)
+        return eight_bit.byte_linear(self._unpack, input, *layer)
 
     def binary_linear_sign(self, input: Tensor, threshold: Tensor | None, *layer: Any) -> Tensor:
         bits, on = self._bits(input, threshold), device(input.device)

@@ -86,19 +86,52 @@ def binary_linear(
     # Sums of more terms than were tried out.
     signs_dtype, multiply = PRODUCTS["int8" if in_features > _PROBE[1] else product]
     output = empty_output(bits, packed_weight, dtype)
-    rows, columns = bits.shape[:-1].numel(), packed_weight.shape[0]
     if output.numel() == 0:
         return output
-    signs = unpack(bits.reshape(rows, -1), in_features, signs_dtype)
-    weight_signs = unpack(packed_weight, in_features, signs_dtype)
+    signs = unpack(bits.reshape(output.shape[:-1].numel(), -1), in_features, signs_dtype)
+    sums = _padded_product(multiply, signs, unpack(packed_weight, in_features, signs_dtype)) * scale
+    return (sums if bias is None else sums + bias).to(dtype).view(output.shape)
+
+
+def _padded_product(multiply: Callable[[Tensor, Tensor], Tensor], input: Tensor, weight_signs: Tensor) -> Tensor:
+    """The product, of sizes that a GPU takes."""
+    dtype, rows, columns = input.dtype, input.shape[0], weight_signs.shape[0]
     # Zeros, viewed as bytes since float8 has no padding of its own.
     missing_rows, missing_columns = max(0, _SMALLEST_ROWS - rows), -columns % _ALIGNMENT
     if missing_rows:
-        signs = F.pad(signs.view(torch.uint8), (0, 0, 0, missing_rows)).view(signs_dtype)
+        input = F.pad(input.view(torch.uint8), (0, 0, 0, missing_rows)).view(dtype)
     if missing_columns:
-        weight_signs = F.pad(weight_signs.view(torch.uint8), (0, 0, 0, missing_columns)).view(signs_dtype)
-    sums = multiply(signs, weight_signs)[:rows, :columns] * scale
-    return (sums if bias is None else sums + bias).to(dtype).view(output.shape)
+        weight_signs = F.pad(weight_signs.view(torch.uint8), (0, 0, 0, missing_columns)).view(dtype)
+    return multiply(input, weight_signs)[:rows, :columns]
+
+
+def byte_linear(
+    unpack: Callable[[Tensor, int, torch.dtype], Tensor],
+    input: Tensor,
+    packed_weight: Tensor,
+    in_features: int,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """
+    [`~hf_stompp.ops.reference.byte_linear`] in int8.
+
+    Args:
+        unpack (`Callable`): [`unpack`], or a kernel for it.
+        input, packed_weight, in_features, scale, bias, dtype: as there.
+
+    Returns:
+        `Tensor` of shape `(..., out_features)`: of `dtype`.
+    """
+    output = empty_output(input, packed_weight, dtype)
+    if output.numel() == 0:
+        return output
+    codes, code_scale = reference.quantize_rows(input.reshape(-1, in_features))
+    weight_signs = unpack(packed_weight, in_features, torch.int8)
+    codes = F.pad(codes, (0, weight_signs.shape[-1] - in_features))
+    product = _padded_product(_int8, codes, weight_signs) * code_scale * scale
+    return (product if bias is None else product + bias).to(dtype).view(output.shape)
 
 
 def _is_exact(product: str, device: torch.device) -> bool:

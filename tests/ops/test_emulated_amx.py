@@ -18,7 +18,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +56,7 @@ class Case:
     thresholds: bool
     bias: bool
     threads: int
+    activation_bits: int = 1
 
     def __str__(self) -> str:
         names = [str(dtype).removeprefix("torch.") for dtype in (self.input_dtype, self.output_dtype)]
@@ -63,7 +64,8 @@ class Case:
         target = names[1] + ("-bits" if self.output_bits else "")
         shape = f"{self.rows}x{self.in_features}x{self.out_features}"
         options = "-thresholds" * self.thresholds + "-bias" * self.bias
-        return f"{shape}-{source}-to-{target}{options}-{self.threads}-threads"
+        rounded = "-8-bits" * (self.activation_bits == 8)
+        return f"{shape}-{source}{rounded}-to-{target}{options}-{self.threads}-threads"
 
 
 def draw_cases() -> list[Case]:
@@ -82,7 +84,10 @@ def draw_cases() -> list[Case]:
     for rows, k, n in [(130, 1000, 770), (33, 3072, 770), (1100, 768, 770), (1100, 3072, 65)]:
         cases += [Case(rows, k, n, torch.bfloat16, False, torch.bfloat16, False, False, True, 2)]
         cases += [Case(rows, k, n, torch.float32, True, torch.float16, True, True, False, 2)]
-    return cases
+    # Floats that are rounded to bytes: every third case again.
+    return cases + [
+        replace(case, input_bits=False, output_bits=False, thresholds=False, activation_bits=8) for case in cases[::3]
+    ]
 
 
 CASES = draw_cases()
@@ -141,9 +146,17 @@ def check(library: ctypes.CDLL, case: Case) -> None:
     scale, bias = draw(case.out_features), draw(case.out_features) if case.bias else None
     output_threshold = draw(case.out_features) if case.thresholds and case.output_bits else None
 
-    signs = x.float() >= (0.0 if threshold is None else threshold)
-    sums = (2.0 * signs.double() - 1) @ (2.0 * weight.double() - 1).T
-    y = sums.float() * scale
+    if case.activation_bits == 8:
+        values = x.float()
+        largest = values.abs().amax(-1, keepdim=True)
+        codes = (values * (torch.full_like(largest, 127.0) / largest)).round()
+        # The last row holds NaN.
+        sums = codes.nan_to_num().double() @ (2.0 * weight.double() - 1).T
+        y = sums.float() * (largest / 127.0) * scale
+    else:
+        signs = x.float() >= (0.0 if threshold is None else threshold)
+        sums = (2.0 * signs.double() - 1) @ (2.0 * weight.double() - 1).T
+        y = sums.float() * scale
     if bias is not None:
         y = y + bias
     y = y.to(case.output_dtype)
@@ -157,7 +170,7 @@ def check(library: ctypes.CDLL, case: Case) -> None:
     memory = torch.full((guard + case.rows * width + guard,), 0x5A, dtype=torch.uint8)
     output = memory[guard:-guard]
     record = struct.pack(
-        "15q",
+        "16q",
         AMX,
         case.threads,
         pointer(source),
@@ -173,12 +186,16 @@ def check(library: ctypes.CDLL, case: Case) -> None:
         DTYPES[case.output_dtype],
         pointer(output if case.output_bits else None),
         pointer(output_threshold),
+        case.activation_bits,
     )
     status = library.hf_stompp_binary_linear(record)
     assert status == 0
     if case.output_bits:
         expected = pack(y.float() >= (0.0 if output_threshold is None else output_threshold))
     else:
+        # Whose bits say nothing.
+        found = output.view(y.dtype).view(y.shape)
+        found[found.isnan()] = y[y.isnan()] = 0.0
         expected = y.view(torch.uint8)
     assert torch.equal(output.view(case.rows, width), expected), f"wrong output: {case}"
     assert (memory[:guard] == 0x5A).all() and (memory[-guard:] == 0x5A).all(), f"wrote beside the output: {case}"

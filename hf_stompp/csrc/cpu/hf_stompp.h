@@ -86,9 +86,6 @@ struct hf_stompp_product {
     /* rows x in_features, signed as in a packing, or BITS; floats with 8 activation bits. */
     const void *input;
     int64_t input_dtype;
-    /* 1 or 8. */
-    int64_t activation_bits;
-    /* With 1 activation bit: as in a packing. */
     const float *threshold;
     /* out_features rows of bits. */
     const uint8_t *weight;
@@ -100,9 +97,11 @@ struct hf_stompp_product {
     /* rows x out_features of output_dtype; not used if output_bits is given. */
     void *output;
     int64_t output_dtype;
-    /* With 1 activation bit: NULL, or rows of bits of out_features: y >= output_threshold, NULL for 0. */
+    /* NULL, or rows of bits of out_features: y >= output_threshold, NULL for 0. */
     uint8_t *output_bits;
     const float *output_threshold;
+    /* 8, without a threshold and output_bits; anything else is 1. */
+    int64_t activation_bits;
 };
 
 HF_STOMPP_EXPORT int hf_stompp_binary_linear(const struct hf_stompp_product *);
