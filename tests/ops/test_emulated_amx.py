@@ -152,7 +152,8 @@ def check(library: ctypes.CDLL, case: Case) -> None:
         codes = (values * (torch.full_like(largest, 127.0) / largest)).round()
         # The last row holds NaN.
         sums = codes.nan_to_num().double() @ (2.0 * weight.double() - 1).T
-        y = sums.float() * (largest / 127.0) * scale
+        # An integer has no -0.0.
+        y = sums.long().float() * (largest / 127.0) * scale
     else:
         signs = x.float() >= (0.0 if threshold is None else threshold)
         sums = (2.0 * signs.double() - 1) @ (2.0 * weight.double() - 1).T
