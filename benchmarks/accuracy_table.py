@@ -11,13 +11,18 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"
 
-TASKS = {"sst2": "SST-2, accuracy", "mrpc": "MRPC, accuracy / F1", "cola": "CoLA, Matthews correlation"}
+TASKS = {
+    "sst2": "SST-2, accuracy",
+    "mrpc": "MRPC, accuracy / F1",
+    "cola": "CoLA, Matthews correlation",
+    "stsb": "STS-B, Spearman / Pearson",
+}
 
 COLUMNS = {
     "float": ("float",),
     "binary weights (`bwn`)": ("bwn",),
     "binary weights and activations (`bnn`)": ("ste",),
-    "`bnn`, after text without labels": ("ste-distilled-2-epochs", "ste-distilled"),
+    "`bnn`, after text without labels": ("ste-distilled-4-epochs", "ste-distilled"),
     "bag of words": ("tfidf",),
     "most frequent answer": ("majority",),
 }

@@ -54,6 +54,8 @@ def main(argv: list[str] | None = None) -> None:
             "float inputs" if bits is None else f"{bits} bits": round(100 * (found == labels).float().mean().item(), 3)
             for bits, found in answers.items()
         },
+        # Nothing is drawn.
+        "seed": 0,
         "answers_changed": int((answers[8] != answers[None]).sum()),
         "largest_change_of_a_logit": float(f"{(logits[8] - logits[None]).abs().max().item():.3g}"),
         **surroundings(),
