@@ -28,6 +28,7 @@ static const char *const kernel_names[HF_STOMPP_KERNELS] = {"amx", "avx512", "av
 static const char *const dtype_names[] = {"f32", "bf16", "f16", "bits"};
 static const char *const surrogate_names[] = {"none", "ste", "clipped_ste"};
 static long products[HF_STOMPP_KERNELS], packings[HF_STOMPP_KERNELS], maskings[HF_STOMPP_KERNELS];
+static long byte_products[HF_STOMPP_KERNELS];
 
 /* The input of a product, its factors as numbers, and its exact sums. */
 struct problem {
@@ -718,6 +719,94 @@ static void check_sign_product(int64_t out_features, int64_t in_features, int tr
     free(expected);
 }
 
+/* Rows of floats whose magnitudes differ by less than 2^8; one in eight is zero, one holds a special value. */
+static void fill_rows(uint8_t *values, int dtype, int64_t rows, int64_t features) {
+    int fraction_bits = dtype == HF_STOMPP_F32 ? 23 : dtype == HF_STOMPP_BF16 ? 7 : 10;
+    int exponents = dtype == HF_STOMPP_F16 ? 30 : 254;
+    int64_t size = size_of(dtype);
+    for (int64_t m = 0; m < rows; m++) {
+        uint64_t kind = draw(8), greatest = draw((uint64_t)exponents) + 1;
+        for (int64_t k = 0; k < features; k++) {
+            uint64_t below = draw(8), exponent = below < greatest ? greatest - below : 0;
+            uint64_t bits = draw(2) << (8 * size - 1) | exponent << fraction_bits | draw((uint64_t)1 << fraction_bits);
+            if (kind == 0) bits = 0;
+            memcpy(values + (m * features + k) * size, &bits, (size_t)size);
+        }
+        uint32_t special = draw_special(dtype);
+        if (kind == 1) memcpy(values + (m * features + (int64_t)draw((uint64_t)features)) * size, &special, (size_t)size);
+    }
+}
+
+/* The bytes that a row is rounded to; returns their scale. */
+static float round_row(const uint8_t *values, int dtype, int64_t first, int64_t features, int8_t *codes) {
+    float largest = 0;
+    int finite = 1;
+    for (int64_t k = 0; k < features; k++) {
+        float magnitude = fabsf(value_at(values, dtype, first + k));
+        finite = finite && isfinite(magnitude);
+        if (magnitude > largest) largest = magnitude;
+    }
+    float factor = 127.0f / largest;
+    for (int64_t k = 0; k < features; k++)
+        codes[k] = finite && isfinite(factor) ? (int8_t)rintf(value_at(values, dtype, first + k) * factor) : 0;
+    return !finite ? NAN : isfinite(factor) ? largest / 127.0f : 0.0f;
+}
+
+static void check_byte_product(int64_t rows, int64_t in_features, int64_t out_features, int input_dtype, int dtype,
+                               int with_bias, int threads) {
+    struct problem p = make(rows, in_features, out_features, input_dtype, 0);
+    int64_t count = rows * out_features, bytes = count * size_of(dtype);
+    int8_t *codes = allocate(in_features);
+    float *expected = allocate(count * 4);
+    uint8_t *output = allocate_elements(bytes + GUARD_BYTES, 4);
+    fill_rows(p.input, input_dtype, rows, in_features);
+    for (int64_t m = 0; m < rows; m++) {
+        float row_scale = round_row(p.input, input_dtype, m * in_features, in_features, codes);
+        for (int64_t n = 0; n < out_features; n++) {
+            int32_t sum = 0;
+            for (int64_t k = 0; k < in_features; k++) sum += codes[k] * p.weight_signs[n * in_features + k];
+            float value = (float)sum * row_scale;
+            value = value * float_at(p.scale, n);
+            if (with_bias) value = value + float_at(p.bias, n);
+            expected[m * out_features + n] = round_to(value, dtype);
+        }
+    }
+    char what[100];
+    snprintf(what, sizeof what, "bytes, output %s, %s bias, threads %d", dtype_names[dtype], with_bias ? "with" : "no",
+             threads);
+    for (int kernel = 0; kernel < HF_STOMPP_KERNELS; kernel++) {
+        if (hf_stompp_unavailable(kernel)) continue;
+        memset(output, GUARD, (size_t)(bytes + GUARD_BYTES));
+        int status = hf_stompp_binary_linear(&(struct hf_stompp_product){
+            kernel, threads, p.input, input_dtype, NULL, p.weight, (const float *)p.scale,
+            with_bias ? (const float *)p.bias : NULL, rows, in_features, out_features, output, dtype, NULL, NULL, 8});
+        if (status != HF_STOMPP_OK) fail(kernel, &p, "bytes: not OK");
+        check_values(kernel, &p, output, dtype, expected, what);
+        check_guard(kernel, &p, output + bytes, "bytes: writes beyond the output");
+        byte_products[kernel]++;
+    }
+    release_elements(output, 4);
+    free(codes);
+    free(expected);
+    release(&p);
+}
+
+static void check_byte_products(void) {
+    static const int64_t rows[] = {0, 1, 2, 3, 4, 5, 9, 17, 100}, out_features[] = {1, 3, 15, 16, 17, 33, 65};
+    static const int64_t in_features[] = {1, 7, 63, 64, 65, 127, 128, 129, 255, 257, 768, 1000};
+    int turn = 0;
+    for (int m = 0; m < LENGTH(rows); m++)
+        for (int k = 0; k < LENGTH(in_features); k++, turn++)
+            check_byte_product(rows[m], in_features[k], out_features[turn % LENGTH(out_features)], turn % 3,
+                               turn / 3 % 3, turn / 9 % 2, 1);
+    /* Divided among threads by rows and by columns; sums of more than 2^24. */
+    static const int64_t large[][3] = {{500, 1000, 65}, {3, 3072, 2100}, {700, 1500, 33}, {5, 140000, 17}};
+    for (int shape = 0; shape < LENGTH(large); shape++)
+        for (int threads = 1; threads <= 2; threads++)
+            check_byte_product(large[shape][0], large[shape][1], large[shape][2], (shape + threads) % 3, shape % 3, 1,
+                               threads);
+}
+
 static void check_masked(void) {
     static const int64_t rows[] = {0, 1, 2, 33, 70}, columns[] = {1, 7, 63, 64, 65, 127, 257, 770};
     static const double clips[] = {1.0, 1.1, 3.0};
@@ -746,14 +835,15 @@ int main(void) {
     check_every_dtype();
     check_large_shapes();
     check_masked();
+    check_byte_products();
     int run = 0;
     for (int kernel = 0; kernel < HF_STOMPP_KERNELS; kernel++) {
         const char *reason = hf_stompp_unavailable(kernel);
         if (reason)
             printf("%s: not run: %s\n", kernel_names[kernel], reason);
         else
-            printf("%s: %ld products, %ld packings, %ld maskings\n", kernel_names[kernel], products[kernel],
-                   packings[kernel], maskings[kernel]);
+            printf("%s: %ld products, %ld packings, %ld maskings, %ld products of bytes\n", kernel_names[kernel],
+                   products[kernel], packings[kernel], maskings[kernel], byte_products[kernel]);
         run += !reason;
     }
     return run == 0;
