@@ -22,6 +22,7 @@ COLUMNS = {
     "float": ("float",),
     "binary weights (`bwn`)": ("bwn",),
     "binary weights and activations (`bnn`)": ("ste",),
+    "`bnn`, StoMPP's masks": ("stompp-ste-window",),
     "`bnn`, after text without labels": ("ste-distilled-4-epochs", "ste-distilled"),
     "bag of words": ("tfidf",),
     "most frequent answer": ("majority",),

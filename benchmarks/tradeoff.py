@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import pickle
 import random
@@ -186,21 +187,15 @@ def plot(result: Mapping[str, Any], file: Path) -> None:
         ("MiB on disk", lambda row: row["bytes"] / 2**20),
         ("ms a sentence, one thread", lambda row: row["milliseconds"]),
     )
-    for axis, (label, value), left in zip(axes, panels, ("binary", "int8"), strict=True):
-        for name, row in result["models"].items():
+    for axis, (label, value) in zip(axes, panels, strict=True):
+        for row in result["models"].values():
             color, marker, _ = KINDS[row["kind"]]
             axis.plot(value(row), row["accuracy"], marker, color=color, markersize=8)
-            # Kinds lie close to each other, so that their names go to different sides.
-            place, side = ((7, 4), "left") if row["kind"] == "float" else ((7, -10), "left")
-            if row["kind"] == left:
-                place, side = (-7, 4 if left == "int8" else -11), "right"
-            point = value(row), row["accuracy"]
-            axis.annotate(name, point, place, textcoords="offset points", fontsize=7.5, ha=side)
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(lambda tick, position: f"{tick:g}")
         axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.margins(x=0.25, y=0.12)
+        axis.margins(x=0.3, y=0.15)
         axis.set_xlabel(label)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -208,8 +203,34 @@ def plot(result: Mapping[str, Any], file: Path) -> None:
     for color, marker, name in KINDS.values():
         axes[1].plot([], [], marker, color=color, label=name)
     axes[1].legend(loc="lower right", frameon=False, fontsize=8)
+    figure.canvas.draw()
+    for axis, (_, value) in zip(axes, panels, strict=True):
+        _name_points(axis, {name: (value(row), row["accuracy"]) for name, row in result["models"].items()})
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
+
+
+def _name_points(axis: Any, points: Mapping[str, tuple[float, float]]) -> None:
+    """Writes each name beside its point, at the first place where it hides no other point or name."""
+    from matplotlib.transforms import Bbox
+
+    centers = {name: axis.transData.transform(point) for name, point in points.items()}
+    # Half the size of a marker, in pixels.
+    taken = [(name, Bbox([center - 8, center + 8])) for name, center in centers.items()]
+    frame = axis.get_window_extent()
+    for name, point in points.items():
+        for height, (width, side) in itertools.product((4, -10, 14, -20, 24, -30), ((7, "left"), (-7, "right"))):
+            text = axis.annotate(name, point, (width, height), textcoords="offset points", fontsize=7.5, ha=side)
+            text.set_in_layout(False)
+            box = text.get_window_extent()
+            is_free = not any(box.overlaps(other) for owner, other in taken if owner != name)
+            if is_free and frame.x0 <= box.x0 and box.x1 <= frame.x1:
+                break
+            text.remove()
+        else:
+            axis.annotate(name, point, (7, 4), textcoords="offset points", fontsize=7.5)
+            continue
+        taken.append((f"name of {name}", box))
 
 
 def main(argv: list[str] | None = None) -> None:

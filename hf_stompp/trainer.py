@@ -419,6 +419,9 @@ class StoMPPTrainer(ReproducibleGrouping, PushingTrainer):
 
         Returns:
             `torch.optim.Optimizer`.
+
+        Raises:
+            ValueError: that optimizer makes groups of its own.
         """
         rate, is_new = self.args.activation_learning_rate, self.optimizer is None
         optimizer = super().create_optimizer(model)
@@ -426,6 +429,12 @@ class StoMPPTrainer(ReproducibleGrouping, PushingTrainer):
             return optimizer
         named = _activation_parameters(self.model if model is None else model)
         ours = {id(parameter): parameter for parameter in named.values() if parameter.requires_grad}
+        found = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if not ours.keys() <= found:
+            raise ValueError(
+                f"activation_learning_rate does not go with {type(optimizer).__name__}, which groups parameters in "
+                "its own way: leave it out, or choose another optim"
+            )
         for group in optimizer.param_groups:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ours]
         if ours:

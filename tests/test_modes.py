@@ -211,6 +211,26 @@ def test_models_without_modes_keep_the_first_version_and_are_read(tiny_committed
     assert modes_of(AutoModelForSequenceClassification.from_pretrained(tmp_path)) == dict.fromkeys(LINEARS, "bnn")
 
 
+def test_files_from_before_inputs_were_rounded_are_read_and_keep_their_float_inputs(
+    tiny_committed: Callable, logits: Callable, tmp_path: Path
+) -> None:
+    model = pack(tiny_committed("bert", StoMPPConfig(mode="bwn", activation_bits=None)))
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["quantization_config"]["format_version"] == 1
+    del saved["quantization_config"]["modes"], saved["quantization_config"]["activation_bits"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert loaded.config.quantization_config.activation_bits is None
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_inputs_of_a_dtype_that_no_kernel_takes_are_not_rounded(tiny_committed: Callable, logits: Callable) -> None:
+    committed = tiny_committed("bert", StoMPPConfig(mode="bwn")).double()
+    packed = pack(tiny_committed("bert", StoMPPConfig(mode="bwn"))).double()
+    torch.testing.assert_close(logits(packed), logits(committed), rtol=1e-5, atol=1e-5)
+
+
 def test_a_reader_of_version_1_names_the_version(
     tiny_committed: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -584,7 +584,8 @@ def test_sound_pytorch_file_is_not_read_either(packed_folder, tiny_packed):
 def test_newer_format_is_refused(packed_folder):
     edit_config(packed_folder, lambda config: config.update(format_version=FORMAT_VERSION + 1))
 
-    with pytest.raises(ValueError, match=f"format version {FORMAT_VERSION + 1}; this hf_stompp reads up to {FORMAT_VERSION}: upgrade"):
+    newer = f"format version {FORMAT_VERSION + 1}; this hf_stompp reads up to {FORMAT_VERSION}: upgrade"
+    with pytest.raises(ValueError, match=newer):
         load(packed_folder)
 
 
@@ -596,7 +597,8 @@ def test_unknown_field_is_refused(packed_folder):
 
 
 def test_newer_format_is_named_before_its_unknown_fields(packed_folder):
-    edit_config(packed_folder, lambda config: config.update(format_version=FORMAT_VERSION + 1, weight_groups=4, mode="ternary"))
+    future = {"format_version": FORMAT_VERSION + 1, "weight_groups": 4, "mode": "ternary"}
+    edit_config(packed_folder, lambda config: config.update(future))
 
     with pytest.raises(ValueError, match=rf"format version {FORMAT_VERSION + 1}.*upgrade"):
         load(packed_folder)

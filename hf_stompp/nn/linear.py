@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import binary_linear, binary_linear_sign, byte_linear, fold, pack_sign
+from ..ops.schema import FLOATS
 from .functional import (
     WEIGHT_CENTERS,
     compute_dtype,
@@ -117,12 +118,18 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
         super()._set_committed(committed)
         self._packed = None
 
-    def folded(self) -> tuple[Tensor, Tensor | None]:
+    def folded(self, packed: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Any]:
         """
-        Scale and bias of the integer product, float32 of shape `(out_features,)`: with binary inputs those of
-        [`~hf_stompp.ops.fold`], else the row's own; no bias where there is none.
+        Scale and bias of the integer product.
+
+        Args:
+            packed (`tuple(Tensor, Tensor)`, *optional*): what [`packed`] returned, where that was called already.
+
+        Returns:
+            `tuple(Tensor, Tensor)`: float32 of shape `(out_features,)`: with binary inputs those of
+                [`~hf_stompp.ops.fold`], else the row's own, and None for a bias that is not there.
         """
-        packed_weight, row_scale = self.packed()
+        packed_weight, row_scale = self.packed() if packed is None else packed
         if self.input_activation is None:
             # The rounding of a forward pass in training, which takes the scale in the weight's dtype.
             scale = row_scale.to(self.weight.dtype).flatten().float()
@@ -135,8 +142,9 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
             return self._multiply_bits(input)
         if self.binarizes_input:
             input = self.input_activation.shared_output(input, self)
-        elif self._runs_on_bytes():
-            return byte_linear(input, self.packed()[0], self.in_features, *self.folded(), input.dtype)
+        elif self._runs_on_bytes(input):
+            packed = self.packed()
+            return byte_linear(input, packed[0], self.in_features, *self.folded(packed), input.dtype)
         weight = self.centered_weight()
         return masked_binary_linear(
             input,
@@ -150,8 +158,10 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
             blocked=self.blocks_gradient,
         )
 
-    def _runs_on_bytes(self) -> bool:
-        return self.activation_bits is not None and not (self.training or torch.is_grad_enabled()) and self.committed
+    def _runs_on_bytes(self, input: Tensor) -> bool:
+        if self.activation_bits is None or self.training or torch.is_grad_enabled():
+            return False
+        return input.dtype in FLOATS and self.weight.dtype in FLOATS and self.committed
 
     def _runs_on_bits(self, input: Tensor) -> bool:
         if not self.binarizes_input:
@@ -168,8 +178,8 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
             bits, dtype = activation.shared_bits(input, self), compute_dtype(input) if self.training else input.dtype
         else:
             bits, dtype = as_bits(input)
-        packed_weight, _ = self.packed()
-        scale, bias = self.folded()
+        packed_weight, row_scale = self.packed()
+        scale, bias = self.folded((packed_weight, row_scale))
         if following is not None and following.emits_bits():
             layer: tuple[Any, ...] = packed_weight, self.in_features, scale.detach(), bias.detach(), dtype
             return as_integers(binary_linear_sign(bits, None, *layer, following.threshold.detach().float()), dtype)
@@ -183,7 +193,8 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"scale={self.scale!r}, center={self.center!r}, clip={self.clip}, surrogate={self.surrogate!r}"
+            f"scale={self.scale!r}, center={self.center!r}, clip={self.clip}, surrogate={self.surrogate!r}, "
+            f"activation_bits={self.activation_bits}"
         )
 
 

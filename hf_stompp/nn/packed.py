@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import binary_linear, binary_linear_sign, byte_linear, pack_sign, packed_bytes, plus_minus_one, unpack_signs
+from ..ops.schema import FLOATS
 from .module import BinaryInputModule, SharedResult, as_bits, as_integers, identity
 
 
@@ -141,7 +142,7 @@ class PackedBinaryLinear(Float32Buffers, BinaryInputModule):
 
     def forward(self, input: Tensor) -> Tensor:
         bias = self.bias
-        if not self.binary_input and self.activation_bits is None:
+        if not self.binary_input and (self.activation_bits is None or input.dtype not in FLOATS):
             return F.linear(input, self.float_weight(input.dtype), None if bias is None else bias.to(input.dtype))
         layer = self.packed_weight, self.in_features, self.scale.float(), None if bias is None else bias.float()
         if not self.binary_input:
@@ -203,7 +204,7 @@ class PackedBinaryLinear(Float32Buffers, BinaryInputModule):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"binary_input={self.binary_input}"
+            f"binary_input={self.binary_input}, activation_bits={self.activation_bits}"
         )
 
 

@@ -281,11 +281,13 @@ def quantize_rows(input: Tensor) -> tuple[Tensor, Tensor]:
     """
     wide = input.detach().float()
     largest = wide.abs().amax(dim=-1, keepdim=True)
-    inverse = torch.full_like(largest, 127.0) / largest
+    # By a Python number a GPU would divide as by a product with its reciprocal, and round twice.
+    most = torch.full_like(largest, 127.0)
+    inverse = most / largest
     is_finite = torch.isfinite(largest)
     is_usable = is_finite & torch.isfinite(inverse)
     codes = torch.where(is_usable, (wide * inverse).round(), 0.0).to(torch.int8)
-    scale = torch.where(is_usable, largest / 127.0, torch.where(is_finite, 0.0, torch.nan))
+    scale = torch.where(is_usable, largest / most, torch.where(is_finite, 0.0, torch.nan))
     return codes, scale
 
 
@@ -317,7 +319,9 @@ def byte_linear(
     # What holds every sum.
     work = torch.float32 if 127 * in_features < 2**24 else torch.float64
     with torch.autocast(input.device.type, enabled=False):
-        sums = F.linear(codes.to(work), unpack_signs(packed_weight, in_features).to(work)).float()
+        sums = F.linear(codes.to(work), unpack_signs(packed_weight, in_features).to(work))
+        # An integer has no -0.0.
+        sums = sums.to(torch.int32).float()
         product = sums * code_scale * scale
         return (product if bias is None else product + bias).to(dtype)
 

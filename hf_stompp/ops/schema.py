@@ -129,8 +129,8 @@ def check_binary_linear(
     _check_vector(op, "output_threshold", output_threshold, weight_shape[0], input)
 
 
-MAX_BYTE_FEATURES = (2**31 - 1) // 127
-"""More features than this could give a sum of bytes that int32 does not hold."""
+MAX_BYTE_FEATURES = (2**31 - 1) // 254
+"""More features than this could give a sum of bytes of which int32 does not hold the double, which kernels form."""
 
 
 def check_byte_linear(

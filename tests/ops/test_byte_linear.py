@@ -140,7 +140,7 @@ def test_no_value_moves_by_more_than_half_a_step(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 5), (17, 257, 33), (40, 4200, 64)], ids=str)
 def test_int8_products_of_pytorch_give_the_same_bits(shape: tuple[int, int, int]) -> None:
-    rows, in_features, out_features = shape
+    in_features = shape[1]
     for dtype, output_dtype in itertools.product(DTYPES, DTYPES):
         input, weight, scale, bias = draw(*shape, dtype)
         layer = pack_bits(weight), in_features, scale, bias, output_dtype

@@ -195,7 +195,7 @@ static void multiply(const product *p, const struct part *part, void *scratch) {
     for (; done < rows; done++) multiply_as_stored(p, input + done * bytes, 1, part->row_begin + done, part);
 }
 
-/* --- rows of bytes: VPDPBUSD multiplies 4 codes with 4 flags of a column in each lane ------------------------------- */
+/* --- rows of bytes: VPDPBUSD multiplies 4 codes with 4 flags of a column in each lane --- */
 
 enum {
     /* Bytes of a thread's codes: they are to stay in its L2 cache beside two strips. */
@@ -310,7 +310,8 @@ static void multiply_bytes_avx512(const product *p, const struct part *part, voi
         for (int64_t column = part->column_begin; column < part->column_end; column += PANELS * LANES) {
             int two = column + LANES < part->column_end;
             expand_columns(p, column, _mm512_setzero_si512(), strips);
-            if (two) expand_columns(p, column + LANES, _mm512_setzero_si512(), strips + pieces_in_strip(p) * STRIP_PIECE);
+            if (two)
+                expand_columns(p, column + LANES, _mm512_setzero_si512(), strips + pieces_in_strip(p) * STRIP_PIECE);
             i = 0;
             if (two) {
                 TAKE(8, multiply_strips, strips, 2, totals + i, scales + i, row + i, column);

@@ -4,8 +4,8 @@
  */
 #include <arm_neon.h>
 
-#include "kernel.h"
 #include "bytes.h"
+#include "kernel.h"
 
 enum {
     /* 4 x 4 vectors of byte sums, 4 of totals, the columns and a row take 25 of the 32 registers. */
