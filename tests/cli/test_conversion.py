@@ -234,7 +234,8 @@ def test_unpack_gives_a_latent_model_that_packs_to_the_same_bits(packed, logits,
 
 @pytest.mark.parametrize("embeddings", [False, True])
 def test_unpack_float_gives_a_plain_model_of_scaled_signs(tiny_packed, saved, logits, printed, tmp_path, embeddings):
-    model = tiny_packed("bert", StoMPPConfig(mode="bwn", binary_word_embeddings=embeddings))
+    config = StoMPPConfig(mode="bwn", activation_bits=None, binary_word_embeddings=embeddings)
+    model = tiny_packed("bert", config)
     folder = saved(model)
 
     printed("unpack", folder, tmp_path / "float", "--float")
