@@ -254,6 +254,16 @@ class StoMPPConfig(QuantizationConfigMixin):
         if modes and self.format_version < 2:
             raise ValueError(f"StoMPPConfig.modes needs format version 2, got {self.format_version}")
 
+    def to_dict(self) -> dict[str, Any]:
+        """
+        What is saved: a file of an older format version has no field that its readers do not know.
+
+        Returns:
+            `dict[str, Any]`: plain JSON.
+        """
+        since = {"modes": 2, "activation_bits": 3}
+        return {name: value for name, value in super().to_dict().items() if since.get(name, 1) <= self.format_version}
+
     def _may_round_inputs(self, format_version: int | None) -> bool:
         """Whether the mode of all layers, or of some, is `bwn`, and the file is not older than such rounding."""
         modes = self.modes.values() if isinstance(self.modes, dict) else ()

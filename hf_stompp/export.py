@@ -54,6 +54,7 @@ def plain_torch(model: Model) -> Model:
 
 
 def _plain(model: Model, in_integers: bool = False) -> Model:
+    """A copy whose packed modules are those of [`plain_module`]."""
     config_of(model)
     if not packed_modules(model):
         raise ValueError(f"{type(model).__name__} is not packed: pack(model) first")

@@ -182,11 +182,27 @@ def test_inputs_are_rounded_where_some_are_float_and_the_file_is_new_enough(
     assert StoMPPConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
 
 
+@pytest.mark.parametrize(
+    ("values", "newer"),
+    [
+        ({}, set()),
+        ({"modes": {"attention": "float"}}, {"modes"}),
+        ({"mode": "bwn"}, {"modes", "activation_bits"}),
+        ({"mode": "bwn", "activation_bits": None}, set()),
+    ],
+    ids=["1", "2", "3", "1-bwn"],
+)
+def test_a_file_has_only_the_fields_that_readers_of_its_version_know(
+    values: dict[str, object], newer: set[str]
+) -> None:
+    assert {"modes", "activation_bits"} & set(StoMPPConfig(**values).to_dict()) == newer
+
+
 # round trips
 
 
 def test_other_values_name_every_field_and_differ_from_the_defaults() -> None:
-    defaults = StoMPPConfig().to_dict()
+    defaults = dict(StoMPPConfig().__dict__)
     assert set(OTHER_VALUES) == set(defaults) - {"quant_method", "format_version"}
     assert all(defaults[field] != value for field, value in OTHER_VALUES.items())
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import quantize_rows
+from ..ops import quantize_rows, scale_sums
 from .packed import Float32Buffers, PackedBinaryActivation, PackedBinaryEmbedding, PackedBinaryLinear
 
 
@@ -87,13 +87,12 @@ class PlainBinaryLinear(_PackedRows):
         if not self.binary_input and self.activation_bits is not None:
             return self._multiply_bytes(input)
         # In float32, which holds every sum of up to 2^24 terms of +-1.
-        signs, scale, bias = self.signs(self.packed_weight, torch.float32), self.scale, self.bias
+        signs = self.signs(self.packed_weight, torch.float32)
         if not self.binary_input:
-            weight = (signs * scale.unsqueeze(-1)).to(input.dtype)
-            return F.linear(input, weight, None if bias is None else bias.to(input.dtype))
+            weight = (signs * self.scale.unsqueeze(-1)).to(input.dtype)
+            return F.linear(input, weight, None if self.bias is None else self.bias.to(input.dtype))
         above = input if self.threshold is None else _plus_minus_one(input >= self.threshold, torch.float32)
-        product = F.linear(above.float(), signs) * scale
-        return (product if bias is None else product + bias).to(input.dtype)
+        return scale_sums(F.linear(above.float(), signs), self.scale, self.bias, input.dtype)
 
     def _multiply_bytes(self, input: Tensor) -> Tensor:
         codes, code_scale = quantize_rows(input)
@@ -101,10 +100,9 @@ class PlainBinaryLinear(_PackedRows):
             sums = torch._int_mm(codes.flatten(0, -2), self.signs(self.packed_weight, torch.int8).T)
             sums = sums.unflatten(0, codes.shape[:-1]).float()
         else:
-            # Every sum of up to 2^24 / 127 terms.
+            # Exact up to 2^24 / 127 terms.
             sums = F.linear(codes.float(), self.signs(self.packed_weight, torch.float32))
-        product = sums * code_scale * self.scale
-        return (product if self.bias is None else product + self.bias).to(input.dtype)
+        return scale_sums(sums, self.scale, self.bias, input.dtype, code_scale)
 
     def extra_repr(self) -> str:
         return f"in_features={self.columns}, out_features={self.scale.shape[0]}, bias={self.bias is not None}"

@@ -16,6 +16,7 @@ from .reference import (
     packed_bytes,
     plus_minus_one,
     quantize_rows,
+    scale_sums,
     unpack_signs,
 )
 
@@ -86,6 +87,7 @@ __all__ = [
     "packed_bytes",
     "plus_minus_one",
     "quantize_rows",
+    "scale_sums",
     "schema",
     "sign_product",
     "tracing",

@@ -9,6 +9,7 @@ import struct
 import threading
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -187,19 +188,14 @@ class NativeKernels:
         )
         return bits
 
-    def byte_linear(
-        self,
-        input: Tensor,
-        packed_weight: Tensor,
-        in_features: int,
-        scale: Tensor,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
+    def byte_linear(self, input: Tensor, packed_weight: Tensor, *layer: Any) -> Tensor:
         """See [`~hf_stompp.ops.reference.byte_linear`]; arguments have been checked."""
+        in_features, scale, bias, dtype = layer
         output = empty_output(input, packed_weight, dtype)
-        layer = packed_weight, in_features, scale, bias, dtype
-        self._multiply(input, None, *layer, output.data_ptr(), 0, None, activation_bits=8)
+        self._multiply(
+            *(input, None, packed_weight, in_features, scale, bias, dtype, output.data_ptr(), 0, None),
+            activation_bits=8,
+        )
         return output
 
     def _multiply(

@@ -89,8 +89,8 @@ def binary_linear(
     if output.numel() == 0:
         return output
     signs = unpack(bits.reshape(output.shape[:-1].numel(), -1), in_features, signs_dtype)
-    sums = _padded_product(multiply, signs, unpack(packed_weight, in_features, signs_dtype)) * scale
-    return (sums if bias is None else sums + bias).to(dtype).view(output.shape)
+    sums = _padded_product(multiply, signs, unpack(packed_weight, in_features, signs_dtype))
+    return reference.scale_sums(sums, scale, bias, dtype).view(output.shape)
 
 
 def _padded_product(multiply: Callable[[Tensor, Tensor], Tensor], input: Tensor, weight_signs: Tensor) -> Tensor:
@@ -130,8 +130,8 @@ def byte_linear(
     codes, code_scale = reference.quantize_rows(input.reshape(-1, in_features))
     weight_signs = unpack(packed_weight, in_features, torch.int8)
     codes = F.pad(codes, (0, weight_signs.shape[-1] - in_features))
-    product = _padded_product(_int8, codes, weight_signs) * code_scale * scale
-    return (product if bias is None else product + bias).to(dtype).view(output.shape)
+    sums = _padded_product(_int8, codes, weight_signs)
+    return reference.scale_sums(sums, scale, bias, dtype, code_scale).view(output.shape)
 
 
 def _is_exact(product: str, device: torch.device) -> bool:

@@ -180,6 +180,26 @@ def fold(
     return (row_scale * amplitude.double()).float(), constant.float()
 
 
+def scale_sums(
+    sums: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, row_scale: Tensor | None = None
+) -> Tensor:
+    """
+    `sums * row_scale * scale + bias`, each operation rounded to float32 by itself, then to `dtype`.
+
+    Args:
+        sums (`Tensor` of shape `(..., out_features)`): float32, integers.
+        scale (`Tensor` of shape `(out_features,)`): float32.
+        bias (`Tensor` of shape `(out_features,)`, *optional*): float32.
+        dtype (`torch.dtype`): of the result.
+        row_scale (`Tensor` of shape `(..., 1)`, *optional*): float32; 1 when not given.
+
+    Returns:
+        `Tensor` of shape `(..., out_features)`: of `dtype`.
+    """
+    product = (sums if row_scale is None else sums * row_scale) * scale
+    return (product if bias is None else product + bias).to(dtype)
+
+
 def integer_linear(
     signs: Tensor, weight_signs: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -201,9 +221,8 @@ def integer_linear(
     """
     # Autocast would round the integers to bfloat16, which holds none above 256 exactly.
     with torch.autocast(signs.device.type, enabled=False):
-        product = F.linear(signs.float(), weight_signs.float())
-        product = product * scale.float()
-        return (product if bias is None else product + bias.float()).to(dtype or signs.dtype)
+        sums = F.linear(signs.float(), weight_signs.float())
+        return scale_sums(sums, scale.float(), None if bias is None else bias.float(), dtype or signs.dtype)
 
 
 def binary_linear(
@@ -321,9 +340,7 @@ def byte_linear(
     with torch.autocast(input.device.type, enabled=False):
         sums = F.linear(codes.to(work), unpack_signs(packed_weight, in_features).to(work))
         # An integer has no -0.0.
-        sums = sums.to(torch.int32).float()
-        product = sums * code_scale * scale
-        return (product if bias is None else product + bias).to(dtype)
+        return scale_sums(sums.to(torch.int32).float(), scale, bias, dtype, code_scale)
 
 
 @torch.no_grad()

@@ -133,14 +133,7 @@ MAX_BYTE_FEATURES = (2**31 - 1) // 254
 """More features than this could give a sum of bytes of which int32 does not hold the double, which kernels form."""
 
 
-def check_byte_linear(
-    input: Tensor,
-    packed_weight: Tensor,
-    in_features: int,
-    scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> None:
+def check_byte_linear(input: Tensor, packed_weight: Tensor, in_features: int, *layer: Any) -> None:
     """
     Checks the arguments of `byte_linear`.
 
@@ -156,7 +149,7 @@ def check_byte_linear(
             f"hf_stompp::byte_linear: in_features must be at most {MAX_BYTE_FEATURES}, or sums may exceed int32; got "
             f"{in_features}"
         )
-    check_binary_linear("byte_linear", input, None, packed_weight, in_features, scale, bias, dtype)
+    check_binary_linear("byte_linear", input, None, packed_weight, in_features, *layer)
 
 
 def check_layer_norm_sign(

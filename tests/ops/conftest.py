@@ -1,4 +1,4 @@
-"""The CUDA kernels' own sources, built to run on the processor, see emulated_cuda.h."""
+"""The CPU kernels by name, and the CUDA kernels' own sources, built to run on the processor, see emulated_cuda.h."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ import platform
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 
-from hf_stompp.ops import build
+from hf_stompp.ops import build, cpu, reference
+
+
+Kernels = cpu.NativeKernels | ModuleType
 
 
 EMULATED = f'-DHF_STOMPP_EMULATED_CUDA="{Path(__file__).resolve().parent / "emulated_cuda.h"}"'
@@ -24,6 +29,35 @@ FLAGS = [
     "-ftrivial-auto-var-init=pattern",
     *(["-mpopcnt"] if platform.machine().lower() in ("x86_64", "amd64") else []),
 ]
+
+
+@pytest.fixture(scope="module")
+def native() -> cpu.NativeKernels:
+    """The native library."""
+    kernels = cpu.native_kernels()
+    if kernels is None:
+        pytest.skip(f"no native kernels: {cpu.why_reference()}")
+    return kernels
+
+
+@pytest.fixture(params=[*cpu.KERNELS, "best", "reference"])
+def kernels(native: cpu.NativeKernels, request: pytest.FixtureRequest) -> Kernels:
+    """Each kernel that runs here, the choice among them, and the PyTorch reference."""
+    if request.param == "reference":
+        return reference
+    if request.param == "best":
+        return cpu.NativeKernels(native.native)
+    reason = native.unavailable(request.param)
+    if reason is not None:
+        pytest.skip(reason)
+    return cpu.NativeKernels(native.native, kernel=request.param)
+
+
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from types import ModuleType
 
 import numpy as np
@@ -15,6 +14,8 @@ from torch import Tensor
 from hf_stompp.ops import byte_linear, cpu, eight_bit, pack_bits, quantize_rows, reference
 from hf_stompp.ops.schema import MAX_BYTE_FEATURES
 
+
+Kernels = cpu.NativeKernels | ModuleType
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROWS = [0, 1, 3, 7, 8, 17, 65, 130]
@@ -53,33 +54,10 @@ def draw(rows: int, in_features: int, out_features: int, dtype: torch.dtype) -> 
     return input.to(dtype), weight, scale, bias
 
 
-@pytest.fixture(params=[*cpu.KERNELS, "best", "reference"])
-def kernels(request: pytest.FixtureRequest) -> cpu.NativeKernels | ModuleType:
-    """Each kernel that runs here, the choice among them, and the PyTorch reference."""
-    if request.param == "reference":
-        return reference
-    native = cpu.native_kernels()
-    if native is None:
-        pytest.skip(f"no native kernels: {cpu.why_reference()}")
-    if request.param == "best":
-        return native
-    reason = native.unavailable(request.param)
-    if reason is not None:
-        pytest.skip(reason)
-    return cpu.NativeKernels(native.native, kernel=request.param)
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("in_features", IN_FEATURES)
 def test_every_kernel_gives_the_bits_of_the_definition(
-    kernels: cpu.NativeKernels | ModuleType, rows: int, in_features: int, threads: None
+    kernels: Kernels, rows: int, in_features: int, restore_threads: None
 ) -> None:
     for number, out_features in enumerate(OUT_FEATURES):
         dtype, output_dtype = DTYPES[number % 3], DTYPES[(number + rows) % 3]
@@ -93,7 +71,7 @@ def test_every_kernel_gives_the_bits_of_the_definition(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_without_a_scale_gives_the_bias_and_one_with_nan_or_infinity_gives_nan(
-    kernels: cpu.NativeKernels | ModuleType, dtype: torch.dtype
+    kernels: Kernels, dtype: torch.dtype
 ) -> None:
     input, weight, scale, bias = draw(20, 100, 40, dtype)
     input[2], input[3], input[4] = 0.0, -0.0, 1e-38
@@ -106,7 +84,7 @@ def test_a_row_without_a_scale_gives_the_bias_and_one_with_nan_or_infinity_gives
     assert torch.equal(found[whole], expected(input[whole], weight, scale, bias, torch.float32))
 
 
-def test_sums_that_no_float32_holds_are_exact(kernels: cpu.NativeKernels | ModuleType) -> None:
+def test_sums_that_no_float32_holds_are_exact(kernels: Kernels) -> None:
     in_features = 150_001
     input, weight, scale, bias = draw(2, in_features, 3, torch.float32)
     input[0], weight[0] = 1.0, 1.0
@@ -116,7 +94,7 @@ def test_sums_that_no_float32_holds_are_exact(kernels: cpu.NativeKernels | Modul
 
 
 def test_arguments_need_not_be_contiguous_and_leading_dimensions_are_kept(
-    kernels: cpu.NativeKernels | ModuleType,
+    kernels: Kernels,
 ) -> None:
     input, weight, scale, bias = draw(24, 70, 9, torch.float32)
     strided = input.T.contiguous().T.view(2, 3, 4, 70)

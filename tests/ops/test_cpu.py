@@ -102,19 +102,6 @@ def native(shared_cache: Path) -> Iterator[cpu.NativeKernels]:
     draw.cache_clear()
 
 
-@pytest.fixture(params=[*cpu.KERNELS, "best", "reference"])
-def kernels(native: cpu.NativeKernels, request: pytest.FixtureRequest) -> Kernels:
-    """Each kernel that runs here, the choice among them, and the PyTorch reference."""
-    if request.param == "reference":
-        return reference
-    if request.param == "best":
-        return cpu.NativeKernels(native.native)
-    reason = native.unavailable(request.param)
-    if reason is not None:
-        pytest.skip(reason)
-    return cpu.NativeKernels(native.native, kernel=request.param)
-
-
 @pytest.fixture
 def garbage() -> Iterator[None]:
     """New tensors hold NaN or the largest integer, so that an output which was not written shows."""
@@ -122,13 +109,6 @@ def garbage() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def restore_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 # ----- Exactness over shapes -----

@@ -1,5 +1,5 @@
-/* AMX: a product of int8 tiles. Bits are expanded to bytes of +1 and -1 on the way: the input once, the weight once
- * for each block of rows, which pays when the rows are many.
+/* AMX: a product of int8 tiles. Bits are expanded to bytes of +1 and -1 on the way: the input once, unless it is bytes,
+ * the weight once for each block of rows, which pays when the rows are many.
  *
  * A tile is 16 rows of 64 bytes. One of the input holds 64 features of 16 rows. One of the weight holds 64 features of
  * 16 columns, as the instruction wants them: row r of the tile is features 4r .. 4r + 3, the four of a column side by
@@ -40,10 +40,6 @@ static const char *tiles_unavailable(void) { return "AMX is not supported on thi
 #endif
 
 enum {
-    TILE_ROWS = 16,
-    TILE_COLUMNS = 16,
-    TILE_FEATURES = 64,
-    TILE_BYTES = TILE_ROWS * TILE_FEATURES,
     /* 2 x 2 tiles of sums; their rows lie side by side, so that a row of sums is a piece of a row of the output. */
     BLOCK_COLUMNS = 2 * TILE_COLUMNS,
     SUMS = 2 * TILE_ROWS * BLOCK_COLUMNS,
@@ -69,8 +65,6 @@ static const char *unavailable(void) {
     }
     return reason;
 }
-
-static inline int64_t tiles_in_strip(const product *p) { return divide_up(p->in_features, TILE_FEATURES); }
 
 /* Strips that fit into `bytes`, an even number because they are multiplied in pairs; at least two. */
 static int64_t strips_within(const product *p, int64_t bytes) {
@@ -219,12 +213,9 @@ static void multiply(const product *p, const struct part *part, void *scratch) {
             int64_t live = min_int64(TILE_ROWS, rows - i);
             int8_t *strip = input + i / TILE_ROWS * layout.strip_bytes;
             if (scales) {
-                int8_t *codes = (int8_t *)packed;
-                int32_t total;
-                for (int64_t j = 0; j < live; j++)
-                    scales[i + j] =
-                        quantize_row_avx512(p, row + i + j, codes + j * code_bytes(p->in_features), &total);
-                spread_rows(p, codes, live, strip);
+                int32_t totals[TILE_ROWS];
+                quantize_rows16(p, row + i, live, (int8_t *)packed, scales + i, totals);
+                spread_rows(p, (int8_t *)packed, live, strip);
             } else {
                 expand_rows(p, bits_of_rows(p, pack_sign_avx512, row + i, live, packed), live, strip);
             }

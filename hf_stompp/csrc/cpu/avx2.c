@@ -319,9 +319,11 @@ static int64_t limit(int64_t steps) {
     return steps * ROWS * 2 * 128;
 }
 
+/* --- rows of bytes: VPMADDUBSW multiplies two codes with two flags of a column in each lane --- */
+
 enum {
     BYTE_COLUMNS = 8,
-    /* Products of two codes and flags are at most 254: a sum of 16 bits holds so many. */
+    /* Of two codes with two flags at most 254 comes out: a sum of 16 bits holds so many. */
     BYTE_STEPS = 128,
     BYTE_ROWS_AT_A_TIME = 64,
 };
@@ -392,10 +394,7 @@ static void multiply_bytes_avx2(const product *p, const struct part *part, void 
         int64_t rows = min_int64(BYTE_ROWS_AT_A_TIME, part->row_end - row);
         float scales[BYTE_ROWS_AT_A_TIME];
         int32_t totals[BYTE_ROWS_AT_A_TIME];
-        for (int64_t i = 0; i < rows; i++) {
-            scales[i] = quantize_row(p, row + i, codes + i * bytes);
-            totals[i] = sum_of_codes(codes + i * bytes, bytes);
-        }
+        quantize_rows(p, row, rows, codes, scales, totals);
         for (int64_t column = part->column_begin; column < part->column_end; column += BYTE_COLUMNS) {
             /* What columns beyond the last give is not stored. */
             for (int64_t j = 0; j < BYTE_COLUMNS; j++)

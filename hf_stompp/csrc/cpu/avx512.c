@@ -211,14 +211,27 @@ static int64_t byte_rows_at_a_time(const product *p, const struct part *part) {
 
 static size_t byte_scratch_bytes_avx512(const product *p, const struct part *part) {
     int64_t rows = byte_rows_at_a_time(p, part);
-    return (size_t)(rows * code_bytes(p->in_features) + PANELS * pieces_in_strip(p) * STRIP_PIECE + rows * 8);
+    return (size_t)(rows * code_bytes(p->in_features) + PANELS * tiles_in_strip(p) * TILE_BYTES + rows * 8);
 }
 
-__attribute__((always_inline)) static inline void multiply_strips(const product *p, const int8_t *codes, int rows,
-                                                                  const uint8_t *strips, int panels,
-                                                                  const int32_t *totals, const float *scales,
-                                                                  int64_t row, int64_t column) {
-    int64_t bytes = code_bytes(p->in_features), strip_bytes = pieces_in_strip(p) * STRIP_PIECE;
+/* Some rows as bytes, one behind the other, from `row` of the input on. */
+struct byte_rows {
+    int64_t row, rows;
+    int8_t *codes;
+    float *scales;
+    int32_t *totals;
+};
+
+static struct byte_rows rows_from(const product *p, const struct byte_rows *all, int64_t first) {
+    struct byte_rows rest = {all->row + first, all->rows - first, all->codes + first * code_bytes(p->in_features),
+                             all->scales + first, all->totals + first};
+    return rest;
+}
+
+/* The first `rows` of them by one strip or two. */
+ALWAYS_INLINE void multiply_strips(const product *p, struct byte_rows input, int rows, const uint8_t *strips,
+                                   int panels, int64_t column) {
+    int64_t bytes = code_bytes(p->in_features), strip_bytes = tiles_in_strip(p) * TILE_BYTES;
     int64_t groups = divide_up(p->in_features, 4);
     __m512i sum[ROWS][PANELS];
 #pragma GCC unroll 8
@@ -231,7 +244,7 @@ __attribute__((always_inline)) static inline void multiply_strips(const product 
         for (int j = 0; j < panels; j++) flags[j] = _mm512_load_si512(strips + j * strip_bytes + 64 * group);
 #pragma GCC unroll 8
         for (int i = 0; i < rows; i++) {
-            __m512i code = _mm512_set1_epi32(*(const word32 *)(codes + i * bytes + 4 * group));
+            __m512i code = _mm512_set1_epi32(*(const word32 *)(input.codes + i * bytes + 4 * group));
 #pragma GCC unroll 2
             for (int j = 0; j < panels; j++) {
                 sum[i][j] = _mm512_dpbusd_epi32(sum[i][j], flags[j], code);
@@ -246,15 +259,23 @@ __attribute__((always_inline)) static inline void multiply_strips(const product 
 #pragma GCC unroll 2
         for (int j = 0; j < panels; j++)
             _mm512_store_si512(sums[i] + j * LANES, _mm512_sub_epi32(_mm512_slli_epi32(sum[i][j], 1),
-                                                                     _mm512_set1_epi32(totals[i])));
+                                                                     _mm512_set1_epi32(input.totals[i])));
     for (int j = 0; j < panels; j++)
-        store_sums16(p, row, rows, column + j * LANES, sums[0] + j * LANES, PANELS * LANES, scales);
+        store_sums16(p, input.row, rows, column + j * LANES, sums[0] + j * LANES, PANELS * LANES, input.scales);
 }
 
-__attribute__((always_inline)) static inline void multiply_bytes_as_stored(const product *p, const int8_t *codes,
-                                                                           int rows, const int32_t *totals,
-                                                                           const float *scales, int64_t row,
-                                                                           const struct part *part) {
+ALWAYS_INLINE void multiply_all_by_strips(const product *p, const struct byte_rows *all, const uint8_t *strips,
+                                          int panels, int64_t column) {
+    int64_t done = 0;
+    for (; all->rows - done >= ROWS; done += ROWS)
+        multiply_strips(p, rows_from(p, all, done), ROWS, strips, panels, column);
+    for (; all->rows - done >= 4; done += 4) multiply_strips(p, rows_from(p, all, done), 4, strips, panels, column);
+    for (; done < all->rows; done++) multiply_strips(p, rows_from(p, all, done), 1, strips, panels, column);
+}
+
+/* The first `rows` of them by a part of the columns. */
+ALWAYS_INLINE void multiply_bytes_as_stored(const product *p, struct byte_rows input, int rows,
+                                            const struct part *part) {
     int64_t bytes = code_bytes(p->in_features), weight_bytes = row_bytes(p->in_features);
     const __m512i one = _mm512_set1_epi8(1);
     for (int64_t column = part->column_begin; column < part->column_end; column += LANES) {
@@ -278,52 +299,50 @@ __attribute__((always_inline)) static inline void multiply_bytes_as_stored(const
 #pragma GCC unroll 8
                     for (int i = 0; i < rows; i++)
                         sum[i][j] =
-                            _mm512_dpbusd_epi32(sum[i][j], flags, _mm512_loadu_si512(codes + i * bytes + k));
+                            _mm512_dpbusd_epi32(sum[i][j], flags, _mm512_loadu_si512(input.codes + i * bytes + k));
                 }
 #pragma GCC unroll 8
             for (int i = 0; i < rows; i++)
 #pragma GCC unroll 4
                 for (int j = 0; j < STORED_COLUMNS; j++)
-                    sums[i][lane + j] = 2 * _mm512_reduce_add_epi32(sum[i][j]) - totals[i];
+                    sums[i][lane + j] = 2 * _mm512_reduce_add_epi32(sum[i][j]) - input.totals[i];
         }
-        store_sums16(p, row, rows, column, sums[0], LANES, scales);
+        store_sums16(p, input.row, rows, column, sums[0], LANES, input.scales);
+    }
+}
+
+static void multiply_few_bytes(const product *p, const struct byte_rows *all, const struct part *part) {
+    int64_t done = 0;
+    for (; all->rows - done >= 4; done += 4) multiply_bytes_as_stored(p, rows_from(p, all, done), 4, part);
+    for (; done < all->rows; done++) multiply_bytes_as_stored(p, rows_from(p, all, done), 1, part);
+}
+
+static void multiply_many_bytes(const product *p, const struct byte_rows *all, const struct part *part,
+                                uint8_t *strips) {
+    for (int64_t column = part->column_begin; column < part->column_end; column += PANELS * LANES) {
+        expand_columns(p, column, _mm512_setzero_si512(), strips);
+        if (column + LANES < part->column_end) {
+            expand_columns(p, column + LANES, _mm512_setzero_si512(), strips + tiles_in_strip(p) * TILE_BYTES);
+            multiply_all_by_strips(p, all, strips, 2, column);
+        } else {
+            multiply_all_by_strips(p, all, strips, 1, column);
+        }
     }
 }
 
 static void multiply_bytes_avx512(const product *p, const struct part *part, void *scratch) {
-    int64_t bytes = code_bytes(p->in_features), rows_at_a_time = byte_rows_at_a_time(p, part);
+    int64_t rows_at_a_time = byte_rows_at_a_time(p, part);
     uint8_t *strips = scratch;
-    int8_t *codes = (int8_t *)strips + PANELS * pieces_in_strip(p) * STRIP_PIECE;
-    float *scales = (float *)(codes + rows_at_a_time * bytes);
-    int32_t *totals = (int32_t *)(scales + rows_at_a_time);
-    for (int64_t row = part->row_begin; row < part->row_end; row += rows_at_a_time) {
-        int64_t rows = min_int64(rows_at_a_time, part->row_end - row), i = 0;
-        for (int64_t j = 0; j < rows; j++)
-            scales[j] = quantize_row_avx512(p, row + j, codes + j * bytes, totals + j);
-#define TAKE(count, function, ...) \
-    for (; i + count <= rows; i += count) function(p, codes + i * bytes, count, __VA_ARGS__)
-        if (rows < ROWS) {
-            TAKE(4, multiply_bytes_as_stored, totals + i, scales + i, row + i, part);
-            TAKE(1, multiply_bytes_as_stored, totals + i, scales + i, row + i, part);
-            continue;
-        }
-        for (int64_t column = part->column_begin; column < part->column_end; column += PANELS * LANES) {
-            int two = column + LANES < part->column_end;
-            expand_columns(p, column, _mm512_setzero_si512(), strips);
-            if (two)
-                expand_columns(p, column + LANES, _mm512_setzero_si512(), strips + pieces_in_strip(p) * STRIP_PIECE);
-            i = 0;
-            if (two) {
-                TAKE(8, multiply_strips, strips, 2, totals + i, scales + i, row + i, column);
-                TAKE(4, multiply_strips, strips, 2, totals + i, scales + i, row + i, column);
-                TAKE(1, multiply_strips, strips, 2, totals + i, scales + i, row + i, column);
-            } else {
-                TAKE(8, multiply_strips, strips, 1, totals + i, scales + i, row + i, column);
-                TAKE(4, multiply_strips, strips, 1, totals + i, scales + i, row + i, column);
-                TAKE(1, multiply_strips, strips, 1, totals + i, scales + i, row + i, column);
-            }
-        }
-#undef TAKE
+    struct byte_rows input = {.codes = (int8_t *)strips + PANELS * tiles_in_strip(p) * TILE_BYTES};
+    input.scales = (float *)(input.codes + rows_at_a_time * code_bytes(p->in_features));
+    input.totals = (int32_t *)(input.scales + rows_at_a_time);
+    for (input.row = part->row_begin; input.row < part->row_end; input.row += rows_at_a_time) {
+        input.rows = min_int64(rows_at_a_time, part->row_end - input.row);
+        quantize_rows16(p, input.row, input.rows, input.codes, input.scales, input.totals);
+        if (input.rows < ROWS)
+            multiply_few_bytes(p, &input, part);
+        else
+            multiply_many_bytes(p, &input, part, strips);
     }
 }
 

@@ -70,10 +70,9 @@ static inline void pack_sign_avx512(const void *input, int64_t dtype, const floa
         pack_rows(input, HF_STOMPP_F16, threshold, rows, features, bits, popcounts);
 }
 
-/* quantize_row_of, which also sums the codes. */
-__attribute__((always_inline)) static inline float quantize_row16_of(const void *input, int64_t dtype, int64_t row,
-                                                                     int64_t features, int8_t *codes,
-                                                                     int32_t *total) {
+/* quantize_row_of in vectors. */
+ALWAYS_INLINE float quantize_row16_of(const void *input, int64_t dtype, int64_t row, int64_t features, int8_t *codes,
+                                      int32_t *total) {
     int64_t first = row * features;
     __m512i magnitudes = _mm512_setzero_si512(), sum = _mm512_setzero_si512();
     for (int64_t k = 0; k < features; k += 16) {
@@ -82,26 +81,22 @@ __attribute__((always_inline)) static inline float quantize_row16_of(const void 
     }
     float largest = float_of_bits(_mm512_reduce_max_epu32(magnitudes)), inverse = 127.0f / largest;
     int is_usable = isfinite(largest) && isfinite(inverse);
-    for (int64_t k = 0; k < features; k += BLOCK)
-        for (int64_t j = k; j < k + BLOCK; j += 16) {
-            __m512i code = _mm512_setzero_si512();
-            if (is_usable)
-                code = _mm512_cvtps_epi32(
-                    _mm512_mul_ps(load16(input, dtype, first + j, first16(features - j)), _mm512_set1_ps(inverse)));
-            sum = _mm512_add_epi32(sum, code);
-            _mm_storeu_si128((__m128i *)(codes + j), _mm512_cvtepi32_epi8(code));
-        }
+    for (int64_t k = 0; k < code_bytes(features); k += 16) {
+        __m512i code = _mm512_setzero_si512();
+        if (is_usable)
+            code = _mm512_cvtps_epi32(
+                _mm512_mul_ps(load16(input, dtype, first + k, first16(features - k)), _mm512_set1_ps(inverse)));
+        sum = _mm512_add_epi32(sum, code);
+        _mm_storeu_si128((__m128i *)(codes + k), _mm512_cvtepi32_epi8(code));
+    }
     *total = _mm512_reduce_add_epi32(sum);
     return is_usable ? largest / 127.0f : isfinite(largest) ? 0.0f : NAN;
 }
 
-/* Returns the scale of the codes. */
-static inline float quantize_row_avx512(const product *p, int64_t row, int8_t *codes, int32_t *total) {
-    if (p->input_dtype == HF_STOMPP_F32)
-        return quantize_row16_of(p->input, HF_STOMPP_F32, row, p->in_features, codes, total);
-    if (p->input_dtype == HF_STOMPP_BF16)
-        return quantize_row16_of(p->input, HF_STOMPP_BF16, row, p->in_features, codes, total);
-    return quantize_row16_of(p->input, HF_STOMPP_F16, row, p->in_features, codes, total);
+/* quantize_rows in vectors. */
+static inline void quantize_rows16(const product *p, int64_t row, int64_t rows, int8_t *codes, float *scales,
+                                   int32_t *totals) {
+    QUANTIZE_ROWS(quantize_row16_of)
 }
 
 /* Round to nearest even, NaN to 0x7fc0, as bf16_of_float does. */
@@ -151,17 +146,16 @@ static void store_sums16(const product *p, int64_t row, int64_t rows, int64_t co
     }
 }
 
-/* A strip is 16 columns of the weight over all features, in pieces of 64 features: 16 rows of 64 bytes, of which row r
- * is features 4r .. 4r + 3, the four of a column side by side. */
-enum { STRIP_COLUMNS = 16, STRIP_FEATURES = 64, STRIP_PIECE = STRIP_COLUMNS * STRIP_FEATURES };
+/* A tile is 16 rows of 64 bytes. One of the weight holds 64 features of 16 columns: row r of the tile is features 4r ..
+ * 4r + 3, the four of a column side by side. A strip is the tiles of 16 columns over all features. */
+enum { TILE_ROWS = 16, TILE_COLUMNS = 16, TILE_FEATURES = 64, TILE_BYTES = TILE_ROWS * TILE_FEATURES };
 
-static inline int64_t pieces_in_strip(const product *p) { return divide_up(p->in_features, STRIP_FEATURES); }
+static inline int64_t tiles_in_strip(const product *p) { return divide_up(p->in_features, TILE_FEATURES); }
 
 /* Expands one strip: 1 where a bit is set, `clear` where not. Columns beyond the last are whatever no bits give: their
  * sums are not stored. */
-__attribute__((always_inline)) static inline void expand_columns(const product *p, int64_t column, __m512i clear,
-                                                                 uint8_t *strip) {
-    int64_t bytes = row_bytes(p->in_features), columns = min_int64(STRIP_COLUMNS, p->out_features - column);
+ALWAYS_INLINE void expand_columns(const product *p, int64_t column, __m512i clear, uint8_t *strip) {
+    int64_t bytes = row_bytes(p->in_features), columns = min_int64(TILE_COLUMNS, p->out_features - column);
     __m512i lanes = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
     __m512i even_offsets = _mm512_mullo_epi64(lanes, _mm512_set1_epi64(2 * bytes));
     __m512i odd_offsets = _mm512_add_epi64(even_offsets, _mm512_set1_epi64(bytes));
@@ -171,8 +165,8 @@ __attribute__((always_inline)) static inline void expand_columns(const product *
                                          _mm512_mullo_epi64(lanes, _mm512_set1_epi64(0x0101010101010101)));
     __m512i low_nibbles = _mm512_set1_epi8(0x0f), none = _mm512_setzero_si512(), set = _mm512_set1_epi8(1);
     const uint8_t *weight = p->weight + column * bytes;
-    int64_t pieces = pieces_in_strip(p);
-    for (int64_t piece = 0; piece < pieces; piece++, weight += 8, strip += STRIP_PIECE) {
+    int64_t tiles = tiles_in_strip(p);
+    for (int64_t tile = 0; tile < tiles; tile++, weight += 8, strip += TILE_BYTES) {
         __m512i even = _mm512_mask_i64gather_epi64(none, even_live, even_offsets, weight, 1);
         __m512i odd = _mm512_mask_i64gather_epi64(none, odd_live, odd_offsets, weight, 1);
         even = _mm512_permutexvar_epi8(transpose, even);
@@ -180,7 +174,7 @@ __attribute__((always_inline)) static inline void expand_columns(const product *
         /* 0xca picks its second operand where a bit of the first is set, else the third. */
         __m512i low = _mm512_ternarylogic_epi64(low_nibbles, even, _mm512_slli_epi16(odd, 4), 0xca);
         __m512i high = _mm512_ternarylogic_epi64(low_nibbles, _mm512_srli_epi16(even, 4), odd, 0xca);
-        /* A row of the piece is 64 bits now. They go through memory: to load a mask is one instruction, to take a lane
+        /* A row of the tile is 64 bits now. They go through memory: to load a mask is one instruction, to take a lane
          * out of a vector, as the compiler would, up to three. */
         uint64_t words[2][8] __attribute__((aligned(64)));
         _mm512_store_si512(words[0], low);
@@ -188,8 +182,8 @@ __attribute__((always_inline)) static inline void expand_columns(const product *
         __asm__("" : "+m"(words));
 #pragma GCC unroll 8
         for (int q = 0; q < 8; q++) {
-            _mm512_store_si512(strip + 2 * q * STRIP_FEATURES, _mm512_mask_blend_epi8(words[0][q], clear, set));
-            _mm512_store_si512(strip + (2 * q + 1) * STRIP_FEATURES, _mm512_mask_blend_epi8(words[1][q], clear, set));
+            _mm512_store_si512(strip + 2 * q * TILE_FEATURES, _mm512_mask_blend_epi8(words[0][q], clear, set));
+            _mm512_store_si512(strip + (2 * q + 1) * TILE_FEATURES, _mm512_mask_blend_epi8(words[1][q], clear, set));
         }
     }
 }

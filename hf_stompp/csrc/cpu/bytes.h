@@ -13,7 +13,9 @@
 /* Bytes of a row of codes: zero beyond its features, so that a kernel may read whole vectors. */
 static inline int64_t code_bytes(int64_t features) { return divide_up(features, BLOCK) * BLOCK; }
 
-ALWAYS_INLINE float quantize_row_of(const void *input, int64_t dtype, int64_t row, int64_t features, int8_t *codes) {
+/* One row as bytes, and their sum; returns what a byte is multiplied by. */
+ALWAYS_INLINE float quantize_row_of(const void *input, int64_t dtype, int64_t row, int64_t features, int8_t *codes,
+                                    int32_t *total) {
     float block[BLOCK];
     /* As integers, magnitudes keep their order, and NaN is above infinity. */
     uint32_t bits = 0;
@@ -25,6 +27,7 @@ ALWAYS_INLINE float quantize_row_of(const void *input, int64_t dtype, int64_t ro
         }
     }
     float largest = float_of_bits(bits), inverse = 127.0f / largest;
+    *total = 0;
     if (!isfinite(largest) || !isfinite(inverse)) {
         for (int64_t k = 0; k < features; k += BLOCK) memset(codes + k, 0, BLOCK);
         return isfinite(largest) ? 0.0f : NAN;
@@ -35,20 +38,26 @@ ALWAYS_INLINE float quantize_row_of(const void *input, int64_t dtype, int64_t ro
         load_block(input, dtype, row * features + k, min_int64(BLOCK, features - k), block);
         for (int j = 0; j < BLOCK; j++) codes[k + j] = (int8_t)bits_of_float(block[j] * inverse + shift);
     }
+    for (int64_t k = 0; k < code_bytes(features); k++) *total += codes[k];
     return largest / 127.0f;
 }
 
-/* Returns the scale of the codes. */
-static inline float quantize_row(const product *p, int64_t row, int8_t *codes) {
-    if (p->input_dtype == HF_STOMPP_F32) return quantize_row_of(p->input, HF_STOMPP_F32, row, p->in_features, codes);
-    if (p->input_dtype == HF_STOMPP_BF16) return quantize_row_of(p->input, HF_STOMPP_BF16, row, p->in_features, codes);
-    return quantize_row_of(p->input, HF_STOMPP_F16, row, p->in_features, codes);
-}
+/* Calls a function for each row, with the dtype as a constant. */
+#define QUANTIZE_ROWS(function)                                                                     \
+    for (int64_t i = 0; i < rows; i++) {                                                            \
+        int8_t *own = codes + i * code_bytes(p->in_features);                                       \
+        if (p->input_dtype == HF_STOMPP_F32)                                                        \
+            scales[i] = function(p->input, HF_STOMPP_F32, row + i, p->in_features, own, totals + i);  \
+        else if (p->input_dtype == HF_STOMPP_BF16)                                                  \
+            scales[i] = function(p->input, HF_STOMPP_BF16, row + i, p->in_features, own, totals + i); \
+        else                                                                                        \
+            scales[i] = function(p->input, HF_STOMPP_F16, row + i, p->in_features, own, totals + i);  \
+    }
 
-static inline int32_t sum_of_codes(const int8_t *codes, int64_t bytes) {
-    int32_t sum = 0;
-    for (int64_t k = 0; k < bytes; k++) sum += codes[k];
-    return sum;
+/* The rows from `row` on as bytes, with the scale and the sum of each. */
+static inline void quantize_rows(const product *p, int64_t row, int64_t rows, int8_t *codes, float *scales,
+                                 int32_t *totals) {
+    QUANTIZE_ROWS(quantize_row_of)
 }
 
 /* The bits of a column of the weight as bytes of 0 and 1. */
@@ -77,10 +86,7 @@ __attribute__((unused)) static void multiply_bytes(const product *p, const struc
         int64_t rows = min_int64(BYTE_ROWS, part->row_end - row);
         float scales[BYTE_ROWS];
         int32_t totals[BYTE_ROWS];
-        for (int64_t i = 0; i < rows; i++) {
-            scales[i] = quantize_row(p, row + i, codes + i * bytes);
-            totals[i] = sum_of_codes(codes + i * bytes, bytes);
-        }
+        quantize_rows(p, row, rows, codes, scales, totals);
         for (int64_t column = part->column_begin; column < part->column_end; column++) {
             flags_of_column(p, column, flags);
             for (int64_t i = 0; i < rows; i++) {
