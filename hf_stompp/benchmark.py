@@ -195,19 +195,24 @@ def _token_ids(model: Any, batch: int, length: int) -> Tensor:
     return torch.randint(model.config.vocab_size, (batch, length))
 
 
+def variants_of(model: nn.Module) -> dict[str, Any]:
+    """A model as it is, in other dtypes, and packed in both modes."""
+    packed = packed_copy(model)
+    return {
+        "fp32": model,
+        "bf16": copy.deepcopy(model).bfloat16(),
+        "int8": dynamic_int8(model),
+        "packed_fp32": packed,
+        "packed_bf16": copy.deepcopy(packed).bfloat16(),
+        "packed_bwn": packed_copy(model, "bwn"),
+    }
+
+
 @torch.inference_mode()
 def bench_model(name: str, model: Any, batches: list[tuple[int, int]], threads: list[int]) -> list[dict[str, Any]]:
     """Times whole encoders: one entry a batch size, sequence length and number of threads."""
     with torch.inference_mode(False):
-        packed = packed_copy(model)
-        variants = {
-            "fp32": model,
-            "bf16": copy.deepcopy(model).bfloat16(),
-            "int8": dynamic_int8(model),
-            "packed_fp32": packed,
-            "packed_bf16": copy.deepcopy(packed).bfloat16(),
-            "packed_bwn": packed_copy(model, "bwn"),
-        }
+        variants = variants_of(model)
     results = []
     for count in threads:
         with torch_threads(count):

@@ -85,6 +85,18 @@ def test_packed_copy_leaves_the_model_as_it_was(tiny_model) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_packed_variants_are_of_the_mode_and_dtype_that_they_are_called_by(tiny_model) -> None:
+    variants = benchmark.variants_of(tiny_model("bert"))
+
+    found = {name: variants[name].config.quantization_config.mode for name in variants if name.startswith("packed")}
+    assert found == {"packed_fp32": "bnn", "packed_bf16": "bnn", "packed_bwn": "bwn"}
+    assert {name: variants[name].dtype for name in found} == {
+        "packed_fp32": torch.float32,
+        "packed_bf16": torch.bfloat16,
+        "packed_bwn": torch.float32,
+    }
+
+
 def test_whole_models_are_timed_for_every_batch_and_number_of_threads(tiny_model) -> None:
     results = benchmark.bench_model("tiny", tiny_model("bert"), [(1, 4), (2, 8)], [1, 2])
 

@@ -9,7 +9,6 @@ kernels cannot be compiled, as 8-bit products of +-1 (`eight_bit.py`).
 from __future__ import annotations
 
 import ctypes
-import functools
 import logging
 import os
 import struct
@@ -338,12 +337,6 @@ class Device:
         return otherwise()
 
 
-@functools.cache
-def _multiplies_bytes(device: torch.device) -> bool:
-    """Whether PyTorch's int8 product runs there, and is exact."""
-    return eight_bit.why_not("int8", device) is None
-
-
 class Operators:
     """The functions of [`~hf_stompp.ops.reference`] for tensors on any NVIDIA GPU; arguments have been checked."""
 
@@ -374,7 +367,7 @@ class Operators:
         return eight_bit.binary_linear(on.product, self._unpack, bits, *layer)
 
     def byte_linear(self, input: Tensor, *layer: Any) -> Tensor:
-        if not _multiplies_bytes(input.device):
+        if device(input.device).product == "float32":
             return reference.byte_linear(input, *layer)
         return eight_bit.byte_linear(self._unpack, input, *layer)
 

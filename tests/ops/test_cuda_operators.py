@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_stompp.ops import build, cuda, eight_bit, reference
 
@@ -46,6 +47,18 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def draw_layer(in_features: int, out_features: int, bias: bool = True) -> tuple[Any, ...]:
     weight = reference.pack_bits(draw(out_features, in_features))
     return weight, in_features, draw(out_features).abs(), draw(out_features) if bias else None
+
+
+class Names(TorchDispatchMode):
+    """Notes what operators of PyTorch are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.called.add(func.name())
+        return func(*args, **(kwargs or {}))
 
 
 class TestCallsOfTheLibrary:
@@ -169,6 +182,16 @@ class TestOperators:
         assert torch.equal(operators.binary_linear(bits, None, *layer, dtype), expected)
         expected = reference.binary_linear_sign(bits, None, *layer, dtype, bound)
         assert torch.equal(operators.binary_linear_sign(input, threshold, *layer, dtype, bound), expected)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_bytes_are_multiplied_as_integers_where_the_device_can(
+        self, operators: cuda.Operators, dtype: torch.dtype
+    ) -> None:
+        input, layer = draw(3, 300, dtype=dtype), (*draw_layer(300, 41), dtype)
+        with Names() as names:
+            found = operators.byte_linear(input, *layer)
+        assert torch.equal(found, reference.byte_linear(input, *layer))
+        assert ("aten::_int_mm" in names.called) == (cuda.device(CPU).product != "float32")
 
     def test_the_rest_too(self, operators: cuda.Operators) -> None:
         input, weight = draw(4, 300), reference.pack_bits(draw(7, 300))
