@@ -203,7 +203,7 @@ def command_of(cell: Cell, split: str, model: str) -> list[str]:
         set_here["teacher"] = fine_tuned
     words = []
     for name, value in {**set_here, **cell.flags}.items():
-        text = json.dumps(value) if isinstance(value, dict | list) else str(value)
+        text = json.dumps(value) if isinstance(value, dict | list) else str(value).replace("{task}", cell.task)
         words += [f"--{name}"] if value is True and name.startswith("do_") else [f"--{name}", text]
     return words
 

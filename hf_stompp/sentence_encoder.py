@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .distillation import POOLINGS, pooled
+from .text import Text
 
 
 MODULES = "modules.json"
@@ -91,11 +92,16 @@ def copy_modules(folder: Path, target: Path) -> None:
             shutil.copyfile(path, copy)
 
 
+def tokenize(tokenizer: Any, texts: Sequence[Text], max_length: int) -> dict[str, list[list[int]]]:
+    """Token ids, and what else the tokenizer makes, of texts and pairs of texts; what is longer is cut off."""
+    return dict(tokenizer(list(texts), truncation=True, max_length=max_length))
+
+
 @torch.inference_mode()
 def embed(
     model: PreTrainedModel,
     tokenizer: Any,
-    texts: Sequence[str],
+    texts: Sequence[Text],
     pooling: str = "mean",
     max_length: int = 128,
     batch_size: int = 32,
@@ -106,7 +112,7 @@ def embed(
     Args:
         model (`PreTrainedModel`): an encoder without a head; float, latent or packed.
         tokenizer (`PreTrainedTokenizerBase`).
-        texts (`Sequence[str]`).
+        texts (`Sequence[str | tuple[str, str]]`): texts, or pairs of texts.
         pooling (`str`, *optional*, defaults to `"mean"`): a key of [`~hf_stompp.distillation.POOLINGS`].
         max_length (`int`, *optional*, defaults to 128): tokens of a text; the rest is cut off.
         batch_size (`int`, *optional*, defaults to 32).
@@ -116,12 +122,12 @@ def embed(
     """
     model.eval()
     # Texts of like length share a batch, which wastes no time on padding.
-    order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
+    tokenized = tokenize(tokenizer, texts, max_length)
+    order = sorted(range(len(texts)), key=lambda index: -len(tokenized["input_ids"][index]))
     embeddings = torch.empty(len(texts), model.config.hidden_size)
     for first in range(0, len(order), batch_size):
         rows = order[first : first + batch_size]
-        inputs = tokenizer(
-            [texts[row] for row in rows], truncation=True, max_length=max_length, padding=True, return_tensors="pt"
-        ).to(model.device)
+        batch = {name: [values[row] for row in rows] for name, values in tokenized.items()}
+        inputs = tokenizer.pad(batch, return_tensors="pt").to(model.device)
         embeddings[rows] = pooled(model(**inputs).last_hidden_state, inputs["attention_mask"], pooling).cpu()
     return embeddings

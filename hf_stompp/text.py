@@ -7,7 +7,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from .tables import READERS, read_table
 
@@ -17,6 +17,9 @@ LINES = ".txt"
 
 COLUMNS = ("text", "sentence")
 """Columns that are taken for the text where several hold strings."""
+
+Text: TypeAlias = str | tuple[str, str]
+"""A text, or a pair of texts, which a tokenizer puts into one sequence."""
 
 SENTENCE_END = re.compile(
     # Behind a mark and perhaps a closing quote or bracket; neither an initial nor before a lower-case letter.
@@ -29,32 +32,42 @@ SMALLEST_HELD_OUT = 200
 """So many texts are held out where they are no more than a fifth of all."""
 
 
-def read_texts(files: Sequence[Path], column: str | None = None) -> list[str]:
+def read_texts(files: Sequence[Path], columns: Sequence[str] = ()) -> list[Text]:
     """
-    Reads texts. Those that are empty are dropped, and those that are there more than once are kept once.
+    Reads texts, or pairs of texts. Those that are empty are dropped, and those that are there more than once are kept
+    once. Where one text of a pair is empty, the other is a text alone.
 
     Args:
         files (`Sequence[Path]`): `.txt` with a text a line, or tables of the kinds in [`~hf_stompp.tables.READERS`].
-        column (`str`, *optional*): of the tables, that holds the text; found where that is clear.
+        columns (`Sequence[str]`, *optional*):
+            Of the tables: one that holds the text, or the two of a pair; found where one is clear.
 
     Returns:
-        `list[str]`: in the order of the files.
+        `list[str | tuple[str, str]]`: in the order of the files.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is of an unknown kind, empty, not UTF-8 or broken, has no such column or several that may be
-            it, or there is no text in it.
+        ValueError: more than two columns are named; or a file is of an unknown kind, empty, not UTF-8 or broken, has
+            no such column or several that may be it, or there is no text in it.
     """
-    texts: dict[str, None] = {}
+    if len(columns) > 2:
+        raise ValueError(f"a text is one column or a pair of two, got {len(columns)}: choose two of --text_columns")
+    texts: dict[Text, None] = {}
     for file in files:
-        found = [text for text in map(str.strip, _read_file(file, column)) if text]
+        found = [text for text in map(_join, _read_file(file, columns)) if text]
         if not found:
             raise ValueError(f"{file} holds no text: every line or row of it is empty; drop it, or name another file")
         texts.update(dict.fromkeys(found))
     return list(texts)
 
 
-def _read_file(file: Path, column: str | None) -> Iterable[str]:
+def _join(row: Sequence[str]) -> Text:
+    """A row of one or two values as a text or a pair; an empty text where all are empty."""
+    first, *rest = [value for value in map(str.strip, row) if value] or [""]
+    return (first, rest[0]) if rest else first
+
+
+def _read_file(file: Path, columns: Sequence[str]) -> Iterable[Sequence[str]]:
     kinds = (LINES, *READERS)
     if file.suffix.lower() not in kinds:
         raise ValueError(f"{file} is not of a known kind: name a file that ends in {', '.join(kinds)}")
@@ -63,12 +76,12 @@ def _read_file(file: Path, column: str | None) -> Iterable[str]:
     if file.stat().st_size == 0:
         raise ValueError(f"{file} is empty: drop it, or name another file")
     if file.suffix.lower() == LINES:
-        return read_lines(file)
+        return ((line,) for line in read_lines(file))
     if file.suffix.lower() != ".parquet":
         # The readers of tables do not tell the line.
         for _ in read_lines(file):
             pass
-    return _read_column(file, column)
+    return _read_columns(file, columns)
 
 
 def read_lines(file: Path) -> Iterator[str]:
@@ -89,17 +102,17 @@ def read_lines(file: Path) -> Iterator[str]:
                 ) from error
 
 
-def _read_column(file: Path, column: str | None) -> list[str]:
+def _read_columns(file: Path, columns: Sequence[str]) -> list[Sequence[str]]:
     with tempfile.TemporaryDirectory() as cache:
         table = read_table([file], cache_dir=cache)
-        name = text_column(table, file, column)
-        # It lies in the folder that ends here.
-        return [value or "" for value in table[name][:]]
+        names = [text_column(table, file, name) for name in columns or [None]]
+        # They lie in the folder that ends here.
+        return list(zip(*([value or "" for value in table[name][:]] for name in names), strict=True))
 
 
 def text_column(table: Any, source: Path | str, column: str | None = None) -> str:
     """
-    The column of a table that holds the text.
+    A column of a table that holds text.
 
     Args:
         table (`Dataset`).
@@ -123,7 +136,7 @@ def text_column(table: Any, source: Path | str, column: str | None = None) -> st
     if not known and len(strings) > 1:
         raise ValueError(
             f"which column of {source} holds the text is not clear: name one of {', '.join(strings)} with "
-            "--text_column"
+            "--text_columns, or the two that make a pair"
         )
     return (known or strings)[0]
 
@@ -140,20 +153,20 @@ def split_sentences(text: str) -> list[str]:
 
 
 def hold_out(
-    texts: Sequence[str], share: float, seed: int, max_texts: int | None = None
-) -> tuple[list[str], list[str]]:
+    texts: Sequence[Text], share: float, seed: int, max_texts: int | None = None
+) -> tuple[list[Text], list[Text]]:
     """
     Shuffles texts and splits them.
 
     Args:
-        texts (`Sequence[str]`): at least two.
+        texts (`Sequence[str | tuple[str, str]]`): at least two.
         share (`float`): of the texts to hold out, in (0, 1). More are where that makes less than
             [`SMALLEST_HELD_OUT`], but then no more than a fifth.
         seed (`int`): of the order.
         max_texts (`int`, *optional*): take so many of them, and leave the rest.
 
     Returns:
-        `tuple(list[str], list[str])`: what to learn from, and what to measure on.
+        `tuple(list, list)`: what to learn from, and what to measure on.
 
     Raises:
         ValueError: there are fewer than two texts.

@@ -95,6 +95,9 @@ def test_a_command_starts_from_the_float_model_of_its_task_and_seed_and_holds_no
     assert words.count("--model_name_or_path") == 1
     assert words[words.index("--model_name_or_path") + 1] == "distilled/latent"
     assert words[words.index("--teacher") + 1] == own.start.folder("validation")
+    # A file of the task.
+    words = accuracy.command_of(dataclasses.replace(cell, flags={"unlabelled_file": "more/{task}.csv"}), "x", "minilm")
+    assert words[words.index("--unlabelled_file") + 1] == "more/sst2.csv"
     # Whatever starts from another float model, or asks for something else, works elsewhere.
     others = [
         dataclasses.replace(cell, float_flags={"method": "float", "seed": 3}),

@@ -101,9 +101,11 @@ def test_embeddings_do_not_depend_on_the_batch_that_a_text_is_in(
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
     tokenizer = transformers.BertTokenizer(vocab=str(tmp_path / "vocab.txt"))
     model = tiny_model("bert", AutoModel)
-    texts = ["word1", "word2 word3 word4 word5", "word6 word7", "word8 " * 20]
+    texts = ["word1", "word2 word3 word4 word5", ("word6", "word7 word9"), "word8 " * 20, ("word2 " * 9, "word3 " * 9)]
     found = embed(model, tokenizer, texts, pooling, max_length=12, batch_size=3)
     for text, embedding in zip(texts, found, strict=True):
+        # A pair is two arguments.
+        parts = [text] if isinstance(text, str) else text
         with torch.no_grad():
-            states = model(**tokenizer(text, truncation=True, max_length=12, return_tensors="pt")).last_hidden_state
+            states = model(**tokenizer(*parts, truncation=True, max_length=12, return_tensors="pt")).last_hidden_state
         torch.testing.assert_close(embedding, pooled(states, pooling=pooling)[0], rtol=1e-4, atol=1e-5)

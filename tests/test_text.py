@@ -52,7 +52,7 @@ def test_missing_values_of_a_column_are_passed_over(tmp_path: Path) -> None:
 def test_the_column_is_the_one_that_is_named_or_known_or_alone(tmp_path: Path) -> None:
     file = write(tmp_path / "a.csv", "title,text,number\nfirst,second,3\n")
     assert read_texts([file]) == ["second"]
-    assert read_texts([file], "title") == ["first"]
+    assert read_texts([file], ["title"]) == ["first"]
     alone = write(tmp_path / "b.csv", "number,words\n3,first\n")
     assert read_texts([alone]) == ["first"]
 
@@ -60,7 +60,7 @@ def test_the_column_is_the_one_that_is_named_or_known_or_alone(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("columns", "asked", "message"),
     [
-        ("title,body\na,b\n", None, "which column of .* is not clear: name one of title, body with --text_column"),
+        ("title,body\na,b\n", None, "which column of .* is not clear: name one of title, body with --text_columns, or the two"),
         ("one,two\n1,2\n", None, "no column with text: it has one, two"),
         ("one,two\na,2\n", "three", "no column 'three': it has one, two"),
         ("one,two\na,2\n", "two", "column 'two' of .* holds int64, not text"),
@@ -71,7 +71,18 @@ def test_a_column_that_is_not_clear_is_refused_by_name(
     tmp_path: Path, columns: str, asked: str | None, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        read_texts([write(tmp_path / "a.csv", columns)], asked)
+        read_texts([write(tmp_path / "a.csv", columns)], [asked] if asked else [])
+
+
+def test_two_columns_hold_pairs_and_a_row_with_one_of_them_empty_a_text(tmp_path: Path) -> None:
+    rows = [("one ", "two"), ("two", "one"), ("one", "two"), ("three", ""), ("", "four"), (" ", None)]
+    file = tmp_path / "a.jsonl"
+    write(file, "\n".join(json.dumps({"a": first, "b": second}) for first, second in rows))
+    lines = write(tmp_path / "b.txt", "five\nthree\n")
+    assert read_texts([file, lines], ["a", "b"]) == [("one", "two"), ("two", "one"), "three", "four", "five"]
+    assert read_texts([file], ["b", "a"])[0] == ("two", "one")
+    with pytest.raises(ValueError, match="got 3: choose two"):
+        read_texts([file], ["a", "b", "c"])
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl"])

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from hf_stompp.methods import option
 from hf_stompp.tables import HUB_DATASET, read_hub_splits, read_table, split_files
+from hf_stompp.text import read_texts
 
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,10 @@ class DataTrainingArguments:
     train_file: str | None = option("A csv, tsv, json, jsonl or parquet file of one's own to train on.")
     validation_file: str | None = option("The same to evaluate on.")
     test_file: str | None = option("The same to predict; needs no labels.")
+    unlabelled_file: str | None = option(
+        "More texts to train on, which the teacher answers: a txt file (a text a line), or a table with the text "
+        "columns of the task."
+    )
     max_seq_length: int = option("Longer texts are cut to this many tokens.", 128)
     pad_to_max_length: bool = option("Pad every text to max_seq_length, not each batch to its longest text.", False)
     overwrite_cache: bool = option("Tokenize again even if a cached result exists.", False)
@@ -96,8 +101,9 @@ class GlueData:
 
     Attributes:
         splits (`dict[str, Dataset]`):
-            `train`, `validation`, `validation_mismatched`, `test`, `test_mismatched`, as far as they were asked for
-            and exist. The `label` column holds class ids from 0, or scores; test splits have none.
+            `train`, `unlabelled`, `validation`, `validation_mismatched`, `test`, `test_mismatched`, as far as they
+            were asked for and exist. The `label` column holds class ids from 0, or scores; test splits and
+            unlabelled texts have none.
         text_columns (`tuple[str, ...]`):
             The one or two columns that are fed to the tokenizer.
         label_names (`list[str]` or `None`):
@@ -144,7 +150,24 @@ def read_data(
         limit = limits[name.removesuffix("_mismatched")]
         if limit is not None:
             data.splits[name] = dataset.select(range(min(limit, dataset.num_rows)))
+    if args.unlabelled_file and "train" in splits:
+        data.splits["unlabelled"] = read_unlabelled(Path(args.unlabelled_file), data.text_columns)
     return data
+
+
+def read_unlabelled(file: Path, text_columns: tuple[str, ...]) -> Dataset:
+    """
+    Read texts, or pairs of texts, in the columns of a task.
+
+    Raises:
+        `FileNotFoundError`: the file is missing.
+        `ValueError`: it cannot be read, lacks a column, or holds no text, or no pair where the task has pairs.
+    """
+    rows = [(text,) if isinstance(text, str) else text for text in read_texts([file], text_columns)]
+    rows = [row for row in rows if len(row) == len(text_columns)]
+    if not rows:
+        raise ValueError(f"{file} holds no pair of texts. Give a table with the columns {', '.join(text_columns)}.")
+    return Dataset.from_dict(dict(zip(text_columns, map(list, zip(*rows, strict=True)), strict=True)))
 
 
 def label_names_of(model: PreTrainedConfig) -> list[str] | None:

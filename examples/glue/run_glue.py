@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 import shlex
 import sys
@@ -42,9 +43,10 @@ from transformers import (
 )
 
 from hf_stompp import StoMPPTrainingArguments
+from hf_stompp.distillation import LABELS
 from hf_stompp.methods import RecipeArguments, option
 from hf_stompp.patching import packed_modules
-from hf_stompp.recipe import Recipe, Results
+from hf_stompp.recipe import TEACHERS, Recipe, Results
 from hf_stompp.stages import evaluate_model, is_binarized, make_trainer, run_recipe, write_card
 from hf_stompp.summary import summarize, summary_table
 
@@ -110,6 +112,7 @@ def parse_arguments(
     model_args, data_args, recipe_args, training_args = parsed
     recipe_args.complete(training_args, given)
     check_stages(data_args, training_args)
+    check_unlabelled(data_args, recipe_args, training_args)
     return model_args, data_args, recipe_args, training_args
 
 
@@ -122,6 +125,21 @@ def check_stages(data_args: DataTrainingArguments, training_args: StoMPPTraining
     for flag in wanted:
         if data_args.task_name is None and not getattr(data_args, stages[flag]):
             raise ValueError(f"--{flag} needs --{stages[flag]} (or --task_name). Give the file, or drop --{flag}.")
+
+
+def check_unlabelled(
+    data_args: DataTrainingArguments, recipe_args: RecipeArguments, training_args: StoMPPTrainingArguments
+) -> None:
+    """Refuse texts without labels where something would look at the labels."""
+    if data_args.unlabelled_file is None:
+        return
+    if recipe_args.method == "float" or recipe_args.float_num_train_epochs > 0:
+        raise ValueError(
+            "--unlabelled_file has no labels for a float model. Fine-tune that in a run of its own (--method float), "
+            "and start from it without --float_num_train_epochs."
+        )
+    if LABELS in (training_args.distillation_losses or {}):
+        raise ValueError(f"--unlabelled_file has none of the {LABELS} that --distillation_losses names. Drop one.")
 
 
 # ---- The run --------------------------------------------------------------------------------------------------------
@@ -159,7 +177,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         training_args,
         output_dir=Path(training_args.output_dir),
         tokenizer=tokenizer,
-        train_dataset=data.splits.get("train"),
+        train_dataset=training_set(data),
         eval_datasets={prefix: data.splits[name] for prefix, name in EVALUATION_SETS.items() if name in data.splits},
         data_collator=collator(tokenizer, data_args, training_args),
         # Data of one's own is measured like the GLUE task of its kind.
@@ -169,6 +187,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         identity=identity(model_args, data_args),
     )
     check_model(recipe, model, head_is_new, model_args)
+    if "unlabelled" in data.splits:
+        check_has_teacher(recipe, model, head_is_new)
     results = run_recipe(recipe, model, not head_is_new) if training_args.do_train else evaluate_model(recipe, model)
     if training_args.do_predict:
         with results.timed("predict"):
@@ -272,6 +292,18 @@ def tokenize(
             )
 
 
+def training_set(data: GlueData) -> datasets.Dataset | None:
+    """The tokenized examples to train on, with labels and without."""
+    labelled, unlabelled = data.splits.get("train"), data.splits.get("unlabelled")
+    if labelled is None or unlabelled is None:
+        return labelled
+    # What the loss of Transformers passes over, and what would be seen at once.
+    kind, hidden = ("float32", math.nan) if data.is_regression else ("int64", -100)
+    labelled = labelled.cast_column("label", datasets.Value(kind))
+    unlabelled = unlabelled.add_column("label", np.full(len(unlabelled), hidden, dtype=kind))
+    return datasets.concatenate_datasets([labelled, unlabelled])
+
+
 def collator(
     tokenizer: PreTrainedTokenizerBase, data_args: DataTrainingArguments, training_args: StoMPPTrainingArguments
 ) -> Any:
@@ -324,6 +356,16 @@ def check_model(recipe: Recipe, model: PreTrainedModel, head_is_new: bool, model
         )
     if not recipe.args.do_train and head_is_new:
         logger.warning("%s has no trained head for this task; what follows is chance.", name)
+
+
+def check_has_teacher(recipe: Recipe, model: PreTrainedModel, head_is_new: bool) -> None:
+    """Refuse texts without labels where nobody answers them."""
+    name = recipe.asked.teacher
+    if name == "none" or (name in TEACHERS and (head_is_new or is_binarized(model))):
+        raise ValueError(
+            "--unlabelled_file needs a teacher that knows the task. Start from a float model that was fine-tuned on "
+            "it, or name one by --teacher."
+        )
 
 
 # ---- Measures and predictions ---------------------------------------------------------------------------------------

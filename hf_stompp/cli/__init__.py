@@ -282,7 +282,13 @@ def _add_distill(commands: Any) -> None:
         metavar="FILE",
         help=f"a text a line ({LINES}), or a table with a column of texts ({', '.join(READERS)})",
     )
-    _option(data, "--text_column", metavar="NAME", help="the column (default: text or sentence, or the only one)")
+    _option(
+        data,
+        "--text_columns",
+        nargs="+",
+        metavar="NAME",
+        help="the column (default: text or sentence, or the only one), or the two that hold pairs of texts",
+    )
     _option(data, "--split_sentences", action="store_true", help="cut each text into its sentences")
     _option(data, "--max_length", type=_count, default=128, metavar="N", help="tokens of a text (default: 128)")
     _option(data, "--max_texts", type=_count, metavar="N", help="take N of the texts, drawn by --seed")
@@ -299,13 +305,16 @@ def _add_distill(commands: Any) -> None:
     how.add_argument(
         "--method",
         choices=list(methods),
-        default=RecipeArguments.method,
-        help=f"{'; '.join(f'{name}: {method.help}' for name, method in methods.items())} (default: stompp_ste)",
+        help=f"{'; '.join(f'{name}: {method.help}' for name, method in methods.items())} (default: stompp_ste, and ste "
+        "with --student)",
     )
     how.add_argument(
         "--mode", choices=CHOICES["mode"], help="bnn (default): 1-bit weights and activations; bwn: weights"
     )
     _add_modes(how)
+    _option(
+        how, "--student", metavar="LATENT", help="go on from OUTPUT/latent of an earlier run (default: from MODEL)"
+    )
     _option(how, "--binary_word_embeddings", action="store_true", help="the word embedding table becomes 1-bit too")
     _option(
         how,

@@ -23,19 +23,28 @@ from ..hub import add_section
 from ..methods import RecipeArguments
 from ..progression import plan_progression
 from ..recipe import Recipe, Results, claim_output_dir
-from ..sentence_encoder import copy_modules, embed, modules_folder, pooling_of
+from ..sentence_encoder import copy_modules, embed, modules_folder, pooling_of, tokenize
 from ..stages import make_trainer, pack_and_reload, train_binary, write_card
 from ..summary import bytes_when_saved, measure, summarize
 from ..tables import import_datasets
-from ..text import hold_out, read_texts, split_sentences
+from ..text import Text, hold_out, read_texts, split_sentences
 from ..training_args import StoMPPTrainingArguments
 from .errors import CommandError, hub_errors
 from .evaluation import read_tokenizer
 from .models import megabytes, read_config, state_of
-from .training import SUMMARY, Interrupted, StopAfterStep, check_output, quiet, resuming, stopping_on_interrupt
+from .training import (
+    SUMMARY,
+    Interrupted,
+    StopAfterStep,
+    check_output,
+    default_method,
+    quiet,
+    resuming,
+    stopping_on_interrupt,
+)
 
 
-IDENTITY = ("model", "text_column", "split_sentences", "max_texts", "max_length", "validation_share")
+IDENTITY = ("model", "student", "text_columns", "split_sentences", "max_texts", "max_length", "validation_share")
 """Arguments that `--resume` must find as they were, beside those of the recipe."""
 
 SENTENCE_ENCODER = """\
@@ -129,7 +138,32 @@ def load_encoder(arguments: argparse.Namespace) -> Encoder:
     return Encoder(model.eval(), tokenizer, length, folder, pooling)
 
 
-def read(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
+def load_student(arguments: argparse.Namespace, encoder: Encoder, asked: RecipeArguments) -> PreTrainedModel:
+    """
+    What is trained: the teacher binarized, or the latent encoder to go on from.
+
+    Raises:
+        CommandError: that is not latent.
+        ValueError: it was binarized in another way than is asked for.
+    """
+    if arguments.student is None:
+        return binarize(copy.deepcopy(encoder.model), asked.config())
+    state = state_of(read_config(arguments.student), arguments.student)
+    if state != "latent":
+        raise CommandError(
+            f"--student {arguments.student} is {state}: name the latent encoder of an earlier run (OUTPUT/latent), or "
+            f"drop --student to start from {arguments.model}"
+        )
+    path = Path(arguments.student).expanduser()
+    with hub_errors("model", arguments.student):
+        student: Any = AutoModel.from_pretrained(path if path.is_dir() else arguments.student, dtype=torch.float32)
+    if arguments.method is None:
+        asked.method = default_method(student)
+    asked.check_latent(config_of(student))
+    return student
+
+
+def read(arguments: argparse.Namespace) -> tuple[list[Text], list[Text]]:
     """
     The texts to learn from, and those to measure on.
 
@@ -138,18 +172,19 @@ def read(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
         ValueError: a file cannot be read, or there are too few texts.
     """
     import_datasets().disable_progress_bars()
-    texts = read_texts(arguments.text, arguments.text_column)
+    texts = read_texts(arguments.text, arguments.text_columns or ())
+    if arguments.split_sentences and any(isinstance(text, tuple) for text in texts):
+        raise CommandError("--split_sentences cuts texts, not pairs: name one of --text_columns, or drop it")
     parts = hold_out(texts, arguments.validation_share, arguments.seed, arguments.max_texts)
     if not arguments.split_sentences:
         return parts
-    learned, held_out = ([sentence for text in part for sentence in split_sentences(text)] for part in parts)
+    learned, held_out = ([sentence for text in part for sentence in split_sentences(str(text))] for part in parts)
     return learned, held_out
 
 
-def tokenized(texts: list[str], encoder: Encoder) -> Any:
+def tokenized(texts: list[Text], encoder: Encoder) -> Any:
     """Texts as the Trainer takes them: a data set of token ids."""
-    encoded = encoder.tokenizer(texts, truncation=True, max_length=encoder.max_length)
-    return import_datasets().Dataset.from_dict(dict(encoded))
+    return import_datasets().Dataset.from_dict(tokenize(encoder.tokenizer, texts, encoder.max_length))
 
 
 def training_arguments(
@@ -197,7 +232,7 @@ def distill(arguments: argparse.Namespace) -> dict[str, Any]:
     output = Path(arguments.output).expanduser()
     check_output(arguments, output)
     asked = RecipeArguments(
-        arguments.method,
+        arguments.method or RecipeArguments.method,
         mode=arguments.mode,
         modes=arguments.modes,
         binary_word_embeddings=arguments.binary_word_embeddings or None,
@@ -206,7 +241,7 @@ def distill(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     set_seed(arguments.seed)
     encoder = load_encoder(arguments)
-    student = binarize(copy.deepcopy(encoder.model), asked.config())
+    student = load_student(arguments, encoder, asked)
     args = training_arguments(arguments, asked, encoder.losses(arguments.losses))
     texts, held_out = read(arguments)
     check_schedule(student, args, len(texts))
@@ -253,7 +288,7 @@ def distill(arguments: argparse.Namespace) -> dict[str, Any]:
     return summary
 
 
-def train_and_pack(recipe: Recipe, encoder: Encoder, student: PreTrainedModel, held_out: list[str]) -> Results:
+def train_and_pack(recipe: Recipe, encoder: Encoder, student: PreTrainedModel, held_out: list[Text]) -> Results:
     """Trains the student, packs it, and measures it on the way: its loss, and its embeddings beside the teacher's."""
     results = Results(config=config_of(student), teacher="float")
     teacher: Any = encoder.model

@@ -185,6 +185,27 @@ def test_texts_are_cut_into_sentences_and_to_a_number_and_a_length(
     assert result["examples"] == {"train": 20, "validation": 20}
 
 
+def test_a_latent_encoder_goes_on_with_pairs_and_stays_binary(
+    encoder: str, corpus: str, tmp_path: Path, printed: Callable
+) -> None:
+    printed("distill", encoder, tmp_path / "first", "--text", corpus, *SHORT, "--max_steps", 20)
+    pairs = {"left": texts(60, seed=1), "right": [*texts(50, seed=2), *[""] * 10]}
+    datasets.Dataset.from_dict(pairs).to_parquet(tmp_path / "pairs.parquet")
+    words = ["--text", tmp_path / "pairs.parquet", "--text_columns", "left", "right", *SHORT, "--max_steps", 20]
+    words += ["--student", tmp_path / "first" / "latent"]
+    result = json.loads(printed("distill", encoder, tmp_path / "second", *words, "--json"))
+    assert result["method"] == "ste" and result["progression"]["progression_schedule"] == "immediate"
+    assert result["metrics"]["packed"]["eval_loss"] < result["metrics"]["untrained"]["eval_loss"]
+    first, second = (load_file(tmp_path / run / "latent" / "model.safetensors") for run in ("first", "second"))
+    masks = [name for name in first if name.endswith("freeze_mask")]
+    assert masks and all(torch.equal(first[name], second[name]) for name in masks)
+    # It began where the first run ended, not at the float model: in 20 steps signs change, but few.
+    name = "encoder.layer.0.attention.self.query.weight"
+    start = load_file(Path(encoder) / "model.safetensors")[name]
+    distance = [(second[name] - other[name]).abs().mean().item() for other in (first, {name: start})]
+    assert 0 < distance[0] < distance[1]
+
+
 @pytest.mark.slow
 def test_interrupted_run_goes_on_to_the_same_weights(encoder: str, corpus: str, tmp_path: Path) -> None:
     def start(output: Path) -> subprocess.Popen:
@@ -233,6 +254,26 @@ class TestBadInput:
         for state, make in (("packed", tiny_packed), ("latent", tiny_committed)):
             message = refused("distill", saved(make("bert"), state), out, "--text", corpus)
             assert f"{state} is {state}, binary already: name the float model" in message
+
+    def test_student_that_is_not_latent_or_binarized_otherwise(
+        self,
+        encoder: str,
+        tiny_packed: Callable,
+        tiny_model: Callable,
+        saved: Callable,
+        corpus: str,
+        out: Path,
+        refused: Callable,
+        printed: Callable,
+        tmp_path: Path,
+    ) -> None:
+        words = [encoder, out, "--text", corpus]
+        assert "is float: name the latent encoder" in refused("distill", *words, "--student", encoder)
+        packed = saved(tiny_packed("bert"), "packed")
+        assert "is packed: name the latent encoder" in refused("distill", *words, "--student", packed)
+        printed("distill", encoder, tmp_path / "bwn", "--text", corpus, *SHORT, "--max_steps", 3, "--mode", "bwn")
+        message = refused("distill", *words, "--student", tmp_path / "bwn" / "latent", "--mode", "bnn")
+        assert "binarized with mode='bwn', and 'bnn' is asked for" in message
 
     def test_model_without_a_tokenizer(
         self, tiny_model: Callable, saved: Callable, corpus: str, out: Path, refused: Callable
@@ -300,9 +341,11 @@ class TestBadInput:
         assert "at least two different texts" in refused("distill", encoder, out, "--text", bad)
         table = tmp_path / "table.csv"
         table.write_text("title,body\na,b\n")
-        assert "--text_column" in refused("distill", encoder, out, "--text", table)
-        message = refused("distill", encoder, out, "--text", table, "--text_column", "words")
+        assert "--text_columns" in refused("distill", encoder, out, "--text", table)
+        message = refused("distill", encoder, out, "--text", table, "--text_columns", "words")
         assert "no column 'words'" in message
+        pair = ["--text_columns", "title", "body", "--split_sentences"]
+        assert "cuts texts, not pairs" in refused("distill", encoder, out, "--text", table, *pair)
 
     @pytest.mark.parametrize(
         ("losses", "message"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -256,6 +257,45 @@ def test_example_configs_are_understood(run_glue, file):
     assert not Path(model_args.model_name_or_path).is_absolute()
 
 
+def test_unlabelled_texts_are_answered_by_the_teacher(run_glue, arguments, own_files, tmp_path):
+    run_glue.main(arguments("do_train", method="float", **own_files))
+    start = {**own_files, "model_name_or_path": tmp_path / "output", "method": "ste", "max_steps": -1}
+    start["num_train_epochs"] = 1
+    texts = tmp_path / "more.txt"
+    texts.write_text("\n".join(f"good {text}" for text in SENTENCES), encoding="utf-8")
+    argv = arguments("do_train", "do_eval", **start, unlabelled_file=texts)
+    summary = run_glue.main([*argv, "--output_dir", str(tmp_path / "binary")])
+    assert summary["examples"] == {"train": 16, "unlabelled": 16, "validation": 16}
+    assert summary["steps"]["binary"] == 8 and summary["teacher"] == "float"
+    log = json.loads((tmp_path / "binary" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    assert all(math.isfinite(line["train_loss"]) for line in log if "train_loss" in line)
+    with pytest.raises(ValueError, match="needs a teacher that knows the task"):
+        run_glue.main([*argv, "--teacher", "none", "--output_dir", str(tmp_path / "untaught")])
+    argv = arguments("do_train", method="ste", **own_files, unlabelled_file=texts)
+    with pytest.raises(ValueError, match="needs a teacher that knows the task"):
+        run_glue.main([*argv, "--output_dir", str(tmp_path / "headless")])
+
+
+def test_unlabelled_pairs_go_with_scores(run_glue, arguments, tmp_path):
+    scores = [float(label * 5) for label in LABELS]
+    pairs = {"sentence1": SENTENCES, "sentence2": SENTENCES[::-1]}
+    for split in ("train", "validation"):
+        write_parquet(tmp_path / "glue" / "stsb" / f"{split}.parquet", **pairs, label=scores)
+    task = {"task_name": "stsb", "dataset_dir": tmp_path / "glue"}
+    run_glue.main(arguments("do_train", **task, method="float"))
+    rows = [*zip(SENTENCES, SENTENCES, strict=True), ("a good film", "")]
+    more = write_csv(tmp_path / "more.csv", "sentence1,sentence2\n" + "\n".join(map(",".join, rows)) + "\n")
+    start = {**task, "model_name_or_path": tmp_path / "output", "method": "ste", "unlabelled_file": more}
+    argv = [*arguments("do_train", "do_eval", **start), "--output_dir", str(tmp_path / "binary")]
+    summary = run_glue.main(argv)
+    # The row that is no pair is left out.
+    assert summary["examples"] == {"train": 16, "unlabelled": 16, "validation": 16}
+    assert math.isfinite(summary["metrics"]["packed"]["eval_loss"])
+    alone = write_csv(tmp_path / "alone.csv", "sentence1,sentence2\na good film,\n")
+    with pytest.raises(ValueError, match=r"alone\.csv holds no pair of texts"):
+        run_glue.main([*argv, "--unlabelled_file", str(alone), "--output_dir", str(tmp_path / "alone")])
+
+
 # ---- Tasks and files ------------------------------------------------------------------------------------------------
 
 
@@ -468,6 +508,9 @@ def test_contradicting_arguments(run_glue, given, message):
         (["--method", "float", "--mode", "bwn"], "contradicted by --mode"),
         (["--method=float", "--progression_tail=0.3"], "contradicted by --progression_tail"),
         (["--method", "float", "--float_num_train_epochs", "1"], "contradicted by --float_num_train_epochs"),
+        (["--method", "float", "--unlabelled_file", "a.txt"], "no labels for a float model"),
+        (["--float_num_train_epochs", "1", "--unlabelled_file", "a.txt"], "no labels for a float model"),
+        (["--unlabelled_file", "a.txt", "--distillation_losses", '{"logits": 1, "labels": 1}'], "none of the labels"),
     ],
 )
 def test_arguments_that_contradict_the_method(run_glue, given, message):
