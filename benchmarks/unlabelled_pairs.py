@@ -45,11 +45,12 @@ def main() -> None:
     model, tokenizer = AutoModel.from_pretrained(arguments.model), AutoTokenizer.from_pretrained(arguments.model)
     embeddings = [F.normalize(embed(model, tokenizer, texts)) for texts in (first, second)]
     given = set(zip(first, second, strict=True))
-    pairs = [pair for pair in make_pairs(first, second, *embeddings, random.Random(arguments.seed)) if pair not in given]
+    made = dict.fromkeys(make_pairs(first, second, *embeddings, random.Random(arguments.seed)))
+    pairs = [pair for pair in made if pair not in given]
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with arguments.output.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([names, *dict.fromkeys(pairs)])
-    print(f"{arguments.output}: {len(set(pairs)):,} pairs")
+        csv.writer(file).writerows([names, *pairs])
+    print(f"{arguments.output}: {len(pairs):,} pairs")
 
 
 def make_pairs(

@@ -105,7 +105,7 @@ def read_lines(file: Path) -> Iterator[str]:
 def _read_columns(file: Path, columns: Sequence[str]) -> list[Sequence[str]]:
     with tempfile.TemporaryDirectory() as cache:
         table = read_table([file], cache_dir=cache)
-        names = [text_column(table, file, name) for name in columns or [None]]
+        names = [text_column(table, file, name) for name in columns] or [text_column(table, file)]
         # They lie in the folder that ends here.
         return list(zip(*([value or "" for value in table[name][:]] for name in names), strict=True))
 

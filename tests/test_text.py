@@ -60,7 +60,11 @@ def test_the_column_is_the_one_that_is_named_or_known_or_alone(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("columns", "asked", "message"),
     [
-        ("title,body\na,b\n", None, "which column of .* is not clear: name one of title, body with --text_columns, or the two"),
+        (
+            "title,body\na,b\n",
+            None,
+            "which column of .* is not clear: name one of title, body with --text_columns, or the two",
+        ),
         ("one,two\n1,2\n", None, "no column with text: it has one, two"),
         ("one,two\na,2\n", "three", "no column 'three': it has one, two"),
         ("one,two\na,2\n", "two", "column 'two' of .* holds int64, not text"),

@@ -17,7 +17,7 @@ from typing import Any
 
 from .. import benchmark
 from ..config import CHOICES
-from ..methods import BINARY_DEFAULTS, FLOAT_DEFAULTS, METHODS, RecipeArguments
+from ..methods import BINARY_DEFAULTS, FLOAT_DEFAULTS, METHODS
 from ..ops import cpu
 from ..sensitivity import DETAILS
 from ..tables import READERS
@@ -305,8 +305,8 @@ def _add_distill(commands: Any) -> None:
     how.add_argument(
         "--method",
         choices=list(methods),
-        help=f"{'; '.join(f'{name}: {method.help}' for name, method in methods.items())} (default: stompp_ste, and ste "
-        "with --student)",
+        help=f"{'; '.join(f'{name}: {method.help}' for name, method in methods.items())} (default: stompp_ste, and "
+        "ste with --student)",
     )
     how.add_argument(
         "--mode", choices=CHOICES["mode"], help="bnn (default): 1-bit weights and activations; bwn: weights"

@@ -175,11 +175,14 @@ def read(arguments: argparse.Namespace) -> tuple[list[Text], list[Text]]:
     texts = read_texts(arguments.text, arguments.text_columns or ())
     if arguments.split_sentences and any(isinstance(text, tuple) for text in texts):
         raise CommandError("--split_sentences cuts texts, not pairs: name one of --text_columns, or drop it")
-    parts = hold_out(texts, arguments.validation_share, arguments.seed, arguments.max_texts)
-    if not arguments.split_sentences:
-        return parts
-    learned, held_out = ([sentence for text in part for sentence in split_sentences(str(text))] for part in parts)
+    learned, held_out = hold_out(texts, arguments.validation_share, arguments.seed, arguments.max_texts)
+    if arguments.split_sentences:
+        learned, held_out = map(_sentences, (learned, held_out))
     return learned, held_out
+
+
+def _sentences(texts: list[Text]) -> list[Text]:
+    return [sentence for text in texts for sentence in split_sentences(str(text))]
 
 
 def tokenized(texts: list[Text], encoder: Encoder) -> Any:
