@@ -281,6 +281,8 @@ def key_of(line: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def line_of(cell: Cell, split: str, folder: Path, model: str) -> dict[str, Any]:
     """The result line of a finished run, from its `summary.json` and the Trainer's log."""
+    from hf_stompp import StoMPPConfig
+
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     measures = MEASURES.get(cell.task, ("accuracy",))
     metrics, config = summary["metrics"], summary["config"] or {}
@@ -296,7 +298,7 @@ def line_of(cell: Cell, split: str, folder: Path, model: str) -> dict[str, Any]:
         "method": summary["method"],
         "mode": summary["mode"],
         "teacher": summary["teacher"] is not None,
-        "embeddings": "binary" if config.get("binary_word_embeddings") else "float",
+        "embeddings": StoMPPConfig(**config).word_embeddings,
         "seed": cell.seed,
         "options": cell.options,
         "flags": cell.flags,

@@ -1,5 +1,6 @@
 """
-What rounding inputs to 8 bits costs a packed model with binary weights alone, on SST-2's development set.
+What rounding to 8 bits costs a packed model, on SST-2's development set: of the inputs of layers with binary weights
+alone, and of word embeddings that are float.
 
     python benchmarks/rounding.py PACKED_MODEL --dataset_dir DIR --output benchmarks/results/rounding_sst2.json
 """
@@ -17,12 +18,12 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from hf_stompp.nn import PackedBinaryLinear
+from hf_stompp.nn import PackedBinaryLinear, RoundedEmbedding
 from hf_stompp.summary import surroundings
 
 
 def logits_of(model: Any, tokenizer: Any, sentences: list[str], activation_bits: int | None) -> torch.Tensor:
-    """Logits of all sentences, with inputs of linear layers rounded to so many bits."""
+    """Logits of all sentences, with float inputs of linear layers rounded to so many bits."""
     for module in model.modules():
         if isinstance(module, PackedBinaryLinear) and not module.binary_input:
             module.activation_bits = activation_bits
@@ -37,7 +38,7 @@ def logits_of(model: Any, tokenizer: Any, sentences: list[str], activation_bits:
 def main(argv: list[str] | None = None) -> None:
     """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").strip().split("\n\n")[0])
-    parser.add_argument("model", help="a packed classifier of mode bwn")
+    parser.add_argument("model", help="a packed classifier")
     parser.add_argument("--dataset_dir", type=Path, required=True, help="holds sst2/validation.parquet")
     parser.add_argument("--output", type=Path, help="gets the result, as JSON")
     arguments = parser.parse_args(argv)
@@ -45,19 +46,32 @@ def main(argv: list[str] | None = None) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(arguments.model).eval()
     data = Dataset.from_parquet(str(arguments.dataset_dir / "sst2" / "validation.parquet"), keep_in_memory=True)
     labels = torch.tensor(data["label"][:])
-    logits = {bits: logits_of(model, tokenizer, data["sentence"][:], bits) for bits in (None, 8)}
-    answers = {bits: values.argmax(-1) for bits, values in logits.items()}
+    sentences = data["sentence"][:]
+    logits = {
+        "float inputs": logits_of(model, tokenizer, sentences, None),
+        "8 bits": logits_of(model, tokenizer, sentences, 8),
+    }
+    table = model.get_input_embeddings()
+    if isinstance(table, torch.nn.Embedding):
+        rounded = RoundedEmbedding(table.num_embeddings, table.embedding_dim, _weight=table.weight)
+        model.set_input_embeddings(rounded.eval())
+        logits["8 bits, int8 word embeddings"] = logits_of(model, tokenizer, sentences, 8)
+    answers = {kind: values.argmax(-1) for kind, values in logits.items()}
+    first = "float inputs"
     result = {
         "dataset": "sst2 validation",
         "examples": len(labels),
-        "accuracy": {
-            "float inputs" if bits is None else f"{bits} bits": round(100 * (found == labels).float().mean().item(), 3)
-            for bits, found in answers.items()
-        },
+        "accuracy": {kind: round(100 * (found == labels).float().mean().item(), 3) for kind, found in answers.items()},
         # Nothing is drawn.
         "seed": 0,
-        "answers_changed": int((answers[8] != answers[None]).sum()),
-        "largest_change_of_a_logit": float(f"{(logits[8] - logits[None]).abs().max().item():.3g}"),
+        "answers_changed": {
+            kind: int((found != answers[first]).sum()) for kind, found in answers.items() if kind != first
+        },
+        "largest_change_of_a_logit": {
+            kind: float(f"{(values - logits[first]).abs().max().item():.3g}")
+            for kind, values in logits.items()
+            if kind != first
+        },
         **surroundings(),
         "command": shlex.join(["python", "benchmarks/rounding.py", *(sys.argv[1:] if argv is None else argv)]),
     }

@@ -24,6 +24,7 @@ import torch
 from scipy.stats import spearmanr
 from transformers import AutoModel, AutoTokenizer
 
+from hf_stompp import StoMPPConfig
 from hf_stompp.sentence_encoder import embed, modules_folder, pooling_of
 from hf_stompp.summary import bytes_of_weights, surroundings
 from hf_stompp.tables import read_table, split_files
@@ -74,7 +75,7 @@ def measure(packed: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "method": summary.get("method"),
         "mode": config["mode"],
         "teacher": True,
-        "embeddings": "binary" if config["binary_word_embeddings"] else "float",
+        "embeddings": StoMPPConfig(**config).word_embeddings,
         "seed": summary.get("seed"),
         "options": {"losses": summary.get("losses"), "learning_rate": summary.get("learning_rate")},
         "examples": summary.get("examples", {}).get("train"),

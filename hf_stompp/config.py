@@ -13,10 +13,10 @@ from .nn.functional import LEVELS, SURROGATES, WEIGHT_CENTERS, WEIGHT_SCALES
 
 
 QUANT_METHOD = "stompp"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """
-The newest version of the file format. Models are written as the oldest that says what they are: 3 with
-`activation_bits`, 2 with `modes`, else 1.
+The newest version of the file format. Models are written as the oldest that says what they are: 4 with
+`word_embeddings="int8"`, 3 with `activation_bits`, 2 with `modes`, else 1.
 """
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -28,6 +28,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "activation_shift": ("learned", "fixed", "none"),
     "feed_forward_levels": tuple(LEVELS),
     "unit": ("layer", "sublayer", "module"),
+    "word_embeddings": ("float", "int8", "binary"),
     "state": ("latent", "packed"),
 }
 """Allowed values of the fields that name one of several."""
@@ -35,7 +36,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 MODES_OF_MODULES = (*CHOICES["mode"], "float")
 """What a single linear layer may be."""
 
-MODULE_KINDS = ("linear", "activation", "embedding")
+MODULE_KINDS = ("linear", "activation", "embedding", "int8_embedding")
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -53,6 +54,21 @@ def _check_patterns(field: str, patterns: list[str]) -> None:
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _word_embeddings(asked: str, is_binary: Any) -> str:
+    """What `word_embeddings` and its older name agree on."""
+    if is_binary is None:
+        return asked
+    if not isinstance(is_binary, bool):
+        raise ValueError(f"StoMPPConfig.binary_word_embeddings must be True or False, got {is_binary!r}")
+    by_older_name = "binary" if is_binary else "float"
+    if asked not in ("float", by_older_name):
+        raise ValueError(
+            f"StoMPPConfig.word_embeddings={asked!r} and binary_word_embeddings={is_binary}, its older name, "
+            "contradict each other: drop the latter"
+        )
+    return by_older_name
 
 
 class StoMPPConfig(QuantizationConfigMixin):
@@ -115,19 +131,22 @@ class StoMPPConfig(QuantizationConfigMixin):
         modules_to_not_convert (`list[str]`, *optional*, defaults to `["embeddings", "pooler", "classifier"]`):
             What to leave float, linear layers and activation functions: regular expressions that match whole
             dot-separated parts of a module's name (ours; the paper leaves the first and the last layer float).
-        binary_word_embeddings (`bool`, *optional*, defaults to `False`):
-            Binarize the word embedding table as well, with a scale a row (BiBERT, BiT), whatever
-            `modules_to_not_convert` says of it.
+        word_embeddings (`str`, *optional*, defaults to `"float"`):
+            The word embedding table, whatever `modules_to_not_convert` says of it: `"float"`; `"int8"`, rounded to
+            8 bits an entry with a scale a row, in training too, where the gradient passes straight through (ours); or
+            `"binary"`, trained like the weights, with a scale a row (BiBERT, BiT).
+        binary_word_embeddings (`bool`, *optional*): the older name: `True` is `word_embeddings="binary"`.
         layer_stack (`str`, *optional*):
             Name of the module list that holds the encoder layers, for models where it cannot be found (ours).
         state (`str`, *optional*, defaults to `"latent"`):
             `"latent"`: float weights with freeze masks, trainable; `"packed"`: 1-bit weights. Set by the library.
         format_version (`int`, *optional*):
-            Version of the file format: 3 with `activation_bits`, 2 with `modes`, else 1. Set by the library.
+            Version of the file format: 4 with `word_embeddings="int8"`, 3 with `activation_bits`, 2 with `modes`,
+            else 1. Set by the library.
         modules (`list[dict]`, *optional*):
-            What was replaced, from input to output: `name`, `kind` (`"linear"`, `"activation"`, `"embedding"`),
-            `unit`, and for a linear layer `input`, the module that binarizes its input (`None` where that stays
-            float), and `bias`, whether it has one. Set by [`binarize`].
+            What was replaced, from input to output: `name`, `kind` (`"linear"`, `"activation"`, `"embedding"`,
+            `"int8_embedding"`), `unit`, and for a linear layer `input`, the module that binarizes its input (`None`
+            where that stays float), and `bias`, whether it has one. Set by [`binarize`].
 
     Raises:
         ValueError: a bad value (the message names the field and what it may be), an unknown field, or a newer format.
@@ -149,10 +168,11 @@ class StoMPPConfig(QuantizationConfigMixin):
         feed_forward_levels: str = "signed",
         unit: str = "layer",
         modules_to_not_convert: list[str] | None = None,
-        binary_word_embeddings: bool = False,
+        word_embeddings: str = "float",
         layer_stack: str | None = None,
         modes: dict[str, str] | None = None,
         activation_bits: int | None = 8,
+        binary_word_embeddings: bool | None = None,
         state: str = "latent",
         format_version: int | None = None,
         modules: list[dict[str, Any]] | None = None,
@@ -180,10 +200,11 @@ class StoMPPConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = (
             ["embeddings", "pooler", "classifier"] if modules_to_not_convert is None else modules_to_not_convert
         )
-        self.binary_word_embeddings = binary_word_embeddings
+        self.word_embeddings = _word_embeddings(word_embeddings, binary_word_embeddings)
         self.layer_stack = layer_stack
         self.state = state
         oldest = 3 if self.activation_bits is not None else 2 if modes else 1
+        oldest = 4 if self.word_embeddings == "int8" else oldest
         self.format_version = oldest if format_version is None else format_version
         self.modules = modules
         self._check(unknown)
@@ -226,10 +247,8 @@ class StoMPPConfig(QuantizationConfigMixin):
                     f"StoMPPConfig.{field} must be a finite number above 0 (a multiple of the scale) or None (the "
                     f"clip range), got {value!r}"
                 )
-        if not isinstance(self.binary_word_embeddings, bool):
-            raise ValueError(
-                f"StoMPPConfig.binary_word_embeddings must be True or False, got {self.binary_word_embeddings!r}"
-            )
+        if self.word_embeddings == "int8" and version < 4:
+            raise ValueError(f"StoMPPConfig.word_embeddings='int8' needs format version 4, got {version}")
         if self.layer_stack is not None and not isinstance(self.layer_stack, str):
             raise ValueError(f"StoMPPConfig.layer_stack must be a module name or None, got {self.layer_stack!r}")
         patterns = self.modules_to_not_convert
@@ -261,8 +280,11 @@ class StoMPPConfig(QuantizationConfigMixin):
         Returns:
             `dict[str, Any]`: plain JSON.
         """
-        since = {"modes": 2, "activation_bits": 3}
-        return {name: value for name, value in super().to_dict().items() if since.get(name, 1) <= self.format_version}
+        since = {"modes": 2, "activation_bits": 3, "word_embeddings": 4}
+        saved = {name: value for name, value in super().to_dict().items() if since.get(name, 1) <= self.format_version}
+        if "word_embeddings" not in saved:
+            saved["binary_word_embeddings"] = self.word_embeddings == "binary"
+        return saved
 
     def _may_round_inputs(self, format_version: int | None) -> bool:
         """Whether the mode of all layers, or of some, is `bwn`, and the file is not older than such rounding."""
@@ -331,5 +353,8 @@ class StoMPPConfig(QuantizationConfigMixin):
 
     @property
     def units(self) -> list[str]:
-        """Names of the units, from input to output; empty before [`binarize`]."""
-        return list(dict.fromkeys(entry["unit"] for entry in self.modules or []))
+        """
+        Names of the units, from input to output; empty before [`binarize`]. What is only rounded takes no part in the
+        progression.
+        """
+        return list(dict.fromkeys(e["unit"] for e in self.modules or [] if e["kind"] != "int8_embedding"))

@@ -348,9 +348,13 @@ def _what_is_binary(config: StoMPPConfig) -> str:
         lines += [f"- {kept_as}: the activations that enter {which} (mode `bwn`, binary weights only)"]
     if "embedding" in kinds:
         lines += ["- binary: the word embeddings, with a scale for each row"]
+    if "int8_embedding" in kinds:
+        lines += ["- 8 bits: the word embeddings, with a scale for each row"]
     lines += ["- float: LayerNorm, biases, scales, attention scores and softmax, the residual stream"]
     kept = ", ".join(f"`{pattern}`" for pattern in config.modules_to_not_convert)
-    return "\n".join([*lines, f"- float: what matches {kept}" + (", else" if "embedding" in kinds else "")])
+    return "\n".join(
+        [*lines, f"- float: what matches {kept}" + (", else" if config.word_embeddings != "float" else "")]
+    )
 
 
 def _sizes_table(sizes: BinarizationReport) -> str:

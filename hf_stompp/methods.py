@@ -179,9 +179,11 @@ class RecipeArguments:
     unit: str | None = option(
         "What freezes at a time: an encoder layer, half of one, or a single linear.", choices=CHOICES["unit"]
     )
-    binary_word_embeddings: bool | None = option(
-        "Binarize the word embeddings too, the largest part of a packed file."
+    word_embeddings: str | None = option(
+        "The word embeddings, the largest part of a packed file: float, rounded to int8, or binary.",
+        choices=CHOICES["word_embeddings"],
     )
+    binary_word_embeddings: bool | None = option("The older name of --word_embeddings binary.")
 
     def __post_init__(self) -> None:
         if self.float_num_train_epochs < 0:
@@ -195,9 +197,13 @@ class RecipeArguments:
             raise ValueError(f"--method {self.method} is unknown. Give {', '.join(METHODS)}.")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise ValueError(f"--dropout {self.dropout} is no probability. Give 0 or more, and less than 1.")
-        if self.binary_word_embeddings and not self.train_word_embeddings:
+        if self.binary_word_embeddings:
+            if self.word_embeddings not in (None, "binary"):
+                raise ValueError(f"--word_embeddings {self.word_embeddings} contradicts --binary_word_embeddings.")
+            self.word_embeddings = "binary"
+        if self.word_embeddings == "binary" and not self.train_word_embeddings:
             raise ValueError(
-                "--binary_word_embeddings need training and are contradicted by --no_train_word_embeddings. Drop one."
+                "--word_embeddings binary need training and are contradicted by --no_train_word_embeddings. Drop one."
             )
         self.config()
 

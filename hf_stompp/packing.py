@@ -13,8 +13,9 @@ from .nn import (
     MaskedBinaryActivation,
     PackedBinaryEmbedding,
     PackedBinaryLinear,
+    PackedInt8Embedding,
 )
-from .ops import pack_bits
+from .ops import pack_bits, quantize_rows
 from .patching import masked_modules, packed_modules, swap_in_float, swap_in_masked, swap_in_packed, unit_modules
 from .quantizer import attach_quantizer
 
@@ -80,6 +81,10 @@ def pack(model: Model) -> Model:
         elif isinstance(module, PackedBinaryEmbedding):
             module.packed_weight.copy_(pack_bits(source.weight))
             module.scale.copy_(source.row_scale().flatten())
+        elif isinstance(module, PackedInt8Embedding):
+            codes, row_scale = quantize_rows(source.weight)
+            module.int8_weight.copy_(codes)
+            module.scale.copy_(row_scale.flatten())
         else:
             module.threshold.copy_(source.threshold)
     attach_quantizer(packed, config)

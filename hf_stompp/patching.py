@@ -19,14 +19,23 @@ from .nn import (
     PackedBinaryActivation,
     PackedBinaryEmbedding,
     PackedBinaryLinear,
+    PackedInt8Embedding,
     PackedResidualNorm,
+    RoundedEmbedding,
 )
 from .nn.module import BinaryInputModule
 from .nn.residual_norm import is_residual_norm
 from .ops import packed_bytes, unpack_signs
 
 
-PackedModule = PackedBinaryActivation | PackedBinaryEmbedding | PackedBinaryLinear
+PackedModule = PackedBinaryActivation | PackedBinaryEmbedding | PackedBinaryLinear | PackedInt8Embedding
+
+
+EMBEDDINGS: dict[str, type[PackedBinaryEmbedding | PackedInt8Embedding]] = {
+    "embedding": PackedBinaryEmbedding,
+    "int8_embedding": PackedInt8Embedding,
+}
+"""What a packed model has in the place of the word embeddings, by the kind that the plan says."""
 
 
 def masked_modules(model: nn.Module) -> dict[str, MaskedBinaryModule]:
@@ -35,7 +44,7 @@ def masked_modules(model: nn.Module) -> dict[str, MaskedBinaryModule]:
 
 
 def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
-    """Every 1-bit module of a packed model, by name."""
+    """Every module of a packed model that holds packed weights or thresholds, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
 
 
@@ -141,7 +150,8 @@ def swap_in_masked(model: nn.Module, config: StoMPPConfig) -> None:
     Raises:
         ValueError: see [`check_fits`].
     """
-    check_fits(model, config, {"linear": (nn.Linear,), "activation": (nn.Module,), "embedding": (nn.Embedding,)})
+    kinds: dict[str, tuple[type[nn.Module], ...]] = {"linear": (nn.Linear,), "activation": (nn.Module,)}
+    check_fits(model, config, {**kinds, "embedding": (nn.Embedding,), "int8_embedding": (nn.Embedding,)})
     modules = dict(model.named_modules())
     settings: dict[str, Any] = {
         "clip": config.weight_clip,
@@ -166,7 +176,7 @@ def swap_in_masked(model: nn.Module, config: StoMPPConfig) -> None:
     device = next(model.parameters()).device
     for name, entry in config.table.items():
         old: Any = modules[name]
-        new: MaskedBinaryModule
+        new: MaskedBinaryModule | RoundedEmbedding
         if entry["kind"] == "linear":
             place = {"device": old.weight.device, "dtype": old.weight.dtype}
             new = MaskedBinaryLinear(
@@ -185,6 +195,9 @@ def swap_in_masked(model: nn.Module, config: StoMPPConfig) -> None:
         elif entry["kind"] == "embedding":
             place = {"device": old.weight.device, "dtype": old.weight.dtype}
             new = MaskedBinaryEmbedding(old.num_embeddings, old.embedding_dim, old.padding_idx, **settings, **place)
+            new.weight = old.weight
+        elif entry["kind"] == "int8_embedding":
+            new = RoundedEmbedding(old.num_embeddings, old.embedding_dim, old.padding_idx, _weight=old.weight)
             new.weight = old.weight
         else:
             new = activation(_features(config, name, modules), device, old)
@@ -205,7 +218,7 @@ def swap_in_packed(model: nn.Module, config: StoMPPConfig, dtype: torch.dtype | 
     Args:
         model (`nn.Module`): a float or a latent model, on any device (`meta` included).
         config (`StoMPPConfig`): with its table of modules.
-        dtype (`torch.dtype`, *optional*): of the word embeddings' output, where they are binary; their own when not
+        dtype (`torch.dtype`, *optional*): of the word embeddings' output, where they are packed; their own when not
             given.
 
     Raises:
@@ -218,6 +231,7 @@ def swap_in_packed(model: nn.Module, config: StoMPPConfig, dtype: torch.dtype | 
             "linear": (nn.Linear, MaskedBinaryLinear),
             "activation": (nn.Module,),
             "embedding": (nn.Embedding, MaskedBinaryEmbedding),
+            "int8_embedding": (nn.Embedding,),
         },
     )
     modules = dict(model.named_modules())
@@ -234,9 +248,9 @@ def swap_in_packed(model: nn.Module, config: StoMPPConfig, dtype: torch.dtype | 
                 activation_bits=None if entry["input"] is not None else config.activation_bits,
                 device=old.weight.device,
             )
-        elif entry["kind"] == "embedding":
+        elif entry["kind"] in EMBEDDINGS:
             place = {"device": old.weight.device, "dtype": dtype or old.weight.dtype}
-            new = PackedBinaryEmbedding(old.num_embeddings, old.embedding_dim, old.padding_idx, **place)
+            new = EMBEDDINGS[entry["kind"]](old.num_embeddings, old.embedding_dim, old.padding_idx, **place)
         else:
             function = old.activation if isinstance(old, MaskedBinaryActivation) else old
             new = PackedBinaryActivation(_features(config, name, modules), function, device=device)
@@ -298,9 +312,9 @@ def swap_in_float(model: nn.Module, config: StoMPPConfig) -> None:
                 new.bias.copy_(module.bias)
             # Folding gave a bias to layers that had none.
             entry["bias"] = module.bias is not None
-        elif entry["kind"] == "embedding":
-            signs = unpack_signs(module.packed_weight, module.embedding_dim).to(module.scale.dtype)
-            new = nn.Embedding.from_pretrained(signs * module.scale.unsqueeze(-1), freeze=False)
+        elif entry["kind"] in EMBEDDINGS:
+            rows = torch.arange(module.num_embeddings, device=module.scale.device)
+            new = nn.Embedding.from_pretrained(module(rows), freeze=False)
             new.padding_idx = module.padding_idx
         else:
             new = module.activation
@@ -420,6 +434,10 @@ def report(model: nn.Module, config: StoMPPConfig) -> BinarizationReport:
                 bytes_latent=before + rows * columns,
                 bytes_packed=rows * (packed_bytes(columns) + scale_bytes) + packed_bias,
             )
+        elif isinstance(module, RoundedEmbedding | PackedInt8Embedding):
+            entries = module.num_embeddings * module.embedding_dim
+            before, after = entries * float_bytes, entries + module.num_embeddings * float_bytes
+            add("(float)", float_weights=entries, bytes_before=before, bytes_latent=before, bytes_packed=after)
         else:
             continue
         counted.update(f"{name}.{tensor}" for tensor, _ in module.named_parameters(recurse=False))

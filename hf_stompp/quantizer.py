@@ -17,8 +17,15 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from .config import QUANT_METHOD, StoMPPConfig
 from .hub import upload_modified_files
 from .integrity import digests, start_verification
-from .nn import MaskedBinaryModule, PackedBinaryActivation, PackedBinaryEmbedding, PackedBinaryLinear
-from .patching import masked_modules, packed_modules, swap_in_float, swap_in_masked, swap_in_packed
+from .nn import MaskedBinaryModule, PackedBinaryActivation, PackedBinaryLinear, PackedInt8Embedding
+from .patching import (
+    PackedModule,
+    masked_modules,
+    packed_modules,
+    swap_in_float,
+    swap_in_masked,
+    swap_in_packed,
+)
 from .structure import plan_modules
 
 
@@ -287,7 +294,7 @@ def _check_shapes(model: nn.Module, shapes: dict[str, torch.Size]) -> None:
             )
 
 
-def _check_packed(name: str, module: PackedBinaryActivation | PackedBinaryLinear | PackedBinaryEmbedding) -> None:
+def _check_packed(name: str, module: PackedModule) -> None:
     for tensor_name, tensor in module.named_buffers(recurse=False):
         if tensor.is_meta:
             # Several layers read one threshold, and none of them is what accelerate would fetch it for.
@@ -297,7 +304,7 @@ def _check_packed(name: str, module: PackedBinaryActivation | PackedBinaryLinear
             )
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"tensor {name + '.' + tensor_name!r} holds NaN or infinity: the checkpoint is damaged")
-    if isinstance(module, PackedBinaryActivation):
+    if isinstance(module, PackedBinaryActivation | PackedInt8Embedding):
         return
     columns = module.in_features if isinstance(module, PackedBinaryLinear) else module.embedding_dim
     whole, rest = divmod(columns, 8)

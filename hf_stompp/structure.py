@@ -249,8 +249,8 @@ def plan_modules(
         )
     _check_modes(stack, config)
     plan: dict[str, dict[str, Any]] = {}
-    if config.binary_word_embeddings:
-        plan.update(_plan_embedding(model))
+    if config.word_embeddings != "float":
+        plan.update(_plan_embedding(model, "embedding" if config.word_embeddings == "binary" else "int8_embedding"))
     for layer_name, layer in stack.items():
         plan.update(_plan_layer(layer_name, layer, config, trace))
     if not any(entry["kind"] == "linear" for entry in plan.values()):
@@ -284,16 +284,15 @@ def _check_modes(stack: Mapping[str, nn.Module], config: StoMPPConfig) -> None:
             )
 
 
-def _plan_embedding(model: nn.Module) -> dict[str, dict[str, Any]]:
+def _plan_embedding(model: nn.Module, kind: str) -> dict[str, dict[str, Any]]:
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     name = next((name for name, module in model.named_modules() if module is embedding), None)
     if name is None or type(embedding) is not nn.Embedding:
         raise ValueError(
-            f"binary_word_embeddings: the input embeddings of {type(model).__name__} are {type(embedding).__name__}, "
-            f"not nn.Embedding; "
-            "set binary_word_embeddings=False"
+            f"word_embeddings: the input embeddings of {type(model).__name__} are {type(embedding).__name__}, "
+            "not nn.Embedding; set word_embeddings='float'"
         )
-    return {name: {"kind": "embedding", "unit": name}}
+    return {name: {"kind": kind, "unit": name}}
 
 
 def _plan_layer(layer_name: str, layer: nn.Module, config: StoMPPConfig, trace: _Trace) -> dict[str, dict[str, Any]]:
@@ -369,8 +368,8 @@ def _check_not_tied(model: nn.Module, plan: dict[str, dict[str, Any]]) -> None:
         aliases = [other for other in names[id(parameters[f"{name}.weight"])] if other != f"{name}.weight"]
         if aliases:
             what = (
-                "set binary_word_embeddings=False"
-                if entry["kind"] == "embedding"
+                "set word_embeddings='float'"
+                if entry["kind"] in ("embedding", "int8_embedding")
                 else f"add {name!r} to modules_to_not_convert"
             )
             raise ValueError(f"{name}.weight is tied to {aliases}; a tied weight is never binarized: {what}")

@@ -163,7 +163,7 @@ def test_a_refused_model_is_left_as_it_was(tiny_model):
     before = {name: type(module) for name, module in model.named_modules()}
 
     with pytest.raises(ValueError, match="tied"):
-        binarize(model, StoMPPConfig(binary_word_embeddings=True))
+        binarize(model, StoMPPConfig(word_embeddings="binary"))
 
     assert {name: type(module) for name, module in model.named_modules()} == before
     assert getattr(model.config, "quantization_config", None) is None
@@ -173,7 +173,7 @@ def test_a_refused_model_is_left_as_it_was(tiny_model):
 @pytest.mark.parametrize("committed", [False, True], ids=["free", "committed"])
 @pytest.mark.parametrize("name", ["bert", "deberta_v2", "modernbert"])
 def test_half_precision_models_train(tiny_model, tiny_inputs, name, dtype, committed):
-    model = binarize(tiny_model(name).to(dtype), StoMPPConfig(binary_word_embeddings=True)).train()
+    model = binarize(tiny_model(name).to(dtype), StoMPPConfig(word_embeddings="binary")).train()
     if committed:
         commit(model)
 
@@ -189,7 +189,7 @@ def test_half_precision_models_train(tiny_model, tiny_inputs, name, dtype, commi
 
 
 def test_commit_fills_every_mask_in_place(tiny_model):
-    model = binarize(tiny_model("bert"), StoMPPConfig(binary_word_embeddings=True))
+    model = binarize(tiny_model("bert"), StoMPPConfig(word_embeddings="binary"))
     masks = {name: module.freeze_mask for name, module in masked_modules(model).items()}
 
     assert commit(model) is model
@@ -256,7 +256,7 @@ def test_report_of_a_tiny_bert_by_hand(tiny_model):
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"mode": "bwn"}, {"binary_word_embeddings": True}], ids=["bnn", "bwn", "embeddings"]
+    "config", [{}, {"mode": "bwn"}, {"word_embeddings": "binary"}], ids=["bnn", "bwn", "embeddings"]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["bert", "modernbert"])
@@ -295,7 +295,7 @@ def test_report_prints_a_line_for_each_unit_and_the_total(tiny_model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_quantization_config_at_loading_equals_binarize(tiny_model, tmp_path, dtype):
     tiny_model("bert").save_pretrained(tmp_path)
-    config = StoMPPConfig(unit="sublayer", binary_word_embeddings=True)
+    config = StoMPPConfig(unit="sublayer", word_embeddings="binary")
     load = AutoModelForSequenceClassification.from_pretrained
 
     after = binarize(load(tmp_path, dtype=dtype), config)

@@ -31,7 +31,7 @@ OTHER_VALUES = {
     "feed_forward_levels": "zero_one",
     "unit": "sublayer",
     "modules_to_not_convert": ["pooler"],
-    "binary_word_embeddings": True,
+    "word_embeddings": "int8",
     "layer_stack": "encoder.layer",
     "state": "packed",
     "modules": [LINEAR],
@@ -87,6 +87,7 @@ def test_a_window_that_is_not_above_zero_or_not_finite_is_refused(field: str, va
     [
         ("binary_word_embeddings", "yes", "must be True or False, got 'yes'"),
         ("binary_word_embeddings", 1, "must be True or False, got 1"),
+        ("word_embeddings", "int4", "must be one of"),
         ("layer_stack", 3, "must be a module name or None, got 3"),
         ("modules_to_not_convert", "pooler", "must be a list of strings, got 'pooler'"),
         ("modules_to_not_convert", ["pooler", 3], "must be a list of strings"),
@@ -117,7 +118,7 @@ def test_a_pattern_that_is_no_regular_expression_is_refused() -> None:
         ({"name": "a"}, "must be a list of entries"),
         (["a"], "must be a list of entries"),
         ([{**LINEAR, "name": None}], "must have a name, a kind of"),
-        ([{**LINEAR, "kind": "conv"}], r"a kind of \['linear', 'activation', 'embedding'\]"),
+        ([{**LINEAR, "kind": "conv"}], r"a kind of \['linear', 'activation', 'embedding', 'int8_embedding'\]"),
         ([{**LINEAR, "unit": None}], "the name of a unit"),
         ([{name: value for name, value in LINEAR.items() if name != "bias"}], "bias of 'encoder.layer.0.dense'"),
         ([{**LINEAR, "bias": 1}], "must be true or false, got 1"),
@@ -169,6 +170,9 @@ def test_a_change_to_the_excluded_modules_of_one_config_leaves_the_default() -> 
         ({"modes": {"attention": "bwn"}}, 8, 3),
         ({"modes": {"attention": "bwn"}, "activation_bits": None}, None, 2),
         ({"modes": {"attention": "float"}}, None, 2),
+        ({"word_embeddings": "int8"}, None, 4),
+        ({"word_embeddings": "int8", "mode": "bwn"}, 8, 4),
+        ({"word_embeddings": "binary"}, None, 1),
         # Files from before there were such roundings.
         ({"mode": "bwn", "format_version": 1}, None, 1),
         ({"modes": {"attention": "bwn"}, "format_version": 2}, None, 2),
@@ -189,13 +193,28 @@ def test_inputs_are_rounded_where_some_are_float_and_the_file_is_new_enough(
         ({"modes": {"attention": "float"}}, {"modes"}),
         ({"mode": "bwn"}, {"modes", "activation_bits"}),
         ({"mode": "bwn", "activation_bits": None}, set()),
+        ({"word_embeddings": "binary"}, set()),
+        ({"word_embeddings": "int8"}, {"modes", "activation_bits", "word_embeddings"}),
     ],
-    ids=["1", "2", "3", "1-bwn"],
+    ids=["1", "2", "3", "1-bwn", "1-binary", "4"],
 )
 def test_a_file_has_only_the_fields_that_readers_of_its_version_know(
     values: dict[str, object], newer: set[str]
 ) -> None:
-    assert {"modes", "activation_bits"} & set(StoMPPConfig(**values).to_dict()) == newer
+    saved = StoMPPConfig(**values).to_dict()
+    assert {"modes", "activation_bits", "word_embeddings"} & set(saved) == newer
+    # Until version 3 the word embeddings went by another name.
+    assert saved.get("binary_word_embeddings") == (
+        None if "word_embeddings" in newer else values.get("word_embeddings") == "binary"
+    )
+
+
+def test_binary_word_embeddings_is_the_older_name_of_word_embeddings() -> None:
+    assert StoMPPConfig(binary_word_embeddings=True).word_embeddings == "binary"
+    assert StoMPPConfig(binary_word_embeddings=False).word_embeddings == "float"
+    assert StoMPPConfig(binary_word_embeddings=True, word_embeddings="binary").word_embeddings == "binary"
+    with pytest.raises(ValueError, match="contradict each other: drop the latter"):
+        StoMPPConfig(binary_word_embeddings=False, word_embeddings="int8")
 
 
 # round trips

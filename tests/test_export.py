@@ -31,8 +31,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "bnn": {},
     "bwn": {"mode": "bwn"},
     "zero_one": {"feed_forward_levels": "zero_one"},
-    "embeddings": {"binary_word_embeddings": True},
-    "bwn_embeddings": {"mode": "bwn", "binary_word_embeddings": True},
+    "embeddings": {"word_embeddings": "binary"},
+    "bwn_embeddings": {"mode": "bwn", "word_embeddings": "binary"},
+    "int8_embeddings": {"word_embeddings": "int8"},
     "bwn_float_inputs": {"mode": "bwn", "activation_bits": None},
 }
 all_configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -48,7 +49,7 @@ def packed(tiny_packed: Callable) -> Callable[..., Any]:
     def make(family: str = "bert", config: dict[str, Any] | None = None, **overrides: Any) -> nn.Module:
         config = dict(config or {})
         if family == "vit":
-            config.pop("binary_word_embeddings", None)
+            config.pop("word_embeddings", None)
         model = tiny_packed(family, StoMPPConfig(**config), **overrides)
         for name, buffer in model.named_buffers():
             if name.endswith("threshold"):
@@ -116,9 +117,9 @@ def test_export_of_a_model_that_is_not_packed_is_refused(tiny_model, tiny_commit
         plain_torch(tiny_model("bert"))
 
 
-@pytest.mark.parametrize("embeddings", [False, True])
+@pytest.mark.parametrize("embeddings", ["float", "int8", "binary"])
 def test_dequantized_bwn_model_is_a_plain_one_that_computes_the_same(packed, family, embeddings, logits, tmp_path):
-    model = packed(family, {"mode": "bwn", "activation_bits": None, "binary_word_embeddings": embeddings})
+    model = packed(family, {"mode": "bwn", "activation_bits": None, "word_embeddings": embeddings})
     expected = logits(model, family)
 
     plain = model.dequantize()

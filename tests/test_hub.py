@@ -247,7 +247,7 @@ def test_folders_and_what_the_hub_would_refuse_are_no_repositories(tmp_path: Pat
 def test_a_card_of_the_model_alone_is_sound(tiny_packed: Any, tmp_path: Path, mode: str) -> None:
     from hf_stompp import StoMPPConfig, binarization_report
 
-    packed = tiny_packed("bert", StoMPPConfig(mode=mode, binary_word_embeddings=True))
+    packed = tiny_packed("bert", StoMPPConfig(mode=mode, word_embeddings="binary"))
     speed = [{"batch": 8, "length": 128, "float": 0.03, "packed": 0.004}]
     card = model_card(packed, "tiny", "me/tiny", tags=["mine"], speed=speed if mode == "bnn" else ())
     card.save(tmp_path / "README.md")

@@ -21,12 +21,14 @@ CONFIGS = {
     "bnn-fixed": {"activation_scale": "fixed", "activation_shift": "fixed"},
     "bnn-no_shift": {"activation_shift": "none"},
     "bnn-zero_one-no_shift": {"feed_forward_levels": "zero_one", "activation_shift": "none"},
-    "bnn-embeddings": {"binary_word_embeddings": True},
+    "bnn-embeddings": {"word_embeddings": "binary"},
+    "bnn-int8_embeddings": {"word_embeddings": "int8"},
     "bwn": {"mode": "bwn"},
     "bwn-tensor_scale": {"mode": "bwn", "weight_scale": "tensor"},
     "bwn-no_scale": {"mode": "bwn", "weight_scale": "none"},
     "bwn-centered": {"mode": "bwn", "weight_center": "row"},
-    "bwn-embeddings": {"mode": "bwn", "binary_word_embeddings": True},
+    "bwn-embeddings": {"mode": "bwn", "word_embeddings": "binary"},
+    "bwn-int8_embeddings": {"mode": "bwn", "word_embeddings": "int8"},
     "bwn-float_inputs": {"mode": "bwn", "activation_bits": None},
     "mixed-attention": {"modes": {"attention|attn": "bwn"}},
     "mixed-layers": {"mode": "bwn", "modes": {r"layers?\.0": "bnn"}},
@@ -38,9 +40,7 @@ all_configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def config_for(family: str, config: dict) -> StoMPPConfig:
     # A vision model has no word embeddings.
     is_vision = family == "vit"
-    return StoMPPConfig(
-        **{name: v for name, v in config.items() if not (is_vision and name == "binary_word_embeddings")}
-    )
+    return StoMPPConfig(**{name: v for name, v in config.items() if not (is_vision and name == "word_embeddings")})
 
 
 def assert_same_state(model: torch.nn.Module, other: torch.nn.Module) -> None:
@@ -165,7 +165,7 @@ def test_packed_bert_layers_equal_a_float64_reference_of_the_saved_tensors(tiny_
 
 
 def test_word_embeddings_equal_a_float64_reference_of_the_saved_tensors(tiny_committed):
-    model = tiny_committed("bert", StoMPPConfig(binary_word_embeddings=True))
+    model = tiny_committed("bert", StoMPPConfig(word_embeddings="binary"))
     table = model.bert.embeddings.word_embeddings.weight.detach().double().numpy()
     packed = pack(model)
 
@@ -180,8 +180,40 @@ def test_word_embeddings_equal_a_float64_reference_of_the_saved_tensors(tiny_com
     np.testing.assert_allclose(packed.bert.embeddings.word_embeddings(ids)[0].numpy(), expected, rtol=1e-6)
 
 
+def test_int8_word_embeddings_equal_a_float64_reference_and_pass_their_gradient_straight_through(tiny_committed):
+    model = tiny_committed("bert", StoMPPConfig(word_embeddings="int8"))
+    latent = model.bert.embeddings.word_embeddings
+    with torch.no_grad():
+        latent.weight[7] = 0
+        # Halves of a step: to the even code.
+        latent.weight[8] = torch.tensor([127.0, 0.5, 1.5, -2.5] * 9)
+    table = latent.weight.detach().double().numpy()
+    step = np.abs(table).max(1, keepdims=True) / 127
+    codes = np.divide(table, step, out=np.zeros_like(table), where=step > 0).round()
+    packed = pack(model).bert.embeddings.word_embeddings
+    state = packed.state_dict()
+    assert set(state) == {"int8_weight", "scale"} and state["int8_weight"].dtype == torch.int8
+    # A quotient near a half may fall to either side in float32.
+    assert (np.abs(state["int8_weight"].numpy() - codes) <= 1).all()
+    assert (state["int8_weight"].numpy() == codes).mean() > 0.99
+    assert state["int8_weight"][8, :4].tolist() == [127, 0, 2, -2] and not state["int8_weight"][7].any()
+    np.testing.assert_allclose(state["scale"].numpy(), step[:, 0], rtol=1e-6)
+    ids = torch.tensor([[5, 7, 8, 63]])
+    np.testing.assert_allclose(packed(ids)[0].numpy(), table[ids[0]], atol=step[ids[0]].max() / 2 * 1.001)
+    rows = latent.train()(ids)
+    assert torch.equal(latent.eval()(ids), packed(ids)) and torch.equal(rows, packed(ids))
+    rows.backward(torch.arange(float(rows.numel())).reshape(rows.shape))
+    np.testing.assert_array_equal(latent.weight.grad[ids[0]].numpy().ravel(), np.arange(rows.numel()))
+
+
+def test_int8_word_embeddings_take_no_part_in_the_progression(tiny_committed):
+    config = tiny_committed("bert", StoMPPConfig(word_embeddings="int8")).config.quantization_config
+    assert config.table["bert.embeddings.word_embeddings"]["kind"] == "int8_embedding"
+    assert config.units == ["bert.encoder.layer.0", "bert.encoder.layer.1"]
+
+
 def test_pack_leaves_the_model_as_it_was(tiny_committed, logits):
-    model = tiny_committed("bert", StoMPPConfig(binary_word_embeddings=True))
+    model = tiny_committed("bert", StoMPPConfig(word_embeddings="binary"))
     before, expected = copy.deepcopy(model), logits(model)
 
     packed = pack(model)
@@ -195,7 +227,7 @@ def test_pack_leaves_the_model_as_it_was(tiny_committed, logits):
 
 
 def test_unpack_leaves_the_model_as_it_was(tiny_packed, logits):
-    model = tiny_packed("bert", StoMPPConfig(feed_forward_levels="zero_one", binary_word_embeddings=True))
+    model = tiny_packed("bert", StoMPPConfig(feed_forward_levels="zero_one", word_embeddings="binary"))
     before, expected = copy.deepcopy(model), logits(model)
 
     latent = unpack(model)
@@ -209,7 +241,7 @@ def test_unpack_leaves_the_model_as_it_was(tiny_packed, logits):
 
 
 def test_pack_refuses_a_model_that_is_not_committed_and_names_the_units(tiny_committed):
-    model = tiny_committed("bert", StoMPPConfig(unit="sublayer", binary_word_embeddings=True))
+    model = tiny_committed("bert", StoMPPConfig(unit="sublayer", word_embeddings="binary"))
     modules = masked_modules(model)
     modules["bert.encoder.layer.1.output.dense"].freeze_mask[-1, -1] = False
     modules["bert.embeddings.word_embeddings"].freeze_mask[0, 0] = False
@@ -247,7 +279,7 @@ def test_pack_of_bwn_needs_no_batch(tiny_model, logits):
         ({}, "bert.encoder.layer.0.intermediate.dense.input_activation.scale"),
         ({"activation_scale": "fixed"}, "bert.encoder.layer.0.intermediate.dense.input_activation.scale"),
         ({"activation_shift": "fixed"}, "bert.encoder.layer.0.intermediate.dense.input_activation.shift"),
-        ({"binary_word_embeddings": True}, "bert.embeddings.word_embeddings.weight"),
+        ({"word_embeddings": "binary"}, "bert.embeddings.word_embeddings.weight"),
         ({}, "bert.encoder.layer.0.output.LayerNorm.weight"),
     ],
     ids=["weight", "bias", "threshold", "scale", "fixed-scale", "fixed-shift", "embedding", "LayerNorm"],
@@ -283,7 +315,9 @@ def test_pack_of_unpack_gives_the_same_bits(tiny_packed, logits, family, config)
 
 @pytest.mark.parametrize("name", ["bert", "modernbert", "deberta_v2"])
 @pytest.mark.parametrize(
-    "config", [{}, {"feed_forward_levels": "zero_one", "binary_word_embeddings": True}], ids=["bnn", "01"]
+    "config",
+    [{}, {"feed_forward_levels": "zero_one", "word_embeddings": "binary"}, {"word_embeddings": "int8"}],
+    ids=["bnn", "01", "int8"],
 )
 def test_unpacked_model_survives_the_disk(tiny_packed, tmp_path, name, config):
     packed = tiny_packed(name, StoMPPConfig(**config))
@@ -309,7 +343,7 @@ def test_unpacked_model_computes_the_same_with_gradients(tiny_packed, tiny_input
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"mode": "bwn"}, {"binary_word_embeddings": True}], ids=["bnn", "bwn", "embeddings"]
+    "config", [{}, {"mode": "bwn"}, {"word_embeddings": "binary"}], ids=["bnn", "bwn", "embeddings"]
 )
 def test_unpacked_half_precision_model_trains(tiny_packed, tiny_inputs, config):
     model = unpack(tiny_packed("bert", StoMPPConfig(**config), dtype=torch.bfloat16)).train()
@@ -320,7 +354,7 @@ def test_unpacked_half_precision_model_trains(tiny_packed, tiny_inputs, config):
 
 
 def test_unpack_gives_the_activation_function_and_the_padding_row_back(tiny_packed):
-    latent = unpack(tiny_packed("bert", StoMPPConfig(binary_word_embeddings=True)))
+    latent = unpack(tiny_packed("bert", StoMPPConfig(word_embeddings="binary")))
 
     activation = latent.bert.encoder.layer[0].intermediate.intermediate_act_fn
     assert isinstance(activation, MaskedBinaryActivation)

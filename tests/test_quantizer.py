@@ -91,8 +91,9 @@ def test_saved_and_loaded_model_is_the_same_bit_for_bit(tiny_committed, logits, 
 
 @pytest.mark.parametrize("name", TEXT_FAMILIES)
 @pytest.mark.parametrize("state", ["latent", "packed"])
-def test_binary_word_embeddings_are_saved_and_loaded(tiny_committed, logits, tmp_path, name, state):
-    model = tiny_committed(name, StoMPPConfig(binary_word_embeddings=True))
+@pytest.mark.parametrize("kind", ["int8", "binary"])
+def test_small_word_embeddings_are_saved_and_loaded(tiny_committed, logits, tmp_path, name, state, kind):
+    model = tiny_committed(name, StoMPPConfig(word_embeddings=kind))
     model = pack(model) if state == "packed" else model
     model.save_pretrained(tmp_path)
 
@@ -174,7 +175,7 @@ def test_device_map_loads(tiny_committed, logits, tmp_path, state, device_map):
 
 @pytest.mark.parametrize("state", ["latent", "packed"])
 def test_second_round_trip_writes_the_same_files(tiny_committed, tmp_path, state):
-    model = tiny_committed("bert", StoMPPConfig(binary_word_embeddings=True))
+    model = tiny_committed("bert", StoMPPConfig(word_embeddings="binary"))
     model = pack(model) if state == "packed" else model
     model.save_pretrained(tmp_path / "first")
 
@@ -188,7 +189,7 @@ def test_second_round_trip_writes_the_same_files(tiny_committed, tmp_path, state
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize(
-    "config", [{}, {"mode": "bwn"}, {"mode": "bwn", "binary_word_embeddings": True}], ids=["bnn", "bwn", "embeddings"]
+    "config", [{}, {"mode": "bwn"}, {"mode": "bwn", "word_embeddings": "binary"}], ids=["bnn", "bwn", "embeddings"]
 )
 def test_packed_model_in_half_precision_keeps_bits_and_scales(tiny_packed, logits, tmp_path, dtype, config):
     packed = tiny_packed("bert", StoMPPConfig(**config))

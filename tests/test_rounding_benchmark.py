@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from hf_stompp import StoMPPConfig
+from hf_stompp.nn import PackedBinaryLinear
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +30,7 @@ def test_it_counts_what_the_rounding_of_inputs_changes(
     model = tiny_packed("bert", StoMPPConfig(mode="bwn"))
     model.save_pretrained(tmp_path / "packed")
     tokenizer.save_pretrained(tmp_path / "packed")
+    before = model.bert.embeddings.word_embeddings.weight.detach().clone()
     sentences = ["word1 word2", "word3", "word4 word5 word6 word7 word8", "word9"]
     with torch.no_grad():
         inputs = tokenizer(sentences, padding=True, return_tensors="pt")
@@ -43,4 +45,18 @@ def test_it_counts_what_the_rounding_of_inputs_changes(
 
     result = json.loads(output.read_text())
     assert result["examples"] == 4 and result["accuracy"]["8 bits"] == 75.0
-    assert 0 < result["largest_change_of_a_logit"] < 0.1
+    assert list(result["accuracy"]) == ["float inputs", "8 bits", "8 bits, int8 word embeddings"]
+    changes = result["largest_change_of_a_logit"]
+    assert 0 < changes["8 bits"] < 0.1
+    # Rounded by hand.
+    table = model.bert.embeddings.word_embeddings.weight
+    step = table.detach().abs().amax(1, keepdim=True) / 127
+    with torch.no_grad():
+        table.copy_((table / step).round() * step)
+        rounded = model(**inputs).logits
+        for module in model.modules():
+            if isinstance(module, PackedBinaryLinear):
+                module.activation_bits = None
+        table.copy_(before)
+        expected = (rounded - model(**inputs).logits).abs().max().item()
+    assert changes["8 bits, int8 word embeddings"] == pytest.approx(expected, rel=0.01, abs=1e-5)

@@ -412,19 +412,19 @@ def test_embeddings_and_decoder_of_a_tied_model_stay_out(tiny_model):
 
 
 def test_binary_word_embeddings_are_a_unit_before_the_first_layer(tiny_model):
-    entries = plan(tiny_model("bert"), binary_word_embeddings=True)
+    entries = plan(tiny_model("bert"), word_embeddings="binary")
 
     assert units(entries)[:2] == ["bert.embeddings.word_embeddings", "bert.encoder.layer.0"]
 
 
 def test_binary_word_embeddings_of_a_tied_model_are_refused(tiny_model):
-    with pytest.raises(ValueError, match=r"word_embeddings.weight is tied to .*decoder.*binary_word_embeddings=False"):
-        plan(tiny_model("bert", AutoModelForMaskedLM), binary_word_embeddings=True)
+    with pytest.raises(ValueError, match=r"word_embeddings.weight is tied to .*decoder.*word_embeddings='float'"):
+        plan(tiny_model("bert", AutoModelForMaskedLM), word_embeddings="binary")
 
 
 def test_binary_word_embeddings_of_a_vision_model_are_refused(tiny_model):
     with pytest.raises(ValueError, match="input embeddings of ViTForImageClassification"):
-        plan(tiny_model("vit"), binary_word_embeddings=True)
+        plan(tiny_model("vit"), word_embeddings="binary")
 
 
 def test_tied_linear_layers_are_refused(tiny_model):

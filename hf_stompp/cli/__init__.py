@@ -83,6 +83,15 @@ class _Modes(argparse.Action):
         setattr(namespace, self.dest, {pattern: mode for pattern, _, mode in pairs})
 
 
+def _add_word_embeddings(group: Any) -> None:
+    _option(
+        group,
+        "--word_embeddings",
+        choices=CHOICES["word_embeddings"],
+        help="the word embedding table, the largest part of a packed file: float (default), int8 or binary",
+    )
+
+
 def _add_modes(group: Any) -> None:
     group.add_argument(
         "--modes",
@@ -161,7 +170,7 @@ def _add_inspect(commands: Any) -> None:
         "model, in training (latent) and packed. For a float model it shows what binarize() would do; that reads "
         "config.json alone and downloads no weights. A latent or packed model is loaded, and thereby checked.",
         "hf-stompp inspect google-bert/bert-base-uncased",
-        "hf-stompp inspect google-bert/bert-base-uncased --unit sublayer --binary_word_embeddings",
+        "hf-stompp inspect google-bert/bert-base-uncased --unit sublayer --word_embeddings binary",
         "hf-stompp inspect my-folder/model --modules_to_not_convert classifier pooler 'layer\\.0'",
         "hf-stompp inspect output/packed --json",
     )
@@ -171,12 +180,7 @@ def _add_inspect(commands: Any) -> None:
     _option(choose, "--mode", choices=CHOICES["mode"], help="bnn: 1-bit weights and activations; bwn: weights alone")
     _add_modes(choose)
     _option(choose, "--unit", choices=CHOICES["unit"], help="what freezes together (default: layer)")
-    _option(
-        choose,
-        "--binary_word_embeddings",
-        action=argparse.BooleanOptionalAction,
-        help="whether the word embedding table becomes 1-bit as well (default: no)",
-    )
+    _add_word_embeddings(choose)
     _option(
         choose,
         "--modules_to_not_convert",
@@ -233,6 +237,7 @@ def _add_train(commands: Any) -> None:
         "--mode", choices=CHOICES["mode"], help="bnn (default): 1-bit weights and activations; bwn: weights"
     )
     _add_modes(how)
+    _add_word_embeddings(how)
     how.add_argument(
         "--teacher",
         metavar="MODEL",
@@ -315,7 +320,7 @@ def _add_distill(commands: Any) -> None:
     _option(
         how, "--student", metavar="LATENT", help="go on from OUTPUT/latent of an earlier run (default: from MODEL)"
     )
-    _option(how, "--binary_word_embeddings", action="store_true", help="the word embedding table becomes 1-bit too")
+    _add_word_embeddings(how)
     _option(
         how,
         "--losses",

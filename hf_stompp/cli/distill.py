@@ -238,7 +238,7 @@ def distill(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.method or RecipeArguments.method,
         mode=arguments.mode,
         modes=arguments.modes,
-        binary_word_embeddings=arguments.binary_word_embeddings or None,
+        word_embeddings=arguments.word_embeddings,
         # Noise in the student alone would keep it from what the teacher computes.
         dropout=0.0,
     )

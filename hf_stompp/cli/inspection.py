@@ -17,7 +17,7 @@ from .errors import CommandError
 from .models import empty_model, frozen_fractions, load, megabytes, read_config, state_of
 
 
-CONFIG_OPTIONS = ("mode", "modes", "unit", "binary_word_embeddings", "modules_to_not_convert", "layer_stack")
+CONFIG_OPTIONS = ("mode", "modes", "unit", "word_embeddings", "modules_to_not_convert", "layer_stack")
 """The fields of `StoMPPConfig` that change what becomes binary, and how it is counted."""
 
 

@@ -169,11 +169,12 @@ def load_model(arguments: argparse.Namespace, examples: Examples) -> tuple[Any, 
             "a latent model of it, or name the float model it was made from"
         )
     if state == "latent" and (
-        arguments.mode or arguments.modes or arguments.float_epochs or arguments.method == "float"
+        any((arguments.mode, arguments.modes, arguments.word_embeddings, arguments.float_epochs))
+        or arguments.method == "float"
     ):
         raise CommandError(
-            f"{arguments.model} is binary already (latent): drop --mode, --modes, --float_epochs and --method float, "
-            "or name a float model"
+            f"{arguments.model} is binary already (latent): drop --mode, --modes, --word_embeddings, --float_epochs "
+            "and --method float, or name a float model"
         )
     known = (config.architectures or [None])[0] in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
     options: dict[str, Any] = {}
@@ -318,12 +319,14 @@ def asked_for(arguments: argparse.Namespace) -> RecipeArguments:
     Raises:
         CommandError: one of them contradicts the method.
     """
-    unused = [name for name in ("mode", "modes", "float_epochs", "teacher") if getattr(arguments, name) is not None]
+    binary = ("mode", "modes", "word_embeddings", "float_epochs", "teacher")
+    unused = [name for name in binary if getattr(arguments, name) is not None]
     if arguments.method == "float" and unused:
         raise CommandError(f"--method float binarizes nothing: drop --{', --'.join(unused)}, or choose another method")
     names = {
         "mode": arguments.mode,
         "modes": arguments.modes,
+        "word_embeddings": arguments.word_embeddings,
         "float_num_train_epochs": arguments.float_epochs,
         "float_learning_rate": None if arguments.method == "float" else arguments.float_learning_rate,
         "teacher": arguments.teacher,

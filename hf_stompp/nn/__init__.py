@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from .activation import MaskedBinaryActivation
-from .linear import MaskedBinaryEmbedding, MaskedBinaryLinear
+from .linear import MaskedBinaryEmbedding, MaskedBinaryLinear, RoundedEmbedding
 from .module import MaskedBinaryModule
-from .packed import PackedBinaryActivation, PackedBinaryEmbedding, PackedBinaryLinear
+from .packed import PackedBinaryActivation, PackedBinaryEmbedding, PackedBinaryLinear, PackedInt8Embedding
 from .residual_norm import PackedResidualNorm
 
 
@@ -17,5 +17,7 @@ __all__ = [
     "PackedBinaryActivation",
     "PackedBinaryEmbedding",
     "PackedBinaryLinear",
+    "PackedInt8Embedding",
     "PackedResidualNorm",
+    "RoundedEmbedding",
 ]

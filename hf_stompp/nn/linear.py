@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import binary_linear, binary_linear_sign, byte_linear, fold, pack_sign
+from ..ops import binary_linear, binary_linear_sign, byte_linear, fold, pack_sign, quantize_rows
 from ..ops.schema import FLOATS
 from .functional import (
     WEIGHT_CENTERS,
@@ -196,6 +196,20 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
             f"scale={self.scale!r}, center={self.center!r}, clip={self.clip}, surrogate={self.surrogate!r}, "
             f"activation_bits={self.activation_bits}"
         )
+
+
+class RoundedEmbedding(nn.Embedding):
+    """
+    A word embedding table whose rows are rounded to 8 bits, see [`~hf_stompp.ops.quantize_rows`]. The gradient passes
+    straight through.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = super().forward(input)
+        codes, scale = quantize_rows(rows)
+        rounded = codes.to(rows.dtype) * scale.to(rows.dtype)
+        # The difference is 0.
+        return rounded + (rows - rows.detach()) if rows.requires_grad else rounded
 
 
 class MaskedBinaryEmbedding(MaskedBinaryModule):

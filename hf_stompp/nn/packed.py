@@ -245,3 +245,38 @@ class PackedBinaryEmbedding(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"
+
+
+class PackedInt8Embedding(nn.Module):
+    """
+    A word embedding table with 8-bit entries and a scale a row, in the dtype of the scale.
+
+    Args:
+        num_embeddings (`int`), embedding_dim (`int`), padding_idx (`int`, *optional*), device (`torch.device`,
+            *optional*), dtype (`torch.dtype`, *optional*): as in [`PackedBinaryEmbedding`].
+    """
+
+    int8_weight: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.padding_idx = padding_idx
+        shape = (num_embeddings, embedding_dim)
+        self.register_buffer("int8_weight", torch.zeros(shape, dtype=torch.int8, device=device))
+        self.register_buffer("scale", torch.zeros(num_embeddings, device=device, dtype=dtype))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.int8_weight[input].to(self.scale.dtype) * self.scale[input].unsqueeze(-1)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}"

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import quantize_rows, scale_sums
-from .packed import Float32Buffers, PackedBinaryActivation, PackedBinaryEmbedding, PackedBinaryLinear
+from .packed import (
+    Float32Buffers,
+    PackedBinaryActivation,
+    PackedBinaryEmbedding,
+    PackedBinaryLinear,
+    PackedInt8Embedding,
+)
 
 
 def _plus_minus_one(above: Tensor, dtype: torch.dtype) -> Tensor:
@@ -126,17 +132,39 @@ class PlainBinaryEmbedding(_PackedRows):
         return self.signs(self.packed_weight[input], self.scale.dtype) * self.scale[input].unsqueeze(-1)
 
 
+class PlainInt8Embedding(nn.Module):
+    """
+    [`PackedInt8Embedding`].
+
+    Args:
+        packed (`PackedInt8Embedding`): its tensors are shared, not copied.
+    """
+
+    int8_weight: Tensor
+    scale: Tensor
+
+    def __init__(self, packed: PackedInt8Embedding) -> None:
+        super().__init__()
+        self.register_buffer("int8_weight", packed.int8_weight)
+        self.register_buffer("scale", packed.scale)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.int8_weight[input].to(self.scale.dtype) * self.scale[input].unsqueeze(-1)
+
+
 def plain_module(packed: nn.Module, in_integers: bool = False) -> nn.Module:
     """
     The same computation in PyTorch's own operators.
 
     Args:
-        packed (`PackedBinaryLinear`, `PackedBinaryActivation` or `PackedBinaryEmbedding`).
+        packed (`PackedBinaryLinear`, `PackedBinaryActivation`, `PackedBinaryEmbedding` or `PackedInt8Embedding`).
         in_integers (`bool`, *optional*, defaults to `False`): as in [`PlainBinaryLinear`].
     """
     if isinstance(packed, PackedBinaryActivation):
         return PlainBinaryActivation(packed)
     if isinstance(packed, PackedBinaryLinear):
         return PlainBinaryLinear(packed, in_integers)
+    if isinstance(packed, PackedInt8Embedding):
+        return PlainInt8Embedding(packed)
     assert isinstance(packed, PackedBinaryEmbedding)
     return PlainBinaryEmbedding(packed)

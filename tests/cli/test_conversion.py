@@ -232,9 +232,9 @@ def test_unpack_gives_a_latent_model_that_packs_to_the_same_bits(packed, logits,
     assert (tmp_path / "latent" / "tokenizer.json").is_file()
 
 
-@pytest.mark.parametrize("embeddings", [False, True])
+@pytest.mark.parametrize("embeddings", ["float", "int8", "binary"])
 def test_unpack_float_gives_a_plain_model_of_scaled_signs(tiny_packed, saved, logits, printed, tmp_path, embeddings):
-    config = StoMPPConfig(mode="bwn", activation_bits=None, binary_word_embeddings=embeddings)
+    config = StoMPPConfig(mode="bwn", activation_bits=None, word_embeddings=embeddings)
     model = tiny_packed("bert", config)
     folder = saved(model)
 

@@ -165,10 +165,10 @@ def test_method_embeddings_and_losses_are_those_asked_for(
     encoder: str, corpus: str, tmp_path: Path, printed: Callable
 ) -> None:
     losses = '{"hidden_states": 0.5, "cls_embeddings": 2}'
-    words = ["--method", "ste", "--binary_word_embeddings", "--losses", losses, "--max_steps", 3]
+    words = ["--method", "ste", "--word_embeddings", "binary", "--losses", losses, "--max_steps", 3]
     result = json.loads(printed("distill", encoder, tmp_path / "run", "--text", corpus, *SHORT, *words, "--json"))
     config: StoMPPConfig = AutoModel.from_pretrained(tmp_path / "run" / "packed").config.quantization_config
-    assert config.binary_word_embeddings and config.table["embeddings.word_embeddings"]["kind"] == "embedding"
+    assert config.word_embeddings == "binary" and config.table["embeddings.word_embeddings"]["kind"] == "embedding"
     assert result["progression"]["progression_schedule"] == "immediate" and result["method"] == "ste"
     assert result["losses"] == {"hidden_states": 0.5, "cls_embeddings": 2.0}
 

@@ -20,8 +20,8 @@ OPTIONS = {
         ["--modules-to-not-convert", "classifier", r"layer\.0", "output"],
     ),
     "embeddings": (
-        {"binary_word_embeddings": True, "layer_stack": "bert.encoder.layer"},
-        ["--binary_word_embeddings", "--layer_stack", "bert.encoder.layer"],
+        {"word_embeddings": "binary", "layer_stack": "bert.encoder.layer"},
+        ["--word_embeddings", "binary", "--layer_stack", "bert.encoder.layer"],
     ),
 }
 
