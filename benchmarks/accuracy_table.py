@@ -20,10 +20,11 @@ TASKS = {
 
 COLUMNS = {
     "float": ("float",),
-    "binary weights (`bwn`)": ("bwn",),
-    "binary weights and activations (`bnn`)": ("ste",),
+    "`bwn`": ("bwn",),
+    "`bwn`, text first": ("bwn-distilled",),
+    "`bnn`": ("ste",),
     "`bnn`, StoMPP's masks": ("stompp-ste-window",),
-    "`bnn`, after text without labels": ("ste-distilled-4-epochs", "ste-distilled"),
+    "`bnn`, text first": ("ste-distilled-4-epochs", "ste-distilled"),
     "bag of words": ("tfidf",),
     "most frequent answer": ("majority",),
 }
@@ -37,7 +38,7 @@ def read_results() -> list[dict[str, Any]]:
 
 
 def table(lines: Iterable[Mapping[str, Any]]) -> str:
-    """Markdown: a row a task, means over the seeds; what was not run is a dash."""
+    """Markdown: a row a task, means over the seeds, their number where it is not 1; what was not run is a dash."""
     found: dict[tuple[str, str], list[dict[str, float]]] = {}
     for line in lines:
         # The packed model counts; what is float has no other figure.
@@ -47,7 +48,8 @@ def table(lines: Iterable[Mapping[str, Any]]) -> str:
         measured = next((found[task, cell] for cell in cells if (task, cell) in found), None)
         if measured is None:
             return "-"
-        return " / ".join(f"{statistics.mean(one[name] for one in measured):.1f}" for name in measured[0])
+        means = " / ".join(f"{statistics.mean(one[name] for one in measured):.1f}" for name in measured[0])
+        return means if len(measured) == 1 else f"{means} ({len(measured)})"
 
     rows = [f"| task | {' | '.join(COLUMNS)} |", f"|{'---|' * (len(COLUMNS) + 1)}"]
     rows += [
