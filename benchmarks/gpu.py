@@ -1039,7 +1039,7 @@ def encoder_table(result: dict[str, Any]) -> str:
     """The encoders in Markdown: milliseconds a batch, and how many times faster packed is than the fastest bf16."""
     lines = [
         "| model | batch | bf16, eager | bf16, CUDA graph | bf16, torch.compile | packed, eager | packed, CUDA graph "
-        "| packed / fastest bf16 |",
+        "| speed-up over fastest bf16 |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for case in result["models"]:
