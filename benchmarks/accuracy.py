@@ -604,6 +604,11 @@ def main(argv: list[str] | None = None) -> int:
         grid = read_grid(arguments.files[0], known_flags())
         cells = picked(cells_of(grid), arguments)
         check_values(cells, grid["model"])
+        made = [cell.name for cell in cells if "unlabelled_file" in cell.flags]
+        if made and arguments.select:
+            raise GridError(
+                f"--select: the unlabelled_file of {made[0]} holds copies of what is held out; leave it out"
+            )
         if arguments.dataset_dir is None or not arguments.dataset_dir.is_dir():
             raise GridError(f"--dataset_dir {arguments.dataset_dir} is no folder: name the one that holds the tasks")
     except GridError as error:

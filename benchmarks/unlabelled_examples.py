@@ -47,6 +47,8 @@ def main() -> None:
     names = [name for name in table.column_names if str(table.schema.field(name).type).endswith("string")]
     given = list(zip(*(table[name].to_pylist() for name in names), strict=True))
     generator = random.Random(arguments.seed)
+    if len(names) > 1 and arguments.model is None:
+        parser.error(f"{arguments.task} has pairs: name an encoder with --model")
     if len(names) == 1:
         made = copies([text for (text,) in given], generator)
     else:
@@ -84,14 +86,19 @@ def pairs(
         generator (`random.Random`).
     """
     nearest = min(NEAREST, len(first))
-    near_first = (first_embeddings @ second_embeddings.T).topk(nearest).indices.tolist()
-    near_second = (second_embeddings @ first_embeddings.T).topk(nearest).indices.tolist()
+    near_first = _nearest(first_embeddings, second_embeddings, nearest)
+    near_second = _nearest(second_embeddings, first_embeddings, nearest)
     found = []
     for row, (text, partner) in enumerate(zip(first, second, strict=True)):
         found += [(text, second[other]) for other in generator.sample(near_first[row], min(DRAWN, nearest))]
         found += [(first[other], partner) for other in generator.sample(near_second[row], min(DRAWN, nearest))]
         found += [(text, _without_words(text, generator)), (text, _without_words(partner, generator))]
     return found
+
+
+def _nearest(embeddings: torch.Tensor, others: torch.Tensor, count: int) -> list[list[int]]:
+    """Rows of the nearest others, in blocks: all similarities at once may not fit into memory."""
+    return [row for block in embeddings.split(1024) for row in (block @ others.T).topk(count).indices.tolist()]
 
 
 def _without_words(text: str, generator: random.Random) -> str:

@@ -304,6 +304,11 @@ class StoMPPConfig(QuantizationConfigMixin):
         return next(iter(found.values()), self.mode)
 
     @property
+    def binary_word_embeddings(self) -> bool:
+        """Whether the word embeddings are binary: the older name of a value of `word_embeddings`."""
+        return self.word_embeddings == "binary"
+
+    @property
     def has_binary_activations(self) -> bool:
         """Whether any linear layer reads binary activations."""
         if self.modules is None:

@@ -197,10 +197,14 @@ class RecipeArguments:
             raise ValueError(f"--method {self.method} is unknown. Give {', '.join(METHODS)}.")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise ValueError(f"--dropout {self.dropout} is no probability. Give 0 or more, and less than 1.")
-        if self.binary_word_embeddings:
-            if self.word_embeddings not in (None, "binary"):
-                raise ValueError(f"--word_embeddings {self.word_embeddings} contradicts --binary_word_embeddings.")
-            self.word_embeddings = "binary"
+        if self.binary_word_embeddings is not None:
+            by_older_name = "binary" if self.binary_word_embeddings else "float"
+            if self.word_embeddings not in (None, by_older_name):
+                raise ValueError(
+                    f"--word_embeddings {self.word_embeddings} and --binary_word_embeddings "
+                    f"{self.binary_word_embeddings}, its older name, contradict each other. Drop the latter."
+                )
+            self.word_embeddings = by_older_name
         if self.word_embeddings == "binary" and not self.train_word_embeddings:
             raise ValueError(
                 "--word_embeddings binary need training and are contradicted by --no_train_word_embeddings. Drop one."

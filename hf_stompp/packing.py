@@ -106,11 +106,17 @@ def unpack(model: Model) -> Model:
         `PreTrainedModel`: a new model of the same class.
 
     Raises:
-        ValueError: the model is not packed.
+        ValueError: the model is not packed, or has int8 word embeddings in half precision.
     """
     config = config_of(model)
     if not packed_modules(model):
         raise ValueError(f"{type(model).__name__} is not packed")
+    for name, packed in packed_modules(model).items():
+        if isinstance(packed, PackedInt8Embedding) and packed.scale.dtype != torch.float32:
+            raise ValueError(
+                f"{name} is {packed.scale.dtype}, in which its 8-bit entries cannot be given back exactly: load the "
+                "model with dtype=torch.float32 to unpack it"
+            )
     latent = copy.deepcopy(model)
     config = config_of(latent)
     config.state = "latent"

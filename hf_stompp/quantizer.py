@@ -26,7 +26,7 @@ from .patching import (
     swap_in_masked,
     swap_in_packed,
 )
-from .structure import plan_modules
+from .structure import check_not_tied, plan_modules
 
 
 class StoMPPQuantizer(HfQuantizer):
@@ -76,6 +76,9 @@ class StoMPPQuantizer(HfQuantizer):
         del self._verification
         _check_shapes(model, self._shapes)
         _check_loaded(model)
+        if self.quantization_config.state == "latent":
+            # A head may have come that shares the word embeddings.
+            check_not_tied(model, self.quantization_config.table)
         for module in masked_modules(model).values():
             module.refresh_flags()
         _complete_cards(model)

@@ -258,7 +258,7 @@ def plan_modules(
             f"nothing to binarize in {type(model).__name__}: every linear layer of {stack_name} is float by "
             f"modules_to_not_convert={config.modules_to_not_convert} or modes={config.modes}"
         )
-    _check_not_tied(model, plan)
+    check_not_tied(model, plan)
     return plan
 
 
@@ -357,7 +357,13 @@ def _producer_of(function: str, plan: Mapping[str, Any], trace: _Trace) -> str |
     return None
 
 
-def _check_not_tied(model: nn.Module, plan: dict[str, dict[str, Any]]) -> None:
+def check_not_tied(model: nn.Module, plan: dict[str, dict[str, Any]]) -> None:
+    """
+    Checks that no weight of the plan is that of another module as well.
+
+    Raises:
+        ValueError: one is; names it.
+    """
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)

@@ -180,6 +180,17 @@ def test_a_value_that_run_glue_refuses_is_refused_with_its_cell(accuracy: Any, t
             accuracy.check_values(accuracy.cells_of(grid), "minilm")
 
 
+def test_examples_made_of_what_is_held_out_are_refused_with_select(
+    accuracy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    cells = {"made": {"method": "ste", "unlabelled_file": "more/{task}.csv"}}
+    file = written(tmp_path, GRID | {"cells": cells, "tasks": {"sst2": None}})
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", str(file), "--dataset_dir", str(tmp_path), "--select"])
+    with pytest.raises(SystemExit):
+        accuracy.main()
+    assert "the unlabelled_file of made holds copies of what is held out" in capsys.readouterr().err
+
+
 def test_a_file_that_is_no_yaml_is_refused(accuracy: Any, tmp_path: Path) -> None:
     (tmp_path / "grid.yaml").write_text("a: [")
     with pytest.raises(accuracy.GridError, match="cannot be read"):

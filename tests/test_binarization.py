@@ -256,7 +256,9 @@ def test_report_of_a_tiny_bert_by_hand(tiny_model):
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"mode": "bwn"}, {"word_embeddings": "binary"}], ids=["bnn", "bwn", "embeddings"]
+    "config",
+    [{}, {"mode": "bwn"}, {"word_embeddings": "binary"}, {"word_embeddings": "int8"}],
+    ids=["bnn", "bwn", "embeddings", "int8"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["bert", "modernbert"])

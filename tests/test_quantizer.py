@@ -21,7 +21,13 @@ from transformers import (
 
 from hf_stompp import StoMPPConfig, binarize, commit, pack
 from hf_stompp.config import FORMAT_VERSION
-from hf_stompp.nn import MaskedBinaryActivation, PackedBinaryActivation, PackedBinaryEmbedding, PackedBinaryLinear
+from hf_stompp.nn import (
+    MaskedBinaryActivation,
+    PackedBinaryActivation,
+    PackedBinaryEmbedding,
+    PackedBinaryLinear,
+    PackedInt8Embedding,
+)
 from hf_stompp.patching import masked_modules, packed_modules
 from hf_stompp.quantizer import _guard_name
 
@@ -101,6 +107,13 @@ def test_small_word_embeddings_are_saved_and_loaded(tiny_committed, logits, tmp_
 
     assert_same_state(loaded, model)
     assert torch.equal(logits(loaded, name), logits(model, name))
+
+
+@pytest.mark.parametrize("kind", ["int8", "binary"])
+def test_small_word_embeddings_that_a_head_shares_are_refused_on_loading(tiny_committed, tmp_path, kind):
+    tiny_committed("bert", StoMPPConfig(word_embeddings=kind)).bert.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"word_embeddings.weight is tied to .*decoder.*word_embeddings='float'"):
+        AutoModelForMaskedLM.from_pretrained(tmp_path)
 
 
 def test_half_trained_model_keeps_its_masks_and_flags(tiny_model, logits, tmp_path):
@@ -189,7 +202,9 @@ def test_second_round_trip_writes_the_same_files(tiny_committed, tmp_path, state
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize(
-    "config", [{}, {"mode": "bwn"}, {"mode": "bwn", "word_embeddings": "binary"}], ids=["bnn", "bwn", "embeddings"]
+    "config",
+    [{}, {"mode": "bwn"}, {"mode": "bwn", "word_embeddings": "binary"}, {"mode": "bwn", "word_embeddings": "int8"}],
+    ids=["bnn", "bwn", "embeddings", "int8"],
 )
 def test_packed_model_in_half_precision_keeps_bits_and_scales(tiny_packed, logits, tmp_path, dtype, config):
     packed = tiny_packed("bert", StoMPPConfig(**config))
@@ -202,11 +217,12 @@ def test_packed_model_in_half_precision_keeps_bits_and_scales(tiny_packed, logit
         if isinstance(module, PackedBinaryActivation):
             assert module.threshold.dtype == torch.float32
         else:
-            assert torch.equal(module.packed_weight, originals[name].packed_weight)
+            stored = "int8_weight" if isinstance(module, PackedInt8Embedding) else "packed_weight"
+            assert torch.equal(getattr(module, stored), getattr(originals[name], stored))
         if isinstance(module, PackedBinaryLinear):
             assert module.scale.dtype == module.bias.dtype == torch.float32
             assert torch.equal(module.scale, originals[name].scale)
-        if isinstance(module, PackedBinaryEmbedding):
+        if isinstance(module, PackedBinaryEmbedding | PackedInt8Embedding):
             assert module.scale.dtype == dtype
     output = logits(loaded)
     assert output.dtype == dtype

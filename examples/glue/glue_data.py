@@ -163,8 +163,10 @@ def read_unlabelled(file: Path, text_columns: tuple[str, ...]) -> Dataset:
         `FileNotFoundError`: the file is missing.
         `ValueError`: it cannot be read, lacks a column, or holds no text, or no pair where the task has pairs.
     """
-    rows = [(text,) if isinstance(text, str) else text for text in read_texts([file], text_columns)]
-    rows = [row for row in rows if len(row) == len(text_columns)]
+    texts = [(text,) if isinstance(text, str) else text for text in read_texts([file], text_columns)]
+    rows = [text for text in texts if len(text) == len(text_columns)]
+    if 0 < len(rows) < len(texts):
+        logger.warning("%s: %d of %d rows are no pair and are left out.", file, len(texts) - len(rows), len(texts))
     if not rows:
         raise ValueError(f"{file} holds no pair of texts. Give a table with the columns {', '.join(text_columns)}.")
     return Dataset.from_dict(dict(zip(text_columns, map(list, zip(*rows, strict=True)), strict=True)))

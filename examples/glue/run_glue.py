@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         compute_metrics=partial(
             compute_metrics, data_args.task_name or ("stsb" if data.is_regression else "sst2"), order
         ),
-        identity=identity(model_args, data_args),
+        identity=identity(model_args, data_args, data),
     )
     check_model(recipe, model, head_is_new, model_args)
     if "unlabelled" in data.splits:
@@ -236,13 +236,15 @@ def create_hub_repository(training_args: StoMPPTrainingArguments) -> None:
     training_args.hub_model_id = repository.repo_id
 
 
-def identity(model_args: ModelArguments, data_args: DataTrainingArguments) -> dict[str, Any]:
-    """Of this script's arguments, those that a run which is started again must share with its first start."""
+def identity(model_args: ModelArguments, data_args: DataTrainingArguments, data: GlueData) -> dict[str, Any]:
+    """What a run which is started again must share with its first start, beside the arguments of the library."""
     free = ("overwrite_cache", "max_eval_samples", "max_predict_samples", "test_file")
     names = [item.name for item in dataclasses.fields(data_args) if item.name not in free]
     return {
         **{name: getattr(model_args, name) for name in ("model_name_or_path", "model_revision")},
         **{name: getattr(data_args, name) for name in names},
+        # Such a file is made anew more easily than a data set.
+        **({"unlabelled_examples": len(data.splits["unlabelled"])} if "unlabelled" in data.splits else {}),
     }
 
 

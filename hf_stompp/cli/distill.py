@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, DataCollatorWithPadding, PreTrainedModel, Trainer, set_seed
 
 from ..binarization import binarize, config_of
-from ..distillation import LABELS, LOSSES, check_losses
+from ..distillation import LABELS, LOSSES, check_losses, check_teacher
 from ..hub import add_section
 from ..methods import RecipeArguments
 from ..progression import plan_progression
@@ -143,7 +143,7 @@ def load_student(arguments: argparse.Namespace, encoder: Encoder, asked: RecipeA
     What is trained: the teacher binarized, or the latent encoder to go on from.
 
     Raises:
-        CommandError: that is not latent.
+        CommandError: that is not latent, not frozen throughout, or reads other token ids.
         ValueError: it was binarized in another way than is asked for.
     """
     if arguments.student is None:
@@ -157,8 +157,19 @@ def load_student(arguments: argparse.Namespace, encoder: Encoder, asked: RecipeA
     path = Path(arguments.student).expanduser()
     with hub_errors("model", arguments.student):
         student: Any = AutoModel.from_pretrained(path if path.is_dir() else arguments.student, dtype=torch.float32)
+        vocabulary = read_tokenizer(arguments.student).get_vocab()
+    if vocabulary != encoder.tokenizer.get_vocab():
+        raise CommandError(
+            f"--student {arguments.student} has another tokenizer than {arguments.model}: name the model that it was "
+            "distilled from"
+        )
     if arguments.method is None:
         asked.method = default_method(student)
+        if asked.method != "ste":
+            raise CommandError(
+                f"--student {arguments.student} is not frozen throughout, or was trained without a gradient behind "
+                "its signs (--method stompp): name a --method, which makes it float and freezes it once more"
+            )
     asked.check_latent(config_of(student))
     return student
 
@@ -245,7 +256,9 @@ def distill(arguments: argparse.Namespace) -> dict[str, Any]:
     set_seed(arguments.seed)
     encoder = load_encoder(arguments)
     student = load_student(arguments, encoder, asked)
-    args = training_arguments(arguments, asked, encoder.losses(arguments.losses))
+    losses = encoder.losses(arguments.losses)
+    check_teacher(student, encoder.model, losses)
+    args = training_arguments(arguments, asked, losses)
     texts, held_out = read(arguments)
     check_schedule(student, args, len(texts))
     stop = StopAfterStep()

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..config import StoMPPConfig
-from ..nn import MaskedBinaryModule
+from ..nn import MaskedBinaryModule, RoundedEmbedding
 from ..patching import BinarizationReport, PackedModule, report, swap_in_masked
 from ..structure import plan_modules
 from .errors import CommandError
@@ -41,7 +41,7 @@ def _float_bytes(model: PreTrainedModel) -> dict[str, int]:
     sizes = {
         name: sum(parameter.numel() * parameter.element_size() for parameter in module.parameters(recurse=False))
         for name, module in model.named_modules()
-        if not isinstance(module, MaskedBinaryModule | PackedModule)
+        if not isinstance(module, MaskedBinaryModule | PackedModule | RoundedEmbedding)
     }
     return {name: size for name, size in sorted(sizes.items(), key=lambda item: -item[1]) if size}
 

@@ -276,7 +276,8 @@ class PackedInt8Embedding(nn.Module):
         self.register_buffer("scale", torch.zeros(num_embeddings, device=device, dtype=dtype))
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.int8_weight[input].to(self.scale.dtype) * self.scale[input].unsqueeze(-1)
+        # Refuses a negative id, which an index would take for one from the end.
+        return F.embedding(input, self.int8_weight).to(self.scale.dtype) * self.scale[input].unsqueeze(-1)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"

@@ -17,7 +17,7 @@ import torch
 import transformers
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, BertTokenizer
 
 from hf_stompp import StoMPPConfig, cli
 from hf_stompp.patching import masked_modules, packed_modules
@@ -274,6 +274,34 @@ class TestBadInput:
         printed("distill", encoder, tmp_path / "bwn", "--text", corpus, *SHORT, "--max_steps", 3, "--mode", "bwn")
         message = refused("distill", *words, "--student", tmp_path / "bwn" / "latent", "--mode", "bnn")
         assert "binarized with mode='bwn', and 'bnn' is asked for" in message
+
+    def test_student_that_does_not_fit_the_model_is_refused_before_anything_is_written(
+        self,
+        encoder: str,
+        tiny_model: Callable,
+        saved: Callable,
+        corpus: str,
+        out: Path,
+        tmp_path: Path,
+        printed: Callable,
+        refused: Callable,
+    ) -> None:
+        latent = tmp_path / "first" / "latent"
+        printed("distill", encoder, tmp_path / "first", "--text", corpus, *SHORT, "--max_steps", 3)
+        words = ["--text", corpus, "--student", latent]
+        other = saved(tiny_model("bert", AutoModel, num_hidden_layers=1), "other")
+        assert "num_hidden_layers=1, the student" in refused("distill", other, out, *words)
+        reverse = [line for line in reversed(AutoTokenizer.from_pretrained(encoder).get_vocab())]
+        BertTokenizer(vocab={word: row for row, word in enumerate(reverse)}).save_pretrained(encoder)
+        assert "has another tokenizer than" in refused("distill", encoder, out, *words)
+
+    def test_student_that_was_trained_without_a_gradient(
+        self, encoder: str, corpus: str, out: Path, tmp_path: Path, printed: Callable, refused: Callable
+    ) -> None:
+        words = ["--method", "stompp", "--max_steps", 20]
+        printed("distill", encoder, tmp_path / "first", "--text", corpus, *SHORT, *words)
+        message = refused("distill", encoder, out, "--text", corpus, "--student", tmp_path / "first" / "latent")
+        assert "without a gradient behind its signs" in message
 
     def test_model_without_a_tokenizer(
         self, tiny_model: Callable, saved: Callable, corpus: str, out: Path, refused: Callable

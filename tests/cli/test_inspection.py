@@ -133,6 +133,12 @@ def test_what_stays_float_is_named_the_largest_first(tiny_model, printed, saved)
     assert f"stays float: {next(iter(result['float_modules']))} " in printed("inspect", folder)
 
 
+def test_int8_word_embeddings_do_not_count_as_float(tiny_model, printed, saved):
+    folder = saved(tiny_model("bert"), "float")
+    result = json.loads(printed("inspect", folder, "--word_embeddings", "int8", "--json"))
+    assert not any("word_embeddings" in name for name in result["float_modules"])
+
+
 def test_options_for_a_binarized_model_are_refused(tiny_packed, refused, saved):
     message = refused("inspect", saved(tiny_packed("bert")), "--unit", "module")
 
