@@ -16,6 +16,7 @@ TASKS = {
     "mrpc": "MRPC, accuracy / F1",
     "cola": "CoLA, Matthews correlation",
     "stsb": "STS-B, Spearman / Pearson",
+    "rte": "RTE, accuracy",
 }
 
 COLUMNS = {
