@@ -53,8 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     table = model.get_input_embeddings()
     if isinstance(table, torch.nn.Embedding):
-        rounded = RoundedEmbedding(table.num_embeddings, table.embedding_dim, _weight=table.weight)
-        model.set_input_embeddings(rounded.eval())
+        model.set_input_embeddings(RoundedEmbedding.of(table))
         logits["8 bits, int8 word embeddings"] = logits_of(model, tokenizer, sentences, 8)
     answers = {kind: values.argmax(-1) for kind, values in logits.items()}
     first = "float inputs"

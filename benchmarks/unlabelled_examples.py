@@ -15,10 +15,10 @@ import csv
 import random
 from pathlib import Path
 
-import pyarrow.parquet
 import torch
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
+from unlabelled_text import training_texts
 
 from hf_stompp.sentence_encoder import embed
 
@@ -43,28 +43,26 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
-    table = pyarrow.parquet.read_table(arguments.dataset_dir / arguments.task / "train.parquet")
-    names = [name for name in table.column_names if str(table.schema.field(name).type).endswith("string")]
-    given = list(zip(*(table[name].to_pylist() for name in names), strict=True))
+    columns = training_texts(arguments.dataset_dir, arguments.task)
     generator = random.Random(arguments.seed)
-    if len(names) > 1 and arguments.model is None:
+    made: list[tuple[str, ...]]
+    if len(columns) == 1:
+        made = copies(*columns.values(), generator)
+    elif arguments.model is None:
         parser.error(f"{arguments.task} has pairs: name an encoder with --model")
-    if len(names) == 1:
-        made = copies([text for (text,) in given], generator)
     else:
         model, tokenizer = AutoModel.from_pretrained(arguments.model), AutoTokenizer.from_pretrained(arguments.model)
-        first, second = ([*column] for column in zip(*given, strict=True))
-        embeddings = [F.normalize(embed(model, tokenizer, texts)) for texts in (first, second)]
-        made = pairs(first, second, *embeddings, generator)
-    known = set(given)
-    rows = [row for row in dict.fromkeys(made) if row not in known]
+        embeddings = [F.normalize(embed(model, tokenizer, texts)) for texts in columns.values()]
+        made = pairs(*columns.values(), *embeddings, generator)
+    given = set(zip(*columns.values(), strict=True))
+    rows = [row for row in dict.fromkeys(made) if row not in given]
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with arguments.output.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([names, *rows])
+        csv.writer(file).writerows([list(columns), *rows])
     print(f"{arguments.output}: {len(rows):,} examples")
 
 
-def copies(texts: list[str], generator: random.Random) -> list[tuple[str]]:
+def copies(texts: list[str], generator: random.Random) -> list[tuple[str, ...]]:
     """Copies of texts without some of their words, and with two words swapped."""
     change = (_without_words, _with_words_swapped)
     return [(make(text, generator),) for text in texts for make in change for _ in range(COPIES)]
@@ -76,7 +74,7 @@ def pairs(
     first_embeddings: torch.Tensor,
     second_embeddings: torch.Tensor,
     generator: random.Random,
-) -> list[tuple[str, str]]:
+) -> list[tuple[str, ...]]:
     """
     New pairs of the texts of two columns.
 

@@ -40,12 +40,17 @@ def main() -> None:
     random.Random(arguments.seed).shuffle(sentences)
     found = dict.fromkeys(_short(sentences)[: arguments.reviews_sentences])
     for task in arguments.tasks:
-        table = pyarrow.parquet.read_table(arguments.dataset_dir / task / "train.parquet")
-        columns = [name for name in table.column_names if str(table.schema.field(name).type).endswith("string")]
-        texts = [text for name in columns for text in table[name].to_pylist()]
+        texts = [text for column in training_texts(arguments.dataset_dir, task).values() for text in column]
         found.update(dict.fromkeys(_short([line for text in texts for line in split_sentences(text)])))
     arguments.output.write_text("\n".join(found) + "\n", encoding="utf-8")
     print(f"{arguments.output}: {len(found):,} sentences")
+
+
+def training_texts(folder: Path, task: str) -> dict[str, list[str]]:
+    """The columns of a task's training set that hold text, by name."""
+    table = pyarrow.parquet.read_table(folder / task / "train.parquet")
+    names = [name for name in table.column_names if str(table.schema.field(name).type).endswith("string")]
+    return {name: table[name].to_pylist() for name in names}
 
 
 def _short(sentences: list[str]) -> list[str]:

@@ -36,7 +36,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
 MODES_OF_MODULES = (*CHOICES["mode"], "float")
 """What a single linear layer may be."""
 
-MODULE_KINDS = ("linear", "activation", "embedding", "int8_embedding")
+EMBEDDING_KINDS = {"binary": "embedding", "int8": "int8_embedding"}
+"""What the table of modules calls word embeddings that are not float, by `word_embeddings`."""
+
+MODULE_KINDS = ("linear", "activation", *EMBEDDING_KINDS.values())
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -203,9 +206,7 @@ class StoMPPConfig(QuantizationConfigMixin):
         self.word_embeddings = _word_embeddings(word_embeddings, binary_word_embeddings)
         self.layer_stack = layer_stack
         self.state = state
-        oldest = 3 if self.activation_bits is not None else 2 if modes else 1
-        oldest = 4 if self.word_embeddings == "int8" else oldest
-        self.format_version = oldest if format_version is None else format_version
+        self.format_version = self._oldest_version() if format_version is None else format_version
         self.modules = modules
         self._check(unknown)
 
@@ -286,6 +287,12 @@ class StoMPPConfig(QuantizationConfigMixin):
             saved["binary_word_embeddings"] = self.word_embeddings == "binary"
         return saved
 
+    def _oldest_version(self) -> int:
+        """Of the file format: the oldest that can say what this is."""
+        if self.word_embeddings == "int8":
+            return 4
+        return 3 if self.activation_bits is not None else 2 if self.modes else 1
+
     def _may_round_inputs(self, format_version: int | None) -> bool:
         """Whether the mode of all layers, or of some, is `bwn`, and the file is not older than such rounding."""
         modes = self.modes.values() if isinstance(self.modes, dict) else ()
@@ -362,4 +369,4 @@ class StoMPPConfig(QuantizationConfigMixin):
         Names of the units, from input to output; empty before [`binarize`]. What is only rounded takes no part in the
         progression.
         """
-        return list(dict.fromkeys(e["unit"] for e in self.modules or [] if e["kind"] != "int8_embedding"))
+        return list(dict.fromkeys(e["unit"] for e in self.modules or [] if e["kind"] != EMBEDDING_KINDS["int8"]))

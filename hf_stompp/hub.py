@@ -346,9 +346,9 @@ def _what_is_binary(config: StoMPPConfig) -> str:
     if binary < len(inputs):
         which = "the others" if binary else "them"
         lines += [f"- {kept_as}: the activations that enter {which} (mode `bwn`, binary weights only)"]
-    if "embedding" in kinds:
+    if config.word_embeddings == "binary":
         lines += ["- binary: the word embeddings, with a scale for each row"]
-    if "int8_embedding" in kinds:
+    if config.word_embeddings == "int8":
         lines += ["- 8 bits: the word embeddings, with a scale for each row"]
     lines += ["- float: LayerNorm, biases, scales, attention scores and softmax, the residual stream"]
     kept = ", ".join(f"`{pattern}`" for pattern in config.modules_to_not_convert)

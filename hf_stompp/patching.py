@@ -19,6 +19,7 @@ from .nn import (
     PackedBinaryActivation,
     PackedBinaryEmbedding,
     PackedBinaryLinear,
+    PackedEmbedding,
     PackedInt8Embedding,
     PackedResidualNorm,
     RoundedEmbedding,
@@ -28,10 +29,10 @@ from .nn.residual_norm import is_residual_norm
 from .ops import packed_bytes, unpack_signs
 
 
-PackedModule = PackedBinaryActivation | PackedBinaryEmbedding | PackedBinaryLinear | PackedInt8Embedding
+PackedModule = PackedBinaryActivation | PackedBinaryLinear | PackedBinaryEmbedding | PackedInt8Embedding
 
 
-EMBEDDINGS: dict[str, type[PackedBinaryEmbedding | PackedInt8Embedding]] = {
+EMBEDDINGS: dict[str, type[PackedEmbedding]] = {
     "embedding": PackedBinaryEmbedding,
     "int8_embedding": PackedInt8Embedding,
 }
@@ -197,8 +198,7 @@ def swap_in_masked(model: nn.Module, config: StoMPPConfig) -> None:
             new = MaskedBinaryEmbedding(old.num_embeddings, old.embedding_dim, old.padding_idx, **settings, **place)
             new.weight = old.weight
         elif entry["kind"] == "int8_embedding":
-            new = RoundedEmbedding(old.num_embeddings, old.embedding_dim, old.padding_idx, _weight=old.weight)
-            new.weight = old.weight
+            new = RoundedEmbedding.of(old)
         else:
             new = activation(_features(config, name, modules), device, old)
         new.train(old.training)

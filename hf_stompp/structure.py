@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from .config import StoMPPConfig, matches
+from .config import EMBEDDING_KINDS, StoMPPConfig, matches
 
 
 AMBIGUOUS_SHARE = 0.1
@@ -250,7 +250,7 @@ def plan_modules(
     _check_modes(stack, config)
     plan: dict[str, dict[str, Any]] = {}
     if config.word_embeddings != "float":
-        plan.update(_plan_embedding(model, "embedding" if config.word_embeddings == "binary" else "int8_embedding"))
+        plan.update(_plan_embedding(model, EMBEDDING_KINDS[config.word_embeddings]))
     for layer_name, layer in stack.items():
         plan.update(_plan_layer(layer_name, layer, config, trace))
     if not any(entry["kind"] == "linear" for entry in plan.values()):
@@ -375,7 +375,7 @@ def check_not_tied(model: nn.Module, plan: dict[str, dict[str, Any]]) -> None:
         if aliases:
             what = (
                 "set word_embeddings='float'"
-                if entry["kind"] in ("embedding", "int8_embedding")
+                if entry["kind"] in EMBEDDING_KINDS.values()
                 else f"add {name!r} to modules_to_not_convert"
             )
             raise ValueError(f"{name}.weight is tied to {aliases}; a tied weight is never binarized: {what}")

@@ -7,11 +7,14 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Value, concatenate_datasets
 from transformers import PreTrainedConfig
 
-from hf_stompp.methods import option
+from hf_stompp import StoMPPTrainingArguments
+from hf_stompp.distillation import LABELS
+from hf_stompp.methods import RecipeArguments, option
 from hf_stompp.tables import HUB_DATASET, read_hub_splits, read_table, split_files
 from hf_stompp.text import read_texts
 
@@ -122,6 +125,17 @@ class GlueData:
     def num_labels(self) -> int:
         return 1 if self.label_names is None else len(self.label_names)
 
+    def training_set(self) -> Dataset | None:
+        """The examples to train on, once tokenized, with labels and without."""
+        labelled, unlabelled = self.splits.get("train"), self.splits.get("unlabelled")
+        if labelled is None or unlabelled is None:
+            return labelled
+        # What the loss of Transformers passes over, and what would be seen at once.
+        kind, hidden = ("float32", math.nan) if self.is_regression else ("int64", -100)
+        labelled = labelled.cast_column("label", Value(kind))
+        unlabelled = unlabelled.add_column("label", np.full(len(unlabelled), hidden, dtype=kind))
+        return concatenate_datasets([labelled, unlabelled])
+
 
 def read_data(
     args: DataTrainingArguments, stages: dict[str, bool], model: PreTrainedConfig | None, cache_dir: str | None
@@ -153,6 +167,21 @@ def read_data(
     if args.unlabelled_file and "train" in splits:
         data.splits["unlabelled"] = read_unlabelled(Path(args.unlabelled_file), data.text_columns)
     return data
+
+
+def check_unlabelled(
+    data_args: DataTrainingArguments, recipe_args: RecipeArguments, training_args: StoMPPTrainingArguments
+) -> None:
+    """Refuse texts without labels where something would look at the labels."""
+    if data_args.unlabelled_file is None:
+        return
+    if recipe_args.method == "float" or recipe_args.float_num_train_epochs > 0:
+        raise ValueError(
+            "--unlabelled_file has no labels for a float model. Fine-tune that in a run of its own (--method float), "
+            "and start from it without --float_num_train_epochs."
+        )
+    if LABELS in (training_args.distillation_losses or {}):
+        raise ValueError(f"--unlabelled_file has none of the {LABELS} that --distillation_losses names. Drop one.")
 
 
 def read_unlabelled(file: Path, text_columns: tuple[str, ...]) -> Dataset:

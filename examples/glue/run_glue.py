@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 import os
 import shlex
 import sys
@@ -25,7 +24,7 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from glue_data import DataTrainingArguments, GlueData, read_data
+from glue_data import DataTrainingArguments, GlueData, check_unlabelled, read_data
 from glue_metric import GlueMetric
 from huggingface_hub import create_repo
 from transformers import (
@@ -43,7 +42,6 @@ from transformers import (
 )
 
 from hf_stompp import StoMPPTrainingArguments
-from hf_stompp.distillation import LABELS
 from hf_stompp.methods import RecipeArguments, option
 from hf_stompp.patching import packed_modules
 from hf_stompp.recipe import TEACHERS, Recipe, Results
@@ -127,21 +125,6 @@ def check_stages(data_args: DataTrainingArguments, training_args: StoMPPTraining
             raise ValueError(f"--{flag} needs --{stages[flag]} (or --task_name). Give the file, or drop --{flag}.")
 
 
-def check_unlabelled(
-    data_args: DataTrainingArguments, recipe_args: RecipeArguments, training_args: StoMPPTrainingArguments
-) -> None:
-    """Refuse texts without labels where something would look at the labels."""
-    if data_args.unlabelled_file is None:
-        return
-    if recipe_args.method == "float" or recipe_args.float_num_train_epochs > 0:
-        raise ValueError(
-            "--unlabelled_file has no labels for a float model. Fine-tune that in a run of its own (--method float), "
-            "and start from it without --float_num_train_epochs."
-        )
-    if LABELS in (training_args.distillation_losses or {}):
-        raise ValueError(f"--unlabelled_file has none of the {LABELS} that --distillation_losses names. Drop one.")
-
-
 # ---- The run --------------------------------------------------------------------------------------------------------
 
 
@@ -177,7 +160,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         training_args,
         output_dir=Path(training_args.output_dir),
         tokenizer=tokenizer,
-        train_dataset=training_set(data),
+        train_dataset=data.training_set(),
         eval_datasets={prefix: data.splits[name] for prefix, name in EVALUATION_SETS.items() if name in data.splits},
         data_collator=collator(tokenizer, data_args, training_args),
         # Data of one's own is measured like the GLUE task of its kind.
@@ -186,9 +169,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         ),
         identity=identity(model_args, data_args, data),
     )
-    check_model(recipe, model, head_is_new, model_args)
-    if "unlabelled" in data.splits:
-        check_has_teacher(recipe, model, head_is_new)
+    check_model(recipe, model, head_is_new, model_args, data)
     results = run_recipe(recipe, model, not head_is_new) if training_args.do_train else evaluate_model(recipe, model)
     if training_args.do_predict:
         with results.timed("predict"):
@@ -294,18 +275,6 @@ def tokenize(
             )
 
 
-def training_set(data: GlueData) -> datasets.Dataset | None:
-    """The tokenized examples to train on, with labels and without."""
-    labelled, unlabelled = data.splits.get("train"), data.splits.get("unlabelled")
-    if labelled is None or unlabelled is None:
-        return labelled
-    # What the loss of Transformers passes over, and what would be seen at once.
-    kind, hidden = ("float32", math.nan) if data.is_regression else ("int64", -100)
-    labelled = labelled.cast_column("label", datasets.Value(kind))
-    unlabelled = unlabelled.add_column("label", np.full(len(unlabelled), hidden, dtype=kind))
-    return datasets.concatenate_datasets([labelled, unlabelled])
-
-
 def collator(
     tokenizer: PreTrainedTokenizerBase, data_args: DataTrainingArguments, training_args: StoMPPTrainingArguments
 ) -> Any:
@@ -342,8 +311,10 @@ def load_model(data: GlueData, order: list[int], model_args: ModelArguments) -> 
     return model, bool(loading["missing_keys"] or loading["mismatched_keys"])
 
 
-def check_model(recipe: Recipe, model: PreTrainedModel, head_is_new: bool, model_args: ModelArguments) -> None:
-    """Refuse to train a packed model, and to evaluate a float one as if it were binary."""
+def check_model(
+    recipe: Recipe, model: PreTrainedModel, head_is_new: bool, model_args: ModelArguments, data: GlueData
+) -> None:
+    """Refuse to train a packed model or without a teacher that is needed, and to evaluate a float one as binary."""
     name = model_args.model_name_or_path
     if recipe.args.do_train and packed_modules(model):
         raise ValueError(
@@ -356,18 +327,14 @@ def check_model(recipe: Recipe, model: PreTrainedModel, head_is_new: bool, model
             f"{name} is a float model and --method {recipe.asked.method} makes a binary one only while training. Add "
             "--do_train, evaluate the float model by --method float, or give the folder of a packed model."
         )
-    if not recipe.args.do_train and head_is_new:
-        logger.warning("%s has no trained head for this task; what follows is chance.", name)
-
-
-def check_has_teacher(recipe: Recipe, model: PreTrainedModel, head_is_new: bool) -> None:
-    """Refuse texts without labels where nobody answers them."""
-    name = recipe.asked.teacher
-    if name == "none" or (name in TEACHERS and (head_is_new or is_binarized(model))):
+    teaches = recipe.asked.teacher == "float" and not (head_is_new or is_binarized(model))
+    if "unlabelled" in data.splits and recipe.asked.teacher in TEACHERS and not teaches:
         raise ValueError(
             "--unlabelled_file needs a teacher that knows the task. Start from a float model that was fine-tuned on "
             "it, or name one by --teacher."
         )
+    if not recipe.args.do_train and head_is_new:
+        logger.warning("%s has no trained head for this task; what follows is chance.", name)
 
 
 # ---- Measures and predictions ---------------------------------------------------------------------------------------

@@ -5,7 +5,13 @@ from __future__ import annotations
 from .activation import MaskedBinaryActivation
 from .linear import MaskedBinaryEmbedding, MaskedBinaryLinear, RoundedEmbedding
 from .module import MaskedBinaryModule
-from .packed import PackedBinaryActivation, PackedBinaryEmbedding, PackedBinaryLinear, PackedInt8Embedding
+from .packed import (
+    PackedBinaryActivation,
+    PackedBinaryEmbedding,
+    PackedBinaryLinear,
+    PackedEmbedding,
+    PackedInt8Embedding,
+)
 from .residual_norm import PackedResidualNorm
 
 
@@ -17,6 +23,7 @@ __all__ = [
     "PackedBinaryActivation",
     "PackedBinaryEmbedding",
     "PackedBinaryLinear",
+    "PackedEmbedding",
     "PackedInt8Embedding",
     "PackedResidualNorm",
     "RoundedEmbedding",

@@ -204,6 +204,15 @@ class RoundedEmbedding(nn.Embedding):
     straight through.
     """
 
+    @classmethod
+    def of(cls, embedding: nn.Embedding) -> RoundedEmbedding:
+        """The same table, rounded. Its weight is kept, not copied."""
+        rounded = cls(
+            embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx, _weight=embedding.weight
+        )
+        rounded.weight = embedding.weight
+        return rounded
+
     def forward(self, input: Tensor) -> Tensor:
         rows = super().forward(input)
         codes, scale = quantize_rows(rows)

@@ -208,9 +208,9 @@ class PackedBinaryLinear(Float32Buffers, BinaryInputModule):
         )
 
 
-class PackedBinaryEmbedding(nn.Module):
+class PackedEmbedding(nn.Module):
     """
-    A word embedding table with 1-bit entries and a scale a row, in the dtype of the scale.
+    A word embedding table of packed rows, each with a scale, in the dtype of the scale.
 
     Args:
         num_embeddings (`int`).
@@ -220,7 +220,6 @@ class PackedBinaryEmbedding(nn.Module):
         dtype (`torch.dtype`, *optional*): of the scale, hence of the output.
     """
 
-    packed_weight: Tensor
     scale: Tensor
 
     def __init__(
@@ -235,49 +234,52 @@ class PackedBinaryEmbedding(nn.Module):
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         self.padding_idx = padding_idx
-        shape = (num_embeddings, packed_bytes(embedding_dim))
-        self.register_buffer("packed_weight", torch.zeros(shape, dtype=torch.uint8, device=device))
         self.register_buffer("scale", torch.zeros(num_embeddings, device=device, dtype=dtype))
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}"
+
+
+class PackedBinaryEmbedding(PackedEmbedding):
+    """A [`PackedEmbedding`] with 1-bit entries."""
+
+    packed_weight: Tensor
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None, **place: Any) -> None:
+        super().__init__(num_embeddings, embedding_dim, padding_idx, **place)
+        shape = (num_embeddings, packed_bytes(embedding_dim))
+        self.register_buffer("packed_weight", torch.zeros(shape, dtype=torch.uint8, device=place.get("device")))
 
     def forward(self, input: Tensor) -> Tensor:
         signs = unpack_signs(self.packed_weight[input], self.embedding_dim)
         return signs.to(self.scale.dtype) * self.scale[input].unsqueeze(-1)
 
-    def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}"
 
-
-class PackedInt8Embedding(nn.Module):
-    """
-    A word embedding table with 8-bit entries and a scale a row, in the dtype of the scale.
-
-    Args:
-        num_embeddings (`int`), embedding_dim (`int`), padding_idx (`int`, *optional*), device (`torch.device`,
-            *optional*), dtype (`torch.dtype`, *optional*): as in [`PackedBinaryEmbedding`].
-    """
+class PackedInt8Embedding(PackedEmbedding):
+    """A [`PackedEmbedding`] with 8-bit entries."""
 
     int8_weight: Tensor
-    scale: Tensor
 
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        padding_idx: int | None = None,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.num_embeddings = num_embeddings
-        self.embedding_dim = embedding_dim
-        self.padding_idx = padding_idx
+    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None, **place: Any) -> None:
+        super().__init__(num_embeddings, embedding_dim, padding_idx, **place)
         shape = (num_embeddings, embedding_dim)
-        self.register_buffer("int8_weight", torch.zeros(shape, dtype=torch.int8, device=device))
-        self.register_buffer("scale", torch.zeros(num_embeddings, device=device, dtype=dtype))
+        self.register_buffer("int8_weight", torch.zeros(shape, dtype=torch.int8, device=place.get("device")))
 
     def forward(self, input: Tensor) -> Tensor:
-        # Refuses a negative id, which an index would take for one from the end.
-        return F.embedding(input, self.int8_weight).to(self.scale.dtype) * self.scale[input].unsqueeze(-1)
+        return look_up(input, self.int8_weight, self.scale)
 
-    def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}"
+
+def look_up(input: Tensor, int8_weight: Tensor, scale: Tensor) -> Tensor:
+    """
+    Rows of an 8-bit embedding table.
+
+    Args:
+        input (`Tensor` of shape `(...)`): int64, row numbers.
+        int8_weight (`Tensor` of shape `(num_embeddings, embedding_dim)`): int8.
+        scale (`Tensor` of shape `(num_embeddings,)`): float.
+
+    Returns:
+        `Tensor` of shape `(..., embedding_dim)`: in the dtype of the scale.
+    """
+    # Refuses a negative number, which an index would take for one from the end.
+    return F.embedding(input, int8_weight).to(scale.dtype) * scale[input].unsqueeze(-1)

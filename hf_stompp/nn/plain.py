@@ -18,6 +18,7 @@ from .packed import (
     PackedBinaryEmbedding,
     PackedBinaryLinear,
     PackedInt8Embedding,
+    look_up,
 )
 
 
@@ -149,7 +150,7 @@ class PlainInt8Embedding(nn.Module):
         self.register_buffer("scale", packed.scale)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.int8_weight[input].to(self.scale.dtype) * self.scale[input].unsqueeze(-1)
+        return look_up(input, self.int8_weight, self.scale)
 
 
 def plain_module(packed: nn.Module, in_integers: bool = False) -> nn.Module:

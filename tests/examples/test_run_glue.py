@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizer
 
 
@@ -269,6 +270,14 @@ def test_unlabelled_texts_are_answered_by_the_teacher(run_glue, arguments, own_f
     assert summary["steps"]["binary"] == 8 and summary["teacher"] == "float"
     log = json.loads((tmp_path / "binary" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     assert all(math.isfinite(line["train_loss"]) for line in log if "train_loss" in line)
+    # They are learned from: other words end in other weights, the same ones in the same.
+    for name, word in (("again", "good"), ("other", "poor")):
+        texts.write_text("\n".join(f"{word} {text}" for text in SENTENCES), encoding="utf-8")
+        run_glue.main([*argv, "--output_dir", str(tmp_path / name)])
+    found = {name: load_file(tmp_path / name / "model.safetensors") for name in ("binary", "again", "other")}
+    head = "classifier.weight"
+    assert torch.equal(found["again"][head], found["binary"][head])
+    assert not torch.equal(found["other"][head], found["binary"][head])
     with pytest.raises(ValueError, match="needs a teacher that knows the task"):
         run_glue.main([*argv, "--teacher", "none", "--output_dir", str(tmp_path / "untaught")])
     argv = arguments("do_train", method="ste", **own_files, unlabelled_file=texts)
