@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -182,10 +182,10 @@ def minilm() -> nn.Module | None:
     return AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
 
 
-def packed_copy(model: nn.Module, mode: str = "bnn") -> Any:
+def packed_copy(model: nn.Module, mode: str = "bnn", **options: Any) -> Any:
     """A packed copy, committed without training: what it computes is of no use, how fast is what counts."""
     packed = copy.deepcopy(model)
-    commit(binarize(packed, StoMPPConfig(mode=mode)))
+    commit(binarize(packed, StoMPPConfig(mode=mode, **options)))
     with torch.no_grad():
         packed(input_ids=_token_ids(model, 4, 32))
     return pack(packed)
@@ -206,6 +206,39 @@ def variants_of(model: nn.Module) -> dict[str, Any]:
         "packed_bf16": copy.deepcopy(packed).bfloat16(),
         "packed_bwn": packed_copy(model, "bwn"),
     }
+
+
+@torch.inference_mode()
+def layer_seconds(layers: Mapping[str, nn.Linear], rows: int) -> dict[str, dict[str, float]]:
+    """
+    Seconds that each layer takes on this CPU: layer -> mode -> median. Layers of one shape are timed once.
+
+    Args:
+        layers (`dict[str, nn.Linear]`).
+        rows (`int`): tokens of a call.
+    """
+    variants = {"bnn": "packed_fp32", "bwn": "packed_bwn", "float": "fp32"}
+    shapes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
+    by_shape = {}
+    for shape in dict.fromkeys(shapes.values()):
+        case = linear_case(rows, *shape, kernels=[])
+        times = interleave({mode: case[variant] for mode, variant in variants.items()})
+        by_shape[shape] = {mode: time["median"] for mode, time in times.items()}
+    return {name: by_shape[shape] for name, shape in shapes.items()}
+
+
+@torch.inference_mode()
+def model_seconds(models: Mapping[str, Any], length: int) -> dict[str, float]:
+    """
+    Seconds that models take for one text on this CPU: name -> median.
+
+    Args:
+        models (`dict[str, PreTrainedModel]`): of one vocabulary.
+        length (`int`): tokens of the text.
+    """
+    ids = _token_ids(next(iter(models.values())), 1, length)
+    times = interleave({name: partial(model, input_ids=ids) for name, model in models.items()})
+    return {name: time["median"] for name, time in times.items()}
 
 
 @torch.inference_mode()

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +21,15 @@ from transformers import PreTrainedModel
 
 from .binarization import binarize, commit
 from .config import StoMPPConfig
+from .ops import packed_bytes
 from .structure import plan_modules
 
 
 DETAILS = ("unit", "kind", "module")
 """Parts that are measured: an encoder layer; every layer of one name, such as all queries; a single linear layer."""
+
+SCALE_BYTES = 4
+"""Packed layers keep scales, biases and thresholds in float32."""
 
 
 @dataclass(frozen=True)
@@ -125,21 +130,81 @@ def cost_of(part: Part, mode: str, logits: Tensor, float_logits: Tensor, labels:
     return Cost(part, mode, divergence, accuracy)
 
 
-def suggest_modes(measured: list[Cost], keep: int, mode: str = "bwn") -> dict[str, str]:
+def suggest_modes(
+    measured: Sequence[Cost], prices: Mapping[str, Mapping[str, float]], budget: float
+) -> dict[str, str]:
     """
-    The layers that cost most when they are binary, for `StoMPPConfig(modes=...)`. Costs are taken for independent of
-    each other, which they are not.
+    A mode for every single layer, so that together they keep within a budget and lose little (ours).
+
+    Every layer starts in its cheapest mode. Then, as long as one fits, the change comes next that saves most
+    divergence for what it costs more. Divergences are taken for independent of each other, which they are not.
 
     Args:
-        measured (`list[Cost]`): those of single layers in mode `"bnn"` count.
-        keep (`int`): number of layers.
-        mode (`str`, *optional*, defaults to `"bwn"`): what they become: `"bwn"` or `"float"`.
+        measured (`Sequence[Cost]`): those of single layers count. A float layer has none.
+        prices (`dict[str, dict[str, float]]`): layer -> the modes that it may have -> price, in the budget's unit.
+        budget (`float`): what all layers may cost together.
+
+    Returns:
+        `dict[str, str]`: layer -> mode.
 
     Raises:
-        ValueError: no single layer was measured in mode `"bnn"`.
+        ValueError: the layers in their cheapest modes cost more than the budget, or one that has a price was not
+            measured in a mode.
     """
-    single = [cost for cost in measured if cost.part.detail == "module" and cost.mode == "bnn"]
-    if not single:
-        raise ValueError("suggest_modes needs the costs of single layers in mode bnn: measure the detail 'module'")
-    worst = sorted(single, key=lambda cost: -cost.divergence)[:keep]
-    return {re.escape(cost.part.name): mode for cost in worst}
+    divergences = {(cost.part.name, cost.mode): cost.divergence for cost in measured if cost.part.detail == "module"}
+    divergences |= {(name, "float"): 0.0 for name in prices}
+    missing = [(name, mode) for name, modes in prices.items() for mode in modes if (name, mode) not in divergences]
+    if missing:
+        raise ValueError(f"suggest_modes needs the cost of {missing[0][0]} in mode {missing[0][1]}: measure it alone")
+    modes = {
+        name: min(options, key=lambda mode: (options[mode], divergences[name, mode]))
+        for name, options in prices.items()
+    }
+    left = budget - sum(prices[name][mode] for name, mode in modes.items())
+    if left < 0:
+        raise ValueError(f"the layers need {budget - left:g} in their cheapest modes, and the budget is {budget:g}")
+    while True:
+        changes = [
+            (saved / price if price > 0 else float("inf"), saved, price, name, mode)
+            for name, options in prices.items()
+            for mode in options
+            if (saved := divergences[name, modes[name]] - divergences[name, mode]) > 0
+            and (price := options[mode] - options[modes[name]]) <= left
+        ]
+        if not changes:
+            return modes
+        _, _, price, name, mode = max(changes)
+        modes[name] = mode
+        left -= price
+
+
+def layer_bytes(model: PreTrainedModel, linears: Iterable[str]) -> dict[str, dict[str, float]]:
+    """
+    Bytes of each layer in the file of a packed model: layer -> mode -> bytes.
+
+    Args:
+        model (`PreTrainedModel`): float.
+        linears (`Iterable[str]`): names of linear layers.
+    """
+    sizes: dict[str, dict[str, float]] = {}
+    for name in linears:
+        layer: Any = model.get_submodule(name)
+        packed = layer.out_features * (packed_bytes(layer.in_features) + SCALE_BYTES)
+        bias = 0 if layer.bias is None else layer.out_features * SCALE_BYTES
+        whole = sum(parameter.numel() * parameter.element_size() for parameter in layer.parameters())
+        # A binary input has a threshold a feature, and the offset of its levels makes a bias.
+        binary = packed + (layer.out_features + layer.in_features) * SCALE_BYTES
+        sizes[name] = {"bnn": binary, "bwn": packed + bias, "float": whole}
+    return sizes
+
+
+def as_options(modes: Mapping[str, str]) -> dict[str, Any]:
+    """
+    The modes of layers as arguments of [`StoMPPConfig`]: the most frequent is `mode`, the others are `modes`.
+
+    Args:
+        modes (`dict[str, str]`): layer -> `"bnn"`, `"bwn"` or `"float"`.
+    """
+    counts = Counter(mode for mode in modes.values() if mode != "float")
+    most = max(counts, key=lambda mode: counts[mode], default="bnn")
+    return {"mode": most, "modes": {re.escape(name): mode for name, mode in modes.items() if mode != most}}

@@ -14,9 +14,19 @@ import torch
 import transformers
 from torch import nn
 
-from hf_stompp import StoMPPConfig, binarize, cli, commit
+from hf_stompp import StoMPPConfig, binarize, cli, commit, pack
+from hf_stompp.cli.sensitivity import Budget, suggestion_for
 from hf_stompp.patching import masked_modules
-from hf_stompp.sensitivity import Cost, Part, binarized_alone, cost_of, linear_names, parts_of, suggest_modes
+from hf_stompp.sensitivity import (
+    Cost,
+    Part,
+    as_options,
+    binarized_alone,
+    cost_of,
+    linear_names,
+    parts_of,
+    suggest_modes,
+)
 
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{i}" for i in range(59))]
@@ -86,16 +96,42 @@ def test_cost_of_one_layer_is_that_of_signs_put_in_by_hand(tiny_model: Callable,
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_the_costliest_single_layers_are_suggested(tiny_model: Callable) -> None:
-    def cost(name: str, divergence: float, detail: str = "module", mode: str = "bnn") -> Cost:
-        return Cost(Part(detail, name, (name,)), mode, divergence, None)
+def cost(name: str, divergence: float, mode: str = "bnn", detail: str = "module") -> Cost:
+    return Cost(Part(detail, name, (name,)), mode, divergence, None)
 
-    measured = [cost("layer.0.key", 0.1), cost("layer.1.key", 0.3), cost("layer.0.value", 0.2)]
-    measured += [cost("layer.1", 0.9, "unit"), cost("layer.0.key", 5.0, mode="bwn")]
-    assert suggest_modes(measured, 2) == {r"layer\.1\.key": "bwn", r"layer\.0\.value": "bwn"}
-    assert suggest_modes(measured, 1, "float") == {r"layer\.1\.key": "float"}
-    with pytest.raises(ValueError, match="costs of single layers in mode bnn"):
-        suggest_modes([cost("layer.1", 0.9, "unit")], 1)
+
+def test_layers_whose_other_mode_saves_most_are_changed_until_nothing_fits() -> None:
+    measured = [cost("key", 0.1), cost("query", 0.3), cost("value", 0.2)]
+    measured += [cost("key", 0.2, "bwn"), cost("query", 0.2, "bwn"), cost("value", 0.01, "bwn")]
+    measured += [cost("layer", 0.9, detail="unit")]
+    one_each = {name: {"bnn": 0.0, "bwn": 1.0} for name in ("key", "query", "value")}
+    assert suggest_modes(measured, one_each, 1) == {"key": "bnn", "query": "bnn", "value": "bwn"}
+    # A layer that loses by the change keeps its mode, whatever is left.
+    assert suggest_modes(measured, one_each, 9) == {"key": "bnn", "query": "bwn", "value": "bwn"}
+    as_float = {name: {"bnn": 0.0, "float": 1.0} for name in one_each}
+    assert suggest_modes(measured, as_float, 2) == {"key": "bnn", "query": "float", "value": "float"}
+    # By what is saved for the price: 0.19 for 10, 0.1 for 2, 0.3 for 40.
+    priced = {
+        "key": {"bnn": 5.0},
+        "query": {"bnn": 5.0, "bwn": 7.0, "float": 45.0},
+        "value": {"bnn": 5.0, "bwn": 15.0},
+    }
+    assert suggest_modes(measured, priced, 17) == {"key": "bnn", "query": "bwn", "value": "bnn"}
+    assert suggest_modes(measured, priced, 27) == {"key": "bnn", "query": "bwn", "value": "bwn"}
+    assert suggest_modes(measured, priced, 65) == {"key": "bnn", "query": "float", "value": "bwn"}
+    # Of two modes of one price the better.
+    assert suggest_modes(measured, {"value": {"bnn": 1.0, "bwn": 1.0}}, 1) == {"value": "bwn"}
+    with pytest.raises(ValueError, match="need 15 in their cheapest modes, and the budget is 14"):
+        suggest_modes(measured, priced, 14)
+    with pytest.raises(ValueError, match="needs the cost of layer in mode bnn"):
+        suggest_modes(measured, {"layer": {"bnn": 0.0}}, 1)
+
+
+def test_most_layers_have_the_mode_and_the_others_are_named() -> None:
+    modes = {"layer.0.key": "bwn", "layer.0.value": "float", "layer.1.key": "bwn", "layer.1.value": "bnn"}
+    expected = {"mode": "bwn", "modes": {r"layer\.0\.value": "float", r"layer\.1\.value": "bnn"}}
+    assert as_options(modes) == expected
+    assert as_options({"key": "float"}) == {"mode": "bnn", "modes": {"key": "float"}}
 
 
 @pytest.fixture
@@ -123,24 +159,87 @@ def test_command_prints_a_table_a_suggestion_that_binarize_takes_and_a_picture(
     result = json.loads(capsys.readouterr().out)
     assert result["examples"] == 28 and len(result["parts"]) == 40
     single = [part for part in result["parts"] if part["detail"] == "module" and part["mode"] == "bnn"]
-    worst = sorted(single, key=lambda part: -part["divergence"])[:3]
-    assert [pattern.replace("\\", "") for pattern in result["modes"]] == [part["name"] for part in worst]
+    by_mode = {
+        (part["name"], part["mode"]): part["divergence"] for part in result["parts"] if part["detail"] == "module"
+    }
+    names = {part["name"] for part in single}
+    worst = sorted(names, key=lambda name: by_mode[name, "bwn"] - by_mode[name, "bnn"])[:3]
+    suggestion = result["suggestion"]
+    assert suggestion["mode"] == "bnn" and suggestion["cost"] == {"keep": 3.0}
+    assert sorted(pattern.replace("\\", "") for pattern in suggestion["modes"]) == sorted(worst)
     loaded = transformers.AutoModelForSequenceClassification.from_pretrained(model)
-    table = binarize(loaded, StoMPPConfig(modes=result["modes"])).config.quantization_config.table
-    assert [name for name, entry in table.items() if entry["kind"] == "linear" and entry["input"] is None] == [
-        name for name in linear_names(transformers.AutoModelForSequenceClassification.from_pretrained(model))
-        if name in {part["name"] for part in worst}
-    ]  # fmt: skip
+    table = binarize(loaded, StoMPPConfig(modes=suggestion["modes"])).config.quantization_config.table
+    found = {name for name, entry in table.items() if entry["kind"] == "linear" and entry["input"] is None}
+    assert found == set(worst)
     assert (tmp_path / "costs.png").stat().st_size > 5000
     assert cli.main(words) == 0
     printed = capsys.readouterr().out
     assert "accuracy" in printed and "attention.self.key" in printed
-    line = next(line for line in printed.splitlines() if line.startswith("--modes "))
+    line = next(line for line in printed.splitlines() if line.startswith("--mode "))
     # What is printed is what the other commands take.
     assert cli.main(["inspect", str(model), *shlex.split(line), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["options"]["modes"] == result["modes"]
-    assert cli.main([*words, "--detail", "unit"]) == 2
-    assert "--keep needs the costs of single layers" in capsys.readouterr().err
+    assert json.loads(capsys.readouterr().out)["options"]["modes"] == suggestion["modes"]
+    for wrong in (["--detail", "unit"], ["--mode", "bnn"]):
+        assert cli.main([*words, *wrong]) == 2
+        assert "--keep needs the costs of single layers in both modes" in capsys.readouterr().err
+
+
+def test_suggestion_for_a_number_of_bytes_makes_a_file_of_that_size(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["sensitivity", str(model), "--file", str(examples(tmp_path, 60)), "--detail", "module", "--json"]
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(model)
+
+    def tensor_bytes(packed: Any) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in packed.state_dict().values())
+
+    def packed_model(**options: Any) -> Any:
+        binary = binarize(copy.deepcopy(loaded), StoMPPConfig(**options))
+        with torch.no_grad():
+            binary(input_ids=torch.ones(1, 4, dtype=torch.long))
+        return pack(commit(binary))
+
+    smallest = tensor_bytes(packed_model(mode="bwn"))
+    whole = tensor_bytes(loaded)
+    capsys.readouterr()
+    for limit in (smallest, (smallest + whole) // 2):
+        assert cli.main([*words, "--bytes", str(limit)]) == 0
+        suggestion = json.loads(capsys.readouterr().out)["suggestion"]
+        size = tensor_bytes(packed_model(mode=suggestion["mode"], modes=suggestion["modes"]))
+        assert size <= limit and size == suggestion["cost"]["bytes"]
+        left_float = sum(mode == "float" for mode in suggestion["modes"].values())
+        assert (limit == smallest) == (left_float == 0)
+    assert cli.main([*words, "--bytes", str(smallest - 1)]) == 2
+    assert f"with every layer in its cheapest mode it is {smallest:,.6g} bytes" in capsys.readouterr().err
+    assert cli.main([*words, "--bytes", str(whole)]) == 2
+    assert "is enough for the float model" in capsys.readouterr().err
+
+
+def test_suggestion_for_a_time_says_what_the_packed_model_takes(tiny_model: Callable) -> None:
+    model = tiny_model("bert")
+    names = list(linear_names(model))
+    measured = [cost(name, row / 10, mode) for mode in ("bnn", "bwn") for row, name in enumerate(names, 1)]
+    budget = Budget("milliseconds", 20.0, 3.0, {name: {"bnn": 1.0, "bwn": 1.5, "float": 2.0} for name in names})
+    suggestion = suggestion_for(budget, model, measured, 8)
+    # Twelve layers in bnn and the rest are 15; the five that lose most become float.
+    assert suggestion["mode"] == "bnn"
+    assert suggestion["modes"] == {name.replace(".", "\\."): "float" for name in names[-5:]}
+    assert suggestion["cost"]["milliseconds"] == 20.0
+    assert suggestion["cost"]["measured_packed"] > 0 and suggestion["cost"]["measured_float"] > 0
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [("1e-6", "with every layer in its cheapest mode it is"), ("60000", "is enough for the float")],
+)
+def test_a_time_that_leaves_nothing_to_choose_is_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], limit: str, message: str
+) -> None:
+    words = ["sensitivity", str(model), "--file", str(examples(tmp_path, 60)), "--max_length", "8"]
+    capsys.readouterr()
+    assert cli.main([*words, "--milliseconds", limit]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and "ms for a text of 8 tokens" in printed.err and printed.out == ""
 
 
 @pytest.mark.parametrize(

@@ -432,11 +432,13 @@ def _add_sensitivity(commands: Any) -> None:
         "Binarizes one part of a float text classifier after the other, without training, and measures how far its "
         "answers move from the float model's, and how often they are right. Parts are encoder layers (unit), all "
         "layers of one name (kind) and single linear layers (module). Scales and thresholds of activations come from "
-        "32 of the examples. --keep suggests another mode for the layers that cost most, as --modes takes it. "
+        "32 of the examples. --keep, --bytes and --milliseconds suggest a mode for every layer, as --mode and --modes "
+        "take it. "
         "It tells which parts matter most, not how good a trained binary model will be.",
         "hf-stompp sensitivity output/float --file dev.csv",
         "hf-stompp sensitivity output/float --file dev.csv --detail kind unit --plot sensitivity.png",
         "hf-stompp sensitivity output/float --task sst2 --keep 8 --json",
+        "hf-stompp sensitivity output/float --task sst2 --milliseconds 6.5",
     )
     command.add_argument("model", metavar="MODEL", help="a float text classifier: a folder or a name on the Hub")
     _add_examples(command)
@@ -444,7 +446,15 @@ def _add_sensitivity(commands: Any) -> None:
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of drawing them (default: 0)")
     command.add_argument("--mode", nargs="+", choices=CHOICES["mode"], help="of the part (default: both)")
     command.add_argument("--detail", nargs="+", choices=DETAILS, help="what a part is (default: all three)")
-    command.add_argument("--keep", type=_count, metavar="N", help="suggest another mode for the N costliest layers")
+    budget: Any = command.add_mutually_exclusive_group()
+    budget.add_argument("--keep", type=_count, metavar="N", help="suggest another mode for N layers")
+    budget.add_argument("--bytes", type=_count, metavar="N", help="suggest modes for a packed file of at most N bytes")
+    budget.add_argument(
+        "--milliseconds",
+        type=_positive,
+        metavar="X",
+        help="suggest modes for a packed model that takes X on this CPU for one text of --max_length tokens",
+    )
     _option(command, "--keep_as", choices=("bwn", "float"), default="bwn", help="that mode (default: bwn)")
     command.add_argument("--plot", type=Path, metavar="FILE", help="draw the costs, too (needs matplotlib)")
 

@@ -7,24 +7,120 @@ import json
 import random
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
+from ..benchmark import layer_seconds, model_seconds, packed_copy
 from ..config import CHOICES
 from ..drawing import can_draw, short_names
-from ..sensitivity import DETAILS, binarized_alone, cost_of, linear_names, parts_of, suggest_modes
+from ..sensitivity import (
+    DETAILS,
+    Cost,
+    as_options,
+    binarized_alone,
+    cost_of,
+    layer_bytes,
+    linear_names,
+    parts_of,
+    suggest_modes,
+)
 from ..summary import surroundings
 from .errors import CommandError
 from .evaluation import load_classifier
-from .models import state_of
+from .models import megabytes, state_of
 
 
 CALIBRATION_EXAMPLES = 32
 """So many examples give activations their first scales and thresholds; they are not measured with."""
+
+
+BUDGETS = ("keep", "bytes", "milliseconds")
+"""What a suggestion may be limited by: number of layers in another mode, size of the file, time of one text."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """
+    What a model may cost, and what each of its layers does.
+
+    Args:
+        name (`str`): one of [`BUDGETS`].
+        limit (`float`): for the whole model.
+        rest (`float`): what everything but the linear layers costs.
+        prices (`dict[str, dict[str, float]]`): layer -> mode -> price.
+    """
+
+    name: str
+    limit: float
+    rest: float
+    prices: dict[str, dict[str, float]]
+
+
+def budget_of(
+    arguments: argparse.Namespace, name: str, model: PreTrainedModel, linears: Iterable[str], max_length: int
+) -> Budget:
+    """
+    The budget that was asked for.
+
+    Args:
+        arguments (`argparse.Namespace`).
+        name (`str`): one of [`BUDGETS`].
+        model (`PreTrainedModel`): float.
+        linears (`Iterable[str]`): names of its linear layers.
+        max_length (`int`): tokens of the text that times are for.
+
+    Raises:
+        CommandError: no choice of modes keeps within it, the float model does, or times are asked for on a GPU.
+    """
+    limit = float(getattr(arguments, name))
+    if name == "keep":
+        return Budget(name, limit, 0.0, {layer: {"bnn": 0.0, arguments.keep_as: 1.0} for layer in linears})
+    if name == "bytes":
+        prices = layer_bytes(model, linears)
+        whole = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+        unit = "bytes"
+    else:
+        if model.device.type != "cpu":
+            raise CommandError("--milliseconds measures on the CPU: add --device cpu")
+        layers: dict[str, Any] = {layer: model.get_submodule(layer) for layer in linears}
+        seconds = layer_seconds(layers, max_length)
+        prices = {layer: {mode: 1e3 * value for mode, value in times.items()} for layer, times in seconds.items()}
+        whole = 1e3 * model_seconds({"float": model}, max_length)["float"]
+        unit = f"ms for a text of {max_length} tokens"
+    rest = max(0.0, whole - sum(options["float"] for options in prices.values()))
+    least = rest + sum(min(options.values()) for options in prices.values())
+    if least > limit:
+        raise CommandError(f"--{name} {limit:,g}: with every layer in its cheapest mode it is {least:,.6g} {unit}")
+    if whole <= limit:
+        raise CommandError(f"--{name} {limit:,g} is enough for the float model, {whole:,.6g} {unit}")
+    return Budget(name, limit, rest, prices)
+
+
+def suggestion_for(budget: Budget, model: PreTrainedModel, listed: Sequence[Cost], max_length: int) -> dict[str, Any]:
+    """
+    Modes within a budget, as `mode` and `modes`, and the `cost` of the model with them.
+
+    Args:
+        budget (`Budget`).
+        model (`PreTrainedModel`): float.
+        listed (`Sequence[Cost]`): of single layers, in every mode that has a price.
+        max_length (`int`): tokens of the text that times are for.
+    """
+    modes = suggest_modes(listed, budget.prices, budget.limit - budget.rest)
+    options = as_options(modes)
+    cost: dict[str, float] = {
+        budget.name: budget.rest + sum(budget.prices[layer][mode] for layer, mode in modes.items())
+    }
+    if budget.name == "milliseconds":
+        seconds = model_seconds({"float": model, "packed": packed_copy(model, **options)}, max_length)
+        cost |= {f"measured_{name}": 1e3 * value for name, value in seconds.items()}
+    return options | {"cost": cost}
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -39,8 +135,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         raise CommandError('--plot needs matplotlib, which is not installed: pip install "hf_stompp[plot]"')
     modes = tuple(arguments.mode or CHOICES["mode"])
     details = tuple(arguments.detail or DETAILS)
-    if arguments.keep is not None and not ("module" in details and "bnn" in modes):
-        raise CommandError("--keep needs the costs of single layers: take --detail module and --mode bnn, too")
+    wanted = next((name for name in BUDGETS if getattr(arguments, name) is not None), None)
+    if wanted is not None and not ("module" in details and set(modes) == set(CHOICES["mode"])):
+        raise CommandError(
+            f"--{wanted} needs the costs of single layers in both modes: add module to --detail, and leave out --mode"
+        )
     classifier = load_classifier(arguments)
     model, state = classifier.model, state_of(classifier.model.config, arguments.model)
     if state != "float":
@@ -56,12 +155,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     inputs = classifier.encode(calibration).to(model.device)
     labels = torch.tensor([classifier.labels[row] for row in measured])
     linears, float_logits = linear_names(model, inputs), classifier.answers(model, measured)
+    budget = None if wanted is None else budget_of(arguments, wanted, model, linears, classifier.max_length)
     cases = [(part, mode) for part in parts_of(linears) if part.detail in details for mode in modes]
     listed = []
     for part, mode in tqdm(cases, desc="parts", unit="part", delay=1, leave=False, disable=None):
         logits = classifier.answers(binarized_alone(model, part, mode, linears, inputs), measured)
         listed.append(cost_of(part, mode, logits, float_logits, labels))
-    suggestion = None if arguments.keep is None else suggest_modes(listed, arguments.keep, arguments.keep_as)
+    suggestion = None if budget is None else suggestion_for(budget, model, listed, classifier.max_length)
     return {
         "model": arguments.model,
         "source": classifier.examples.source,
@@ -78,7 +178,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             }
             for cost in listed
         ],
-        "modes": suggestion,
+        "suggestion": suggestion,
         "seed": arguments.seed,
         **surroundings(),
         "command": shlex.join(["hf-stompp", *arguments.words]),
@@ -95,11 +195,25 @@ def run(arguments: argparse.Namespace) -> None:
         return
     print(f"{arguments.model}: accuracy {result['accuracy']:.4f} as it is, {result['examples']:,} examples\n")
     print(_table(result["parts"]))
-    if result["modes"] is not None:
-        words = [f"{pattern}={mode}" for pattern, mode in result["modes"].items()]
-        print(f"\n--modes {shlex.join(words)}")
+    if result["suggestion"] is not None:
+        print("\n" + _told(result["suggestion"]))
     if arguments.plot is not None:
         print(f"\npicture: {arguments.plot}")
+
+
+def _told(suggestion: dict[str, Any]) -> str:
+    """A suggestion as the other commands take it, and its cost."""
+    words = [f"{pattern}={mode}" for pattern, mode in suggestion["modes"].items()]
+    line = shlex.join(["--mode", suggestion["mode"], *(["--modes", *words] if words else [])])
+    cost = suggestion["cost"]
+    if "bytes" in cost:
+        return f"{line}\nfile: {megabytes(cost['bytes'])}"
+    if "milliseconds" in cost:
+        return (
+            f"{line}\none text: {cost['milliseconds']:.2f} ms by the sum of its layers, "
+            f"{cost['measured_packed']:.2f} ms measured; float {cost['measured_float']:.2f} ms"
+        )
+    return line
 
 
 def _table(parts: Sequence[dict[str, Any]]) -> str:
