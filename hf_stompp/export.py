@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from .binarization import config_of
+from .example_inputs import example_inputs
 from .nn.plain import plain_module
 from .patching import packed_modules, swap_out_norms
 from .quantizer import mark_as_plain
-from .structure import example_inputs
 
 
 Model = TypeVar("Model", bound=nn.Module)

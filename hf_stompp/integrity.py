@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import struct
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+
+logger = logging.getLogger(__name__)
 
 METADATA_PREFIX = "sha256:"
 
@@ -130,6 +133,34 @@ def _verify_tensor(name: str, tensor: Tensor, allowed: set[str], file: Path) -> 
         raise ValueError(
             f"{file}: freeze mask {name!r} is corrupted: it holds other values than 0 and 1; use another checkpoint"
         )
+
+
+def last_whole_checkpoint(output_dir: str | Path) -> str | None:
+    """
+    The checkpoint of a training run to go on from: the last one that was written to its end. One that was not, because
+    the run was killed meanwhile, is named in a warning.
+
+    Args:
+        output_dir (`str` or `Path`): of the run, with folders `checkpoint-<step>`.
+
+    Returns:
+        `str`, *optional*: the folder.
+    """
+    folders = {}
+    for folder in Path(output_dir).glob("checkpoint-*"):
+        step = folder.name.rpartition("-")[2]
+        if step.isdigit() and folder.is_dir():
+            folders[int(step)] = folder
+    for _, folder in sorted(folders.items(), reverse=True):
+        try:
+            checkpoint_files(folder)
+            # Transformers writes it last.
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            logger.warning("%s was not written to its end, and is passed over: %s", folder, error)
+        else:
+            return str(folder)
+    return None
 
 
 def checkpoint_files(folder: str | Path) -> list[Path]:

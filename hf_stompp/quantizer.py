@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import MethodType
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from .config import QUANT_METHOD, StoMPPConfig
+from .example_inputs import example_inputs
 from .hub import upload_modified_files
 from .integrity import digests, start_verification
 from .nn import MaskedBinaryModule, PackedBinaryActivation, PackedBinaryLinear, PackedInt8Embedding
@@ -71,6 +73,7 @@ class StoMPPQuantizer(HfQuantizer):
             binarize_modules(model, self.quantization_config)
             attach_quantizer(model, self.quantization_config)
             return
+        keep_names(model)
         self._verification.result()
         # The model keeps this quantizer, and must stay one that can be copied.
         del self._verification
@@ -82,6 +85,21 @@ class StoMPPQuantizer(HfQuantizer):
         for module in masked_modules(model).values():
             module.refresh_flags()
         _complete_cards(model)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """
+        What is done to the names of a file: nothing that would change the model's own, which are those that it was
+        saved with, see [`keep_names`].
+        """
+        if not self.pre_quantized:
+            return super().update_weight_conversions(weight_conversions, model)
+        own = list(model.state_dict())
+        return [
+            conversion
+            for conversion in weight_conversions
+            if not isinstance(conversion, WeightConverter)
+            and all(conversion.rename_source_key(name)[0] == name for name in own)
+        ]
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         state_dict = dict(model.state_dict())
@@ -319,6 +337,18 @@ def _check_packed(name: str, module: PackedModule) -> None:
         )
 
 
+def keep_names(model: nn.Module) -> None:
+    """
+    Makes `save_pretrained` write every tensor under the name that it has in the model.
+
+    Transformers renames and merges tensors to write them as the first checkpoints of a family had them: LayerNorm's
+    weights as gamma and beta, query, key and value as one. Trainer resumes with `load_state_dict`, which would
+    silently skip renamed tensors, and scales or masks cannot be merged.
+    """
+    holder: Any = model
+    holder._weight_conversions = []
+
+
 def attach_quantizer(model: nn.Module, config: StoMPPConfig) -> None:
     """Makes `save_pretrained` and the Trainer treat a model changed in process like one that was loaded so."""
     holder: Any = model
@@ -333,9 +363,7 @@ def attach_quantizer(model: nn.Module, config: StoMPPConfig) -> None:
     holder.hf_quantizer = StoMPPQuantizer(config, pre_quantized=True)
     holder.is_quantized = True
     holder.quantization_method = QUANT_METHOD
-    # Checkpoints with LayerNorm.gamma/beta are renamed on loading, and save_pretrained would rename them back; Trainer
-    # resumes with load_state_dict, which would then silently skip those tensors.
-    holder._weight_conversions = None
+    keep_names(model)
     _complete_cards(model)
 
 
@@ -380,4 +408,38 @@ def binarize_modules(model: nn.Module, config: StoMPPConfig, inputs: dict[str, A
     if config.state != "latent" or config.modules is not None:
         raise ValueError("this StoMPPConfig belongs to another model; pass a fresh one, StoMPPConfig(...)")
     config.modules = [{"name": name, **entry} for name, entry in plan_modules(model, config, inputs).items()]
+    _check_packed_form(model, config, example_inputs(model) if inputs is None else inputs)
     swap_in_masked(model, config)
+
+
+def _check_packed_form(model: nn.Module, config: StoMPPConfig, inputs: Mapping[str, Any]) -> None:
+    """
+    Refuses a model whose packed form cannot run, before it is trained: its forward may ask linear layers for what
+    packed ones do not have. A copy without values is packed, which takes milliseconds and no memory.
+    """
+    copied = _without_values(model).eval()
+    on_meta = {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+    with torch.no_grad():
+        try:
+            copied(**on_meta)
+        # Some models (DeBERTa) read values on their way; these cannot be tried out.
+        except Exception:
+            return
+        swap_in_packed(copied, config)
+        try:
+            copied(**on_meta)
+        except Exception as error:
+            raise ValueError(
+                f"{type(model).__name__} could be trained, but not run as a packed model: {type(error).__name__}: "
+                f"{error}. Leave the layers that it means float: name them in modules_to_not_convert"
+            ) from error
+
+
+def _without_values(model: nn.Module) -> Any:
+    """A copy on the meta device."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, memo)

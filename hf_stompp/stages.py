@@ -27,13 +27,15 @@ from transformers import (
 )
 from transformers.modelcard import TrainingSummary
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy
 
 from .benchmark import compare_with_float
 from .binarization import binarize, config_of
 from .hub import add_dynamics, model_card
+from .integrity import last_whole_checkpoint
 from .packing import pack
 from .patching import packed_modules
+from .quantizer import keep_names
 from .recipe import FINISHED, TEACHERS, Recipe, Results, claim_output_dir
 from .sampling import ReproducibleGrouping
 from .summary import bytes_of_weights, bytes_when_saved, measure, measures, milliseconds_per_batch
@@ -75,7 +77,7 @@ def run_recipe(recipe: Recipe, model: PreTrainedModel, head_is_trained: bool = T
     # Before anything is trained: a teacher that cannot be loaded should not show after hours of work.
     teacher = load_teacher(recipe.asked.teacher, recipe.tokenizer)
     results = Results()
-    _keep_names(model)
+    keep_names(model)
     if recipe.asked.method == "float":
         return _run_float(recipe, model, results)
     models: dict[str, PreTrainedModel] = {}
@@ -119,15 +121,6 @@ def is_binarized(model: PreTrainedModel) -> bool:
     return getattr(model.config, "quantization_config", None) is not None
 
 
-def _keep_names(model: PreTrainedModel) -> PreTrainedModel:
-    """
-    Older BERT files name LayerNorm's weights gamma and beta. Transformers writes them back under those names, and then
-    does not find them when it resumes or loads the best checkpoint.
-    """
-    model._weight_conversions = None  # type: ignore[assignment]
-    return model
-
-
 # --- the stages ------------------------------------------------------------------------------------------------------
 
 
@@ -157,7 +150,9 @@ def prepare_float_model(
 
 
 def _load(like: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    return _keep_names(type(like).from_pretrained(folder, dtype=torch.float32))
+    model = type(like).from_pretrained(folder, dtype=torch.float32)
+    keep_names(model)
+    return model
 
 
 def float_arguments(recipe: Recipe) -> StoMPPTrainingArguments:
@@ -374,7 +369,7 @@ def train(trainer: Trainer, folder: Path) -> None:
     checkpoint = trainer.args.resume_from_checkpoint
     output_dir = Path(trainer.args.output_dir or ".")
     if checkpoint is None and output_dir.is_dir():
-        checkpoint = get_last_checkpoint(str(output_dir))
+        checkpoint = last_whole_checkpoint(output_dir)
         if checkpoint is not None:
             logger.info("Resuming from %s. To start over, delete %s.", checkpoint, output_dir)
     result = trainer.train(resume_from_checkpoint=checkpoint)

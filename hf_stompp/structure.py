@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -12,7 +13,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from .config import EMBEDDING_KINDS, StoMPPConfig, matches
+from .example_inputs import example_inputs
 
+
+logger = logging.getLogger(__name__)
 
 AMBIGUOUS_SHARE = 0.1
 """A second stack of layers with this share of the first one's weights makes the choice ambiguous."""
@@ -71,28 +75,6 @@ def find_layer_stack(model: nn.Module, layer_stack: str | None = None) -> tuple[
             "StoMPPConfig(layer_stack=...)"
         )
     return by_size[0], list(found[by_size[0]])
-
-
-def example_inputs(model: nn.Module) -> dict[str, Tensor]:
-    """
-    A smallest input to trace a model with: eight token ids, or one black image.
-
-    Raises:
-        ValueError: the model takes neither; pass `example_inputs` to [`binarize`].
-    """
-    config: Any = getattr(model, "config", None)
-    main_input = getattr(model, "main_input_name", "input_ids")
-    parameter = next(model.parameters())
-    if main_input == "input_ids" and hasattr(config, "vocab_size"):
-        return {"input_ids": torch.arange(8, device=parameter.device).remainder(config.vocab_size).unsqueeze(0)}
-    if main_input == "pixel_values" and hasattr(config, "image_size"):
-        size = config.image_size if isinstance(config.image_size, list | tuple) else (config.image_size,) * 2
-        shape = (1, getattr(config, "num_channels", 3), *size)
-        return {"pixel_values": torch.zeros(shape, device=parameter.device, dtype=parameter.dtype)}
-    raise ValueError(
-        f"{type(model).__name__} takes {main_input!r}, for which no example can be made: pass binarize(model, config, "
-        "example_inputs={...}), a dict of its forward arguments"
-    )
 
 
 class _Trace(TorchFunctionMode):
@@ -178,6 +160,13 @@ def _trace(model: nn.Module, stack: dict[str, nn.Module], inputs: Mapping[str, A
         try:
             with trace:
                 model(**inputs)
+        except Exception as error:
+            shapes = {name: list(getattr(value, "shape", [])) for name, value in inputs.items()}
+            raise ValueError(
+                f"{type(model).__name__} fails on the example that shows which layers read the same tensor, {shapes}: "
+                f"{type(error).__name__}: {error}. Pass one that it takes: binarize(model, config, "
+                "example_inputs={...}), a dict of its forward arguments"
+            ) from error
         finally:
             for module, training in modes.items():
                 module.training = training
@@ -248,6 +237,7 @@ def plan_modules(
             "(ALBERT with num_hidden_layers > num_hidden_groups) are not supported: choose one such as BERT or RoBERTa"
         )
     _check_modes(stack, config)
+    _warn_of_idle_layers(stack, config, trace)
     plan: dict[str, dict[str, Any]] = {}
     if config.word_embeddings != "float":
         plan.update(_plan_embedding(model, EMBEDDING_KINDS[config.word_embeddings]))
@@ -284,6 +274,25 @@ def _check_modes(stack: Mapping[str, nn.Module], config: StoMPPConfig) -> None:
             )
 
 
+def _warn_of_idle_layers(stack: Mapping[str, nn.Module], config: StoMPPConfig, trace: _Trace) -> None:
+    idle = [
+        name
+        for layer_name, layer in stack.items()
+        for name, module in layer.named_modules(prefix=layer_name)
+        if type(module) is nn.Linear
+        and name not in trace.reads
+        and not is_excluded(name, config.modules_to_not_convert)
+    ]
+    if idle:
+        logger.warning(
+            "%d linear layers stay float, because they do not run on the example input: %s%s. They need another "
+            "(binarize(model, config, example_inputs={...})), or the model reads their weights without calling them.",
+            len(idle),
+            ", ".join(idle[:3]),
+            ", ..." if len(idle) > 3 else "",
+        )
+
+
 def _plan_embedding(model: nn.Module, kind: str) -> dict[str, dict[str, Any]]:
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     name = next((name for name, module in model.named_modules() if module is embedding), None)
@@ -303,8 +312,9 @@ def _plan_layer(layer_name: str, layer: nn.Module, config: StoMPPConfig, trace: 
         and not is_excluded(name, config.modules_to_not_convert)
         and config.mode_of(name) != "float"
     }
-    # Execution order is depth order; what did not run in this pass comes last.
-    names = [name for name in trace.reads if name in linears] + [name for name in linears if name not in trace.reads]
+    # Execution order is depth order. What did not run has no place in it, and could not be packed: its input would
+    # never have got a scale.
+    names = [name for name in trace.reads if name in linears]
     if not names:
         return {}
     if config.unit == "layer":

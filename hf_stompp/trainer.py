@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
 from transformers.trainer_callback import ExportableState, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from .binarization import config_of
 from .distillation import LABELS, OUTPUTS, Comparison, check_teacher, distillation_loss
 from .freezing import Freezing, check_masks, initialize_activations
-from .integrity import checkpoint_files, tensor_digest, verify_files
+from .integrity import checkpoint_files, last_whole_checkpoint, tensor_digest, verify_files
+from .labels import check_labels
 from .nn import MaskedBinaryActivation
 from .patching import frozen_counts, fully_binary, masked_modules, packed_modules
 from .progression import Progression, plan_progression
@@ -302,17 +304,22 @@ class StoMPPTrainer(ReproducibleGrouping, PushingTrainer):
             if isinstance(callback, ProgressionCallback):
                 callback.trainer, self.progression_callback = self, callback
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
-        Trains as [`~transformers.Trainer`] does, with its arguments (`resume_from_checkpoint` among them). A run that
-        starts at step 0 starts with empty masks.
+        Trains as [`~transformers.Trainer`] does, with its arguments. A run that starts at step 0 starts with empty
+        masks.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): a checkpoint; True for the last one in
+                `args.output_dir` that was written to its end.
+            args, kwargs: further ones of [`~transformers.Trainer.train`].
 
         Returns:
             `TrainOutput`: the number of steps, the mean loss and the metrics.
 
         Raises:
             ValueError: the model is packed, the training set is empty or has a label out of range, the schedule cannot
-                finish, or the checkpoint to resume belongs to a run with other settings.
+                finish, there is no checkpoint, or it belongs to a run with other settings.
             RuntimeError: the ranks hold different freeze masks.
         """
         if packed_modules(self.model):
@@ -326,36 +333,32 @@ class StoMPPTrainer(ReproducibleGrouping, PushingTrainer):
             # A unit that commits runs other code from then on: one compilation more for each.
             dynamo = torch._dynamo.config
             dynamo.recompile_limit = max(dynamo.recompile_limit, len(config.units) + 8)
-        return super().train(*args, **kwargs)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir or ".")
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"{self.args.output_dir} holds no checkpoint to resume from: drop resume_from_checkpoint"
+                )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _check_dataset(self) -> None:
         """
         Checks the training set before the first step.
 
         Raises:
-            ValueError: it is empty, or a label is out of range.
+            ValueError: it is empty, or see [`check_labels`].
         """
         dataset: Any = self.train_dataset
         if dataset is not None and hasattr(dataset, "__len__") and len(dataset) == 0:
             raise ValueError("train_dataset is empty: check max_train_samples and whatever filters the data")
-        columns = getattr(dataset, "column_names", None) or []
-        column = next((name for name in ("labels", "label") if name in columns), None)
-        classes = getattr(self.model.config, "num_labels", None)
-        regression = classes == 1 or getattr(self.model.config, "problem_type", None) not in (
-            None,
-            "single_label_classification",
-        )
-        if column is None or classes is None or regression:
-            return
-        labels = torch.as_tensor(dataset[column][:])
-        bad = ((labels < 0) | (labels >= classes)) & (labels != -100)
-        if labels.dim() == 1 and bool(bad.any()):
-            row = int(bad.nonzero()[0])
-            raise ValueError(
-                f"label out of range: row {row} of train_dataset has {column}={labels[row].item()}, the model has "
-                f"{classes} classes (0 to "
-                f"{classes - 1}); pass num_labels to from_pretrained or correct the data"
-            )
+        classes = getattr(self.model.config, "num_labels", 1)
+        single = getattr(self.model.config, "problem_type", None) in (None, "single_label_classification")
+        # The classes of multiple choice are the choices.
+        is_choice = type(self.model).__name__ in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values()
+        # What is streamed has no length, and is not read twice.
+        is_table = hasattr(dataset, "select_columns") and hasattr(dataset, "__len__")
+        if is_table and classes > 1 and single and not is_choice:
+            check_labels(dataset, classes)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Trainer looks for the end of training only after a step: a finished run that is resumed would take one more.

@@ -3,12 +3,20 @@ from __future__ import annotations
 import json
 import pickle
 import struct
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_stompp.integrity import METADATA_PREFIX, checkpoint_files, digests, tensor_digest, verify_files
+from hf_stompp.integrity import (
+    METADATA_PREFIX,
+    checkpoint_files,
+    digests,
+    last_whole_checkpoint,
+    tensor_digest,
+    verify_files,
+)
 
 
 TENSORS = {
@@ -268,3 +276,30 @@ def test_folder_without_safetensors_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match=rf"{tmp_path} holds no model.safetensors"):
         checkpoint_files(tmp_path)
+
+
+def test_last_checkpoint_that_was_written_to_its_end_is_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def checkpoint(step: int, weights: bool, state: str | None) -> Path:
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if weights:
+            save_file({"weight": torch.zeros(2)}, folder / "model.safetensors")
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+        return folder
+
+    assert last_whole_checkpoint(tmp_path) is None
+    assert last_whole_checkpoint(tmp_path / "missing") is None
+    checkpoint(9, True, "{}")
+    whole = checkpoint(10, True, "{}")
+    (tmp_path / "checkpoint-best").mkdir()
+    assert last_whole_checkpoint(tmp_path) == str(whole) and not caplog.text
+    checkpoint(20, False, None)
+    checkpoint(30, True, None)
+    checkpoint(40, True, '{"epoch": 1')
+    checkpoint(50, False, "{}")
+    assert last_whole_checkpoint(tmp_path) == str(whole)
+    for step in (20, 30, 40, 50):
+        assert f"checkpoint-{step} was not written to its end" in caplog.text

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM, T5Config, T5Model
 
 from hf_stompp import StoMPPConfig
-from hf_stompp.structure import example_inputs, find_layer_stack, is_excluded, plan_modules
+from hf_stompp.example_inputs import example_inputs
+from hf_stompp.structure import find_layer_stack, is_excluded, plan_modules
 
 
 BERT_LAYER = {

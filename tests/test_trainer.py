@@ -369,6 +369,22 @@ def test_a_resumed_run_ends_in_the_same_weights(tmp_path: Path, surrogate: str, 
     assert_same_state(state_of(resumed.model), state_of(whole.model))
 
 
+def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = make_trainer(tmp_path / "whole")
+    whole.train()
+    arguments = {"save_strategy": "steps", "save_steps": 3}
+    make_trainer(tmp_path / "parts", callbacks=[StopAfter(9)], **arguments).train()
+    # As a kill while it was being written leaves it.
+    (tmp_path / "parts" / "checkpoint-9" / "trainer_state.json").unlink()
+
+    resumed = make_trainer(tmp_path / "parts", **arguments)
+    resumed.train(resume_from_checkpoint=True)
+    assert "checkpoint-9 was not written to its end" in caplog.text
+    assert_same_state(state_of(resumed.model), state_of(whole.model))
+    with pytest.raises(ValueError, match="holds no checkpoint to resume from"):
+        make_trainer(tmp_path / "none", **arguments).train(resume_from_checkpoint=True)
+
+
 def test_resuming_a_finished_run_takes_no_step(tmp_path: Path) -> None:
     # 12 steps end in the middle of the second epoch of 8.
     trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=12)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +44,12 @@ class Examples:
     labels: list[Any]
     names: list[str] | None
 
+    @property
+    def digest(self) -> str:
+        """Tells whether texts and labels are those of an earlier run."""
+        content = json.dumps([self.texts, self.labels, self.names], default=str)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
     def first(self, count: int) -> Examples:
         """So many of them."""
         texts = [column[:count] for column in self.texts]
@@ -79,6 +87,11 @@ def _text_columns(table: Any, source: str, label_column: str, wanted: list[str] 
         missing = [name for name in wanted if name not in names]
         if missing:
             raise CommandError(f"{source} has no column {', '.join(missing)}: it has {', '.join(names)}")
+        if label_column in wanted:
+            raise CommandError(
+                f"{label_column} is among --text_columns: the model would read the answer; leave it out, or name "
+                "another --label_column"
+            )
         return tuple(wanted)
     for columns in TEXT_COLUMNS:
         if all(name in names for name in columns):
@@ -120,6 +133,11 @@ def read_examples(file: Path | None, arguments: argparse.Namespace, split: str =
     labels = list(table[arguments.label_column][:])
     if not labels:
         raise CommandError(f"{source} holds no examples: check it")
+    row = next((row for row, label in enumerate(labels) if label is None or label == ""), None)
+    if row is not None:
+        raise CommandError(
+            f"{source} has no label in column {arguments.label_column} of row {row}: fill it, or take the row out"
+        )
     feature = table.features[arguments.label_column]
     return Examples(source, columns, texts, labels, getattr(feature, "names", None))
 

@@ -27,7 +27,9 @@ def _planned(config: PreTrainedConfig, model: str, options: dict[str, Any]) -> t
     planned = empty_model(config, model, "meta")
     try:
         plan = plan_modules(planned, stompp)
-    except (RuntimeError, NotImplementedError):
+    except ValueError as error:
+        if not isinstance(error.__cause__, RuntimeError):
+            raise
         # Some models (DeBERTa) read values on their way, which the meta device does not have.
         planned = empty_model(config, model, "cpu")
         plan = plan_modules(planned, stompp)

@@ -273,7 +273,11 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         eval_datasets={"eval": tokenized(validation, class_ids(validation, model.config), tokenizer, length)},
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=accuracy,
-        identity={name: str(getattr(arguments, name)) for name in IDENTITY},
+        identity={
+            **{name: str(getattr(arguments, name)) for name in IDENTITY},
+            "train_examples": training.digest,
+            "validation_examples": validation.digest,
+        },
         prepare=prepare,
     )
     with stopping_on_interrupt(stop):

@@ -174,15 +174,13 @@ class _MaskedBinaryLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, mask, scale = ctx.saved_tensors
         clip, surrogate, window = ctx.settings
-        rows = grad.reshape(-1, grad.shape[-1])
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_input = grad @ masked_weight(weight, mask, scale, clip, grad.dtype)
         if ctx.needs_input_grad[1]:
-            product = rows.T @ input.reshape(-1, input.shape[-1])
-            grad_weight = masked_weight_grad(product, weight, mask, scale, clip, surrogate, window)
+            grad_weight = masked_weight_grad(grad.T @ input, weight, mask, scale, clip, surrogate, window)
         if ctx.needs_input_grad[4]:
-            grad_bias = rows.sum(dim=0)
+            grad_bias = grad.sum(dim=0)
         return grad_input, grad_weight, None, None, grad_bias, None, None, None
 
 
@@ -214,7 +212,10 @@ def masked_binary_linear(
     bias = None if bias is None else bias.to(dtype)
     weight = weight.detach() if blocked else weight
     window = clip if window is None else window
-    return _MaskedBinaryLinear.apply(input.to(dtype), weight, mask, scale, bias, clip, surrogate, window)
+    rows = input.to(dtype).reshape(-1, input.shape[-1])
+    output = _MaskedBinaryLinear.apply(rows, weight, mask, scale, bias, clip, surrogate, window)
+    # Here, not in the function: what that puts out as a view cannot be changed in place, and Longformer does so.
+    return output.reshape(*input.shape[:-1], weight.shape[0])
 
 
 class _PackedLinear(torch.autograd.Function):

@@ -155,6 +155,11 @@ class PackedBinaryLinear(Float32Buffers, BinaryInputModule):
         bits = binary_linear_sign(bits_or_floats, threshold, *layer, dtype, following.threshold.float())
         return as_integers(bits, dtype)
 
+    @property
+    def weight(self) -> Tensor:
+        """An empty tensor that tells dtype and device, which some models (T5) ask their linear layers for."""
+        return self.scale.new_empty(0)
+
     def _signed_input(self, input: Tensor) -> tuple[Tensor, Tensor | None, torch.dtype]:
         """What the operators take: bits, or floats and the threshold of their signs; and the dtype to put out."""
         if not input.is_floating_point():

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from hf_stompp import StoMPPConfig, binarize, cli, commit
+from hf_stompp.example_inputs import example_inputs
 from hf_stompp.patching import packed_modules
-from hf_stompp.structure import example_inputs
 
 
 CLASSES = ["bad", "fair", "good"]
@@ -217,3 +217,17 @@ class TestBadInput:
         printed("train", *words)
         message = refused("train", *words, "--learning_rate", 1, "--resume")
         assert "belongs to another run: learning_rate was 0.0002, is 1.0" in message
+        # The same name, other examples.
+        write(Path(files[3]), 32, 2)
+        assert "belongs to another run: validation_examples was" in refused("train", *words, "--resume")
+
+    def test_label_that_is_empty(self, float_model: str, files: list[str], tmp_path: Path, refused: Callable) -> None:
+        other = write(tmp_path / "other.csv", 8, 0, lambda label: "" if label == 2 else CLASSES[label])
+        message = refused("train", float_model, tmp_path / "out", "--train_file", other, *files[2:])
+        assert "has no label in column label of row" in message
+
+    def test_label_among_the_texts(
+        self, float_model: str, files: list[str], tmp_path: Path, refused: Callable
+    ) -> None:
+        words = ["train", float_model, tmp_path / "out", *files, "--text_columns", "text", "label"]
+        assert "label is among --text_columns: the model would read the answer" in refused(*words)

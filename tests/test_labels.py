@@ -1,0 +1,45 @@
+"""Labels of a training set: what is refused before the first step, and what is left alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from hf_stompp.labels import check_labels
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1, 2], r"row 2 of train_dataset has labels=2, the model has 2 classes \(0 to 1\)"),
+        ([0, -1, 1], r"row 1 of train_dataset has labels=-1"),
+        ([0, None, 1], r"row 1 of train_dataset has no labels"),
+        (["no", "yes"], r"holds texts, not numbers of classes: train_dataset.class_encode_column\('labels'\)"),
+    ],
+)
+def test_a_label_that_is_no_class_is_refused(labels: list[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_labels(Dataset.from_dict({"labels": labels}), 2)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [[0, 1, -100], [[0, 1, 5], [7]], [[0.0, 1.0], [1.0, 1.0]], [0.5, 3.5]],
+    ids=["classes", "a label a token", "several labels", "numbers"],
+)
+def test_other_labels_are_left_alone(labels: list[Any]) -> None:
+    check_labels(Dataset.from_dict({"labels": labels}), 2)
+    check_labels(Dataset.from_dict({"text": ["a"]}), 2)
+
+
+def test_no_row_is_transformed_to_read_its_label() -> None:
+    dataset = Dataset.from_dict({"image": [1, 2], "label": [0, 3]})
+
+    def fail(rows: Any) -> Any:
+        raise AssertionError("an image was decoded")
+
+    dataset.set_transform(fail)
+    with pytest.raises(ValueError, match="row 1 of train_dataset has label=3"):
+        check_labels(dataset, 2)
