@@ -7,6 +7,7 @@ Importing this package registers the loader, so that `from_pretrained` reads bin
 from __future__ import annotations
 
 from .binarization import binarization_report, binarize, commit
+from .callbacks import MaskScheduler, ProgressionCallback
 from .config import StoMPPConfig
 from .packing import pack, unpack
 from .trainer import StoMPPTrainer
@@ -16,6 +17,8 @@ from .training_args import StoMPPTrainingArguments
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "MaskScheduler",
+    "ProgressionCallback",
     "StoMPPConfig",
     "StoMPPTrainer",
     "StoMPPTrainingArguments",

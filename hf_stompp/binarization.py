@@ -28,6 +28,34 @@ def config_of(model: nn.Module) -> StoMPPConfig:
     return config
 
 
+def binarized_part(model: nn.Module) -> Any:
+    """
+    The model that [`binarize`] was called on: this one, or one inside it, such as the encoder of a sentence encoder.
+
+    Args:
+        model (`nn.Module`).
+
+    Returns:
+        `PreTrainedModel`.
+
+    Raises:
+        ValueError: there is none, or there are several.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        config = getattr(getattr(module, "config", None), "quantization_config", None)
+        inside = any(not other or name.startswith(f"{other}.") for other in found)
+        if inside or not isinstance(config, StoMPPConfig) or not masked_modules(module):
+            continue
+        # What wraps an encoder may have been given its config.
+        if set(config.table) <= {inner for inner, _ in module.named_modules()}:
+            found[name] = module
+    if len(found) != 1:
+        what = f"holds several binarized models, {list(found)}" if found else "holds no binarized model"
+        raise ValueError(f"{type(model).__name__} {what}: call binarize() on one encoder in it")
+    return next(iter(found.values()))
+
+
 def binarize(model: Model, config: StoMPPConfig | None = None, example_inputs: dict[str, Any] | None = None) -> Model:
     """
     Makes a float encoder trainable into a binary one: replaces its linear layers and activations by masked ones, in

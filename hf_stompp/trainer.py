@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
-from transformers.trainer_callback import ExportableState, ProgressCallback
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from .binarization import config_of
+from .callbacks import ProgressionCallback, UnitProgressCallback, refuse_another
 from .distillation import LABELS, OUTPUTS, Comparison, check_teacher, distillation_loss
-from .freezing import Freezing, check_masks, initialize_activations
+from .freezing import initialize_activations
 from .integrity import checkpoint_files, last_whole_checkpoint, tensor_digest, verify_files
 from .labels import check_labels
 from .nn import MaskedBinaryActivation
@@ -35,86 +37,6 @@ def _activation_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         if isinstance(module, MaskedBinaryActivation)
         for name, parameter in module.named_parameters(recurse=False)
     }
-
-
-class ProgressionCallback(TrainerCallback, ExportableState):
-    """
-    Calls [`~hf_stompp.freezing.Freezing`] once per optimizer step.
-
-    Args:
-        trainer (`StoMPPTrainer`, *optional*): set by the trainer where Transformers makes the callback anew, from a
-            checkpoint (`restore_callback_states_from_checkpoint`).
-    """
-
-    def __init__(self, trainer: Any = None) -> None:
-        self.trainer = trainer
-        self.progression: Progression | None = None
-        self.freezing: Freezing | None = None
-
-    def state(self) -> dict[str, Any]:
-        if self.progression is None:
-            return {"args": {}, "attributes": {}}
-        return {
-            "args": {},
-            "attributes": {"progression": self.progression.to_dict(), "seeds": self.trainer.seeds()},
-        }
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.progression = self.trainer.plan(state.max_steps)
-        if state.global_step > 0:
-            check_masks(self.trainer.model, self.progression, state.global_step - 1)
-        else:
-            # auto_find_batch_size starts again with the masks of the attempt that failed.
-            for module in masked_modules(self.trainer.model).values():
-                module.reset()
-        self.freezing = Freezing(self.trainer.model, self.progression, self.trainer.args.train_committed)
-        # Else only checkpoints would have it, and not what save_state() writes.
-        cast(dict, state.stateful_callbacks)[type(self).__name__] = self.state()
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        assert self.progression is not None and self.freezing is not None
-        # Before a unit commits: full masks are the same on every rank whatever they were.
-        if self.progression.is_boundary(state.global_step):
-            self.trainer.check_same_masks()
-        self.freezing.begin_step(state.global_step, self.trainer.optimizer)
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        assert self.freezing is not None
-        self.freezing.before_update(state.global_step)
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        assert self.freezing is not None
-        self.freezing.after_update()
-
-
-class UnitProgressCallback(ProgressCallback):
-    """The Trainer's progress bar, with the unit in transition behind it."""
-
-    def __init__(self, trainer: StoMPPTrainer, max_str_len: int = 100) -> None:
-        super().__init__(max_str_len)
-        self.trainer = trainer
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        progression = self.trainer.progression_callback.progression
-        if self.training_bar is not None and progression is not None:
-            step = state.global_step - 1
-            unit = progression.unit_in_transition(step)
-            if unit is not None:
-                text = f"{progression.units[unit]} {progression.fraction(unit, step):.0%} frozen"
-            else:
-                text = "fully binary" if step >= progression.committed_step else ""
-            self.training_bar.set_postfix_str(text, refresh=False)
-        super().on_step_end(args, state, control, **kwargs)
 
 
 class StoMPPTrainer(ReproducibleGrouping, PushingTrainer):
@@ -157,7 +79,7 @@ class StoMPPTrainer(ReproducibleGrouping, PushingTrainer):
         config_of(self.model)
         self.teacher_name = None if teacher is None else teacher.name_or_path
         self.teacher = None if teacher is None else self._prepare_teacher(teacher)
-        self.progression_callback = ProgressionCallback(self)
+        self.progression_callback = ProgressionCallback(trainer=self)
         self.add_callback(self.progression_callback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(UnitProgressCallback(self))
@@ -285,12 +207,7 @@ class StoMPPTrainer(ReproducibleGrouping, PushingTrainer):
             seed=args.seed if args.mask_seed is None else args.mask_seed,
         )
         if self._saved_progression is not None:
-            changes = progression.difference(self._saved_progression)
-            if changes:
-                raise ValueError(
-                    "this run resumes a checkpoint with another progression; resume with the settings it was started "
-                    "with, or start anew in another output_dir. Saved -> now: " + "; ".join(changes)
-                )
+            refuse_another(progression, self._saved_progression)
         return progression
 
     def seeds(self) -> dict[str, int | None]:
@@ -322,39 +239,51 @@ class StoMPPTrainer(ReproducibleGrouping, PushingTrainer):
                 finish, there is no checkpoint, or it belongs to a run with other settings.
             RuntimeError: the ranks hold different freeze masks.
         """
-        if packed_modules(self.model):
-            raise ValueError(
-                "a packed model cannot be trained, only evaluated; train the latent model, or unpack(model)"
-            )
-        self._check_dataset()
+        # Else the model is made by the call below.
+        if self.model_init is None:
+            self._check_before_training(self.model)
         self._saved_progression = None
-        config = config_of(self.model)
-        if self.args.torch_compile and config.surrogate == "none":
-            # A unit that commits runs other code from then on: one compilation more for each.
-            dynamo = torch._dynamo.config
-            dynamo.recompile_limit = max(dynamo.recompile_limit, len(config.units) + 8)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir or ".")
             if resume_from_checkpoint is None:
                 raise ValueError(
                     f"{self.args.output_dir} holds no checkpoint to resume from: drop resume_from_checkpoint"
                 )
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with self._room_for_compilations():
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _check_dataset(self) -> None:
+    def _room_for_compilations(self) -> Any:
+        """A unit that commits without a gradient runs other code from then on: one compilation more for each."""
+        if not self.args.torch_compile or self.model is None or config_of(self.model).surrogate != "none":
+            return nullcontext()
+        dynamo: Any = torch._dynamo.config
+        return dynamo.patch(recompile_limit=max(dynamo.recompile_limit, len(config_of(self.model).units) + 8))
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """The model of `model_init`, for each trial of a hyperparameter search a new one."""
+        model = super().call_model_init(trial)
+        self._check_before_training(model)
+        return model
+
+    def _check_before_training(self, model: Any) -> None:
         """
-        Checks the training set before the first step.
+        Checks model and training set before the first step.
 
         Raises:
-            ValueError: it is empty, or see [`check_labels`].
+            ValueError: the model is packed, the data set is empty, or see [`check_labels`].
         """
-        dataset: Any = self.train_dataset
+        if packed_modules(model):
+            raise ValueError(
+                "a packed model cannot be trained, only evaluated; train the latent model, or unpack(model)"
+            )
+        # Transformers makes the first model before it has the data.
+        dataset: Any = getattr(self, "train_dataset", None)
         if dataset is not None and hasattr(dataset, "__len__") and len(dataset) == 0:
             raise ValueError("train_dataset is empty: check max_train_samples and whatever filters the data")
-        classes = getattr(self.model.config, "num_labels", 1)
-        single = getattr(self.model.config, "problem_type", None) in (None, "single_label_classification")
+        classes = getattr(model.config, "num_labels", 1)
+        single = getattr(model.config, "problem_type", None) in (None, "single_label_classification")
         # The classes of multiple choice are the choices.
-        is_choice = type(self.model).__name__ in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values()
+        is_choice = type(model).__name__ in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values()
         # What is streamed has no length, and is not read twice.
         is_table = hasattr(dataset, "select_columns") and hasattr(dataset, "__len__")
         if is_table and classes > 1 and single and not is_choice:

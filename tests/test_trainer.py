@@ -21,10 +21,10 @@ from transformers import (
 )
 
 from hf_stompp import StoMPPConfig, StoMPPTrainer, StoMPPTrainingArguments, binarize, commit, pack, unpack
+from hf_stompp.callbacks import ProgressionCallback
 from hf_stompp.nn import MaskedBinaryActivation
 from hf_stompp.nn.mask import advance_mask_, mask_generator
 from hf_stompp.patching import masked_modules
-from hf_stompp.trainer import ProgressionCallback
 
 
 # Older versions of Transformers call it gradient_checkpointing.

@@ -31,12 +31,12 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from ..binarization import config_of
+from ..callbacks import UnitProgressCallback
 from ..methods import RecipeArguments
 from ..patching import masked_modules
 from ..recipe import Recipe
 from ..stages import run_recipe, write_card
 from ..summary import summarize
-from ..trainer import UnitProgressCallback
 from ..training_args import StoMPPTrainingArguments
 from .errors import CommandError, hub_errors
 from .evaluation import read_tokenizer
@@ -122,7 +122,7 @@ def quiet(trainer: Trainer) -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if trainer.pop_callback(UnitProgressCallback) is not None and trainer.train_dataset is not None:
-        trainer.add_callback(QuietProgress(trainer))  # type: ignore[arg-type]
+        trainer.add_callback(QuietProgress(trainer))
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:

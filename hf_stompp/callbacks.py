@@ -1,0 +1,237 @@
+"""
+What carries a model through its progression in a training loop: callbacks of Transformers' trainers, and a scheduler
+for loops of one's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState, ProgressCallback
+
+from .binarization import binarized_part, config_of
+from .freezing import Freezing, check_masks
+from .patching import masked_modules
+from .progression import Progression, plan_progression
+
+
+def refuse_another(progression: Progression, saved: dict[str, Any]) -> None:
+    """
+    Checks that a run goes on with the progression that it was started with.
+
+    Raises:
+        ValueError: it has another; names what differs.
+    """
+    changes = progression.difference(saved)
+    if changes:
+        raise ValueError(
+            "this run resumes a checkpoint with another progression; resume with the settings it was started with, or "
+            "start anew in another output_dir. Saved -> now: " + "; ".join(changes)
+        )
+
+
+class ProgressionCallback(TrainerCallback, ExportableState):
+    """
+    Makes a Trainer binarize what it trains: once per optimizer step the masks advance. [`StoMPPTrainer`] has one of
+    its own; this is for others, such as `SentenceTransformerTrainer`. What they evaluate before the last unit is
+    committed is the network as it is then, partly float.
+
+    Args:
+        train_committed (`bool`, *optional*, defaults to `True`): as in [`StoMPPTrainingArguments`].
+        trainer (`StoMPPTrainer`, *optional*): whose progression it is.
+        **progression: arguments of [`~hf_stompp.progression.plan_progression`] after the number of steps: `order`,
+            `schedule`, `warmup`, `tail`, `overlap`, `refresh_period`, `seed`.
+
+    Raises:
+        TypeError, ValueError: one of them does not exist, or has a bad value.
+
+    Example:
+
+    ```python
+    >>> trainer = SentenceTransformerTrainer(model, args, train_dataset, loss=loss, callbacks=[ProgressionCallback()])
+    ```
+    """
+
+    def __init__(self, train_committed: bool = True, trainer: Any = None, **progression: Any) -> None:
+        # Now, not when the data is ready.
+        plan_progression(["unit"], 10**9, **progression)
+        self.settings = progression
+        self.train_committed = train_committed
+        self.trainer = trainer
+        self.progression: Progression | None = None
+        self.freezing: Freezing | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What Transformers writes into checkpoints."""
+        if self.trainer is not None:
+            attributes = {"progression": self._saved(), "seeds": self.trainer.seeds()}
+            return {"args": {}, "attributes": {} if self.progression is None else attributes}
+        args = {"train_committed": self.train_committed, **self.settings}
+        return {"args": args, "attributes": {} if self.progression is None else {"progression": self._saved()}}
+
+    def _saved(self) -> dict[str, Any] | None:
+        return None if self.progression is None else self.progression.to_dict()
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        encoder = self.trainer.model if self.trainer is not None else binarized_part(cast(nn.Module, model))
+        callbacks = cast(dict, state.stateful_callbacks)
+        if self.trainer is not None:
+            self.progression = self.trainer.plan(state.max_steps)
+            train_committed = self.trainer.args.train_committed
+        else:
+            self.progression = plan_progression(config_of(encoder).units, state.max_steps, **self.settings)
+            train_committed = self.train_committed
+            saved = callbacks.get(type(self).__name__, {}).get("attributes", {}).get("progression")
+            if state.global_step > 0 and saved is not None:
+                refuse_another(self.progression, saved)
+        if state.global_step > 0:
+            check_masks(encoder, self.progression, state.global_step - 1)
+        else:
+            # auto_find_batch_size starts again with the masks of the attempt that failed.
+            for module in masked_modules(encoder).values():
+                module.reset()
+        self.freezing = Freezing(encoder, self.progression, train_committed)
+        # Else only checkpoints would have it, and not what save_state() writes.
+        callbacks[type(self).__name__] = self.state()
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: torch.optim.Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        assert self.progression is not None and self.freezing is not None
+        # Before a unit commits: full masks are the same on every rank whatever they were.
+        if self.trainer is not None and self.progression.is_boundary(state.global_step):
+            self.trainer.check_same_masks()
+        self.freezing.begin_step(state.global_step, optimizer)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self.freezing is not None
+        self.freezing.before_update(state.global_step)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self.freezing is not None
+        self.freezing.after_update()
+
+
+class UnitProgressCallback(ProgressCallback):
+    """The Trainer's progress bar, with the unit in transition behind it."""
+
+    def __init__(self, trainer: Any, max_str_len: int = 100) -> None:
+        super().__init__(max_str_len)
+        self.trainer = trainer
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        progression = self.trainer.progression_callback.progression
+        if self.training_bar is not None and progression is not None:
+            step = state.global_step - 1
+            unit = progression.unit_in_transition(step)
+            if unit is not None:
+                text = f"{progression.units[unit]} {progression.fraction(unit, step):.0%} frozen"
+            else:
+                text = "fully binary" if step >= progression.committed_step else ""
+            self.training_bar.set_postfix_str(text, refresh=False)
+        super().on_step_end(args, state, control, **kwargs)
+
+
+class MaskScheduler:
+    """
+    Binarizes a model in a training loop of one's own. It is used like a learning-rate scheduler: made after the
+    optimizer, `step()` after each `optimizer.step()`.
+
+    Steps that the optimizer does not take, while gradients accumulate or where one was not finite, do not count.
+
+    Args:
+        model (`nn.Module`): after [`binarize`], or with such a model inside.
+        optimizer (`torch.optim.Optimizer`): of PyTorch, or as Accelerate prepared it.
+        total_steps (`int`): optimizer steps of the whole run.
+        train_committed (`bool`, *optional*, defaults to `True`): as in [`StoMPPTrainingArguments`].
+        **progression: arguments of [`~hf_stompp.progression.plan_progression`] after the number of steps.
+
+    Raises:
+        ValueError: nothing in the model is binarized, or the schedule cannot finish.
+
+    Example:
+
+    ```python
+    >>> scheduler = MaskScheduler(model, optimizer, total_steps=len(dataloader) * epochs)
+    >>> for batch in dataloader:
+    ...     model(**batch).loss.backward()
+    ...     optimizer.step()
+    ...     scheduler.step()
+    ...     optimizer.zero_grad()
+    >>> packed = pack(model)
+    ```
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        total_steps: int,
+        train_committed: bool = True,
+        **progression: Any,
+    ) -> None:
+        self.encoder = binarized_part(model)
+        self.progression = plan_progression(config_of(self.encoder).units, total_steps, **progression)
+        self.optimizer = optimizer
+        self.freezing = Freezing(self.encoder, self.progression, train_committed)
+        self.updates = 0
+        taken = getattr(optimizer, "optimizer", optimizer)
+        taken.register_step_pre_hook(self._before_update)
+        taken.register_step_post_hook(self._after_update)
+        self.masks_at = -1
+        self.step()
+
+    def _before_update(self, *args: Any) -> None:
+        self.freezing.before_update(self.updates)
+
+    def _after_update(self, *args: Any) -> None:
+        self.freezing.after_update()
+        self.updates += 1
+
+    def step(self) -> None:
+        """Brings the masks to the optimizer step that comes next."""
+        if self.masks_at < self.updates:
+            self.masks_at = self.updates
+            self.freezing.begin_step(self.updates, self.optimizer)
+
+    @property
+    def is_committed(self) -> bool:
+        """Whether every mask is full: the model is binary, and can be packed."""
+        return all(module.committed for module in masked_modules(self.encoder).values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps taken, the step that the masks are at, and the progression. The masks are in the model's state."""
+        return {"updates": self.updates, "masks_at": self.masks_at, "progression": self.progression.to_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """
+        Goes on where another left off, after the model has its masks back.
+
+        Raises:
+            ValueError: it had another progression, or the masks are not what that left.
+        """
+        refuse_another(self.progression, state_dict["progression"])
+        check_masks(self.encoder, self.progression, state_dict["masks_at"])
+        self.updates, self.masks_at = state_dict["updates"], state_dict["masks_at"]
+        self.step()
