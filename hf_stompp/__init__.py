@@ -6,12 +6,18 @@ Importing this package registers the loader, so that `from_pretrained` reads bin
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .binarization import binarization_report, binarize, commit
-from .callbacks import MaskScheduler, ProgressionCallback
 from .config import StoMPPConfig
 from .packing import pack, unpack
-from .trainer import StoMPPTrainer
-from .training_args import StoMPPTrainingArguments
+
+
+if TYPE_CHECKING:
+    from .callbacks import MaskScheduler, ProgressionCallback
+    from .trainer import StoMPPTrainer
+    from .training_args import StoMPPTrainingArguments
 
 
 __version__ = "0.1.0.dev0"
@@ -28,3 +34,21 @@ __all__ = [
     "pack",
     "unpack",
 ]
+
+# Who only loads models should not wait for the Trainer, and what that needs.
+_FOR_TRAINING = {
+    "MaskScheduler": "callbacks",
+    "ProgressionCallback": "callbacks",
+    "StoMPPTrainer": "trainer",
+    "StoMPPTrainingArguments": "training_args",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FOR_TRAINING:
+        return getattr(importlib.import_module(f".{_FOR_TRAINING[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import logging
 import math
 import os
 import platform
@@ -37,6 +38,8 @@ from .config import StoMPPConfig
 from .ops import binary_linear, byte_linear, cpu, pack_bits
 from .packing import pack
 
+
+logger = logging.getLogger(__name__)
 
 # (in_features, out_features): the linear layers of MiniLM, BERT-base and BERT-large.
 SHAPES = [
@@ -346,10 +349,19 @@ def compare_with_float(packed: Any, batches: Sequence[int] = (1, 8)) -> list[dic
 
     Returns:
         `list[dict]`: one a batch, with `batch`, `length` and the median seconds of `float` and `packed`; empty for a
-            model that takes no token ids.
+            model that takes no token ids, or where there is no memory for a float one.
     """
     if packed.main_input_name != "input_ids":
         return []
+    try:
+        return _compare_with_float(packed, batches)
+    # On the CPU running out of memory is no class of its own.
+    except (RuntimeError, MemoryError) as error:
+        logger.warning("No times for the model card, a float model could not be run beside the packed one: %s", error)
+        return []
+
+
+def _compare_with_float(packed: Any, batches: Sequence[int]) -> list[dict[str, Any]]:
     config = copy.deepcopy(packed.config)
     del config.quantization_config
     device, training = packed.device, packed.training

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -164,11 +166,15 @@ def is_repository(name: str | None) -> bool:
 
 
 def measures(evaluation: Mapping[str, Any] | None) -> dict[str, float]:
-    """The measures in what a Trainer logs of an evaluation: without loss, speeds and the mixed network's."""
+    """
+    The measures in what a Trainer logs of an evaluation: without loss, speeds, the mixed network's, and what is no
+    number.
+    """
     found = {}
     for key, value in (evaluation or {}).items():
         name = key.removeprefix("eval_")
-        if key.startswith("eval_") and not name.startswith("mixed_") and name not in ("loss", *NO_MEASURES):
+        is_measure = key.startswith("eval_") and not name.startswith("mixed_") and name not in ("loss", *NO_MEASURES)
+        if is_measure and isinstance(value, Real) and math.isfinite(value):
             found[name] = float(value)
     return found
 
@@ -422,14 +428,13 @@ def _table(left: str, right: str, values: Mapping[str, Any]) -> str:
 # --- pushing ---------------------------------------------------------------------------------------------------------
 
 
-def _upload_modified_files(model: PreTrainedModel, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-    # Both ways of pushing a model by itself, push_to_hub and save_pretrained(push_to_hub=True), end here. Named like
-    # the method that it stands in for, which is what a pickled model finds when it is read.
+def upload_modified_files(model: PreTrainedModel, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+    """
+    What a model uploads of a folder, with a card. Both ways of pushing a model by itself, `push_to_hub` and
+    `save_pretrained(push_to_hub=True)`, end here.
+    """
     complete_card(model, Path(working_dir) / "README.md", repo_id, kwargs.get("revision"))
     return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
-
-
-upload_modified_files = _upload_modified_files
 
 
 def complete_card(model: PreTrainedModel, card: Path, repository: str, revision: str | None = None) -> None:

@@ -73,13 +73,20 @@ def frozen_counts(model: nn.Module, config: StoMPPConfig) -> dict[str, tuple[int
     return counts
 
 
+def unit_prefixes(unit: str) -> tuple[str, ...]:
+    """
+    What the names of everything in a unit begin with. A sub-layer may be several children of its layer:
+    `encoder.layer.0.intermediate+output`.
+    """
+    layer, _, children = unit.rpartition(".")
+    return tuple(f"{layer}.{child}." for child in children.split("+"))
+
+
 def unit_parameters(model: nn.Module, config: StoMPPConfig) -> list[list[nn.Parameter]]:
     """The parameters that lie in each unit, units from input to output, latent weights included."""
     found = []
     for unit in config.units:
-        layer, _, children = unit.rpartition(".")
-        # A sub-layer may be several children of its layer: `encoder.layer.0.intermediate+output`.
-        prefixes = tuple(f"{layer}.{child}." for child in children.split("+"))
+        prefixes = unit_prefixes(unit)
         found.append([parameter for name, parameter in model.named_parameters() if name.startswith(prefixes)])
     return found
 
@@ -446,7 +453,7 @@ def report(model: nn.Module, config: StoMPPConfig) -> BinarizationReport:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name in counted or name not in saved:
             continue
-        unit = next((unit for unit in config.units if name.startswith(f"{unit}.")), "(float)")
+        unit = next((unit for unit in config.units if name.startswith(unit_prefixes(unit))), "(float)")
         size = tensor.numel() * tensor.element_size()
         weights = tensor.numel() if isinstance(tensor, nn.Parameter) else 0
         add(unit, float_weights=weights, bytes_before=size, bytes_latent=size, bytes_packed=size)

@@ -17,7 +17,6 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 from .config import QUANT_METHOD, StoMPPConfig
 from .example_inputs import example_inputs
-from .hub import upload_modified_files
 from .integrity import digests, start_verification
 from .nn import MaskedBinaryModule, PackedBinaryActivation, PackedBinaryLinear, PackedInt8Embedding
 from .patching import (
@@ -241,11 +240,19 @@ def _expect_guard(model: nn.Module) -> None:
         holder._keys_to_ignore_on_load_unexpected = {*known, rf"(^|\.){re.escape(inside)}$"}
 
 
+def _upload_modified_files(model: Any, *args: Any, **kwargs: Any) -> Any:
+    # Named like the method that it stands in for, which is what a pickled model finds when it is read. Who only loads
+    # a model needs no card, and not what that imports.
+    from .hub import upload_modified_files
+
+    return upload_modified_files(model, *args, **kwargs)
+
+
 def _complete_cards(model: nn.Module) -> None:
     """Makes `push_to_hub` of a model by itself write a card that says how to load it."""
     holder: Any = model
     # On the object: its class is Transformers', and stays.
-    holder._upload_modified_files = MethodType(upload_modified_files, model)
+    holder._upload_modified_files = MethodType(_upload_modified_files, model)
 
 
 def _skip_initialization(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -29,6 +30,21 @@ def is_excluded(name: str, patterns: list[str]) -> bool:
 
 def _linear_weights(module: nn.Module) -> int:
     return sum(m.weight.numel() for m in module.modules() if type(m) is nn.Linear)
+
+
+def _refuse_other_layers(model: nn.Module) -> None:
+    """Says so where most weights lie in layers of another kind, which no choice of a stack would make binary."""
+    weights = Counter[str]()
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.dim() > 1 and not isinstance(module, nn.Embedding):
+            weights[type(module).__name__] += weight.numel()
+    kinds = [kind for kind, _ in weights.most_common() if kind != "Linear"]
+    if kinds and weights[kinds[0]] > weights["Linear"]:
+        raise ValueError(
+            f"{type(model).__name__} cannot be binarized: its layers are {kinds[0]}, and only nn.Linear becomes "
+            "binary. Choose a Transformer encoder such as BERT, RoBERTa or ViT"
+        )
 
 
 def find_layer_stack(model: nn.Module, layer_stack: str | None = None) -> tuple[str, list[nn.Module]]:
@@ -63,10 +79,10 @@ def find_layer_stack(model: nn.Module, layer_stack: str | None = None) -> tuple[
         if len({type(layer) for layer in module}) == 1 and all(_linear_weights(layer) for layer in module):
             found[name] = module
     if not found:
+        _refuse_other_layers(model)
         raise ValueError(
             f"{type(model).__name__} has no stack of layers: no nn.ModuleList of modules of one class that hold "
-            f"nn.Linear. If the "
-            "layers are kept elsewhere, name their list in StoMPPConfig(layer_stack=...)"
+            "nn.Linear. If the layers are kept elsewhere, name their list in StoMPPConfig(layer_stack=...)"
         )
     by_size = sorted(found, key=lambda name: _linear_weights(found[name]), reverse=True)
     if len(by_size) > 1 and _linear_weights(found[by_size[1]]) >= AMBIGUOUS_SHARE * _linear_weights(found[by_size[0]]):

@@ -132,3 +132,11 @@ def test_packed_model_is_timed_beside_a_float_one_and_stays_as_it_is(tiny_packed
 
 def test_model_that_takes_no_tokens_is_not_timed(tiny_packed: Callable) -> None:
     assert benchmark.compare_with_float(tiny_packed("vit")) == []
+
+
+def test_no_memory_for_a_float_model_costs_the_times_alone(tiny_packed, caplog):
+    packed = tiny_packed("bert")
+    # The table that a float model of this config would need does not fit into any memory.
+    packed.config.vocab_size = 2**45
+    assert benchmark.compare_with_float(packed) == []
+    assert "No times for the model card" in caplog.text

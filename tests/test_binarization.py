@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import (
     AutoModelForMaskedLM,
@@ -362,3 +365,40 @@ def test_rows_do_not_depend_on_the_batch_they_are_in(tiny_committed, tiny_inputs
         )
 
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_layer_norms_of_a_sublayer_count_as_its_own(tiny_model):
+    whole = {unit.unit: unit for unit in binarization_report(binarize(tiny_model("bert"), StoMPPConfig())).units}
+    parts = binarization_report(binarize(tiny_model("bert"), StoMPPConfig(unit="sublayer"))).units
+
+    for layer in ("bert.encoder.layer.0", "bert.encoder.layer.1"):
+        of_layer = [unit for unit in parts if unit.unit.startswith(f"{layer}.")]
+        assert len(of_layer) == 2
+        assert sum(unit.float_weights for unit in of_layer) == whole[layer].float_weights
+        # Weight and bias of one LayerNorm, and the biases of the linear layers.
+        hidden, intermediate = 36, 76
+        assert [unit.float_weights for unit in of_layer] == [6 * hidden, 3 * hidden + intermediate]
+
+
+def test_importing_the_package_does_not_import_the_trainer():
+    code = (
+        "import sys, hf_stompp; "
+        "heavy = [name for name in ('transformers.trainer', 'datasets', 'pandas') if name in sys.modules]; "
+        "assert not heavy, heavy; "
+        "assert set(hf_stompp.__all__) <= set(dir(hf_stompp)); "
+        "hf_stompp.StoMPPTrainer, hf_stompp.StoMPPTrainingArguments, hf_stompp.MaskScheduler"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "kind"),
+    [
+        ("ResNetForImageClassification", {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1]}, "Conv2d"),
+        ("GPT2ForSequenceClassification", {"n_embd": 8, "n_layer": 2, "n_head": 2, "vocab_size": 16}, "Conv1D"),
+    ],
+)
+def test_a_network_of_other_layers_is_told_that_no_stack_would_help(name, fields, kind):
+    model_class = getattr(transformers, name)
+    with pytest.raises(ValueError, match=f"its layers are {kind}, and only nn.Linear becomes binary"):
+        binarize(model_class(model_class.config_class(**fields)))

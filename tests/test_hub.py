@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard, metadata_load
@@ -206,6 +207,8 @@ def test_measures_are_those_of_the_binary_network() -> None:
     }
     assert measures(logged) == {"accuracy": 0.75, "combined_score": 0.7}
     assert measures(None) == {}
+    odd = {"eval_accuracy": np.float32(0.5), "eval_report": "good", "eval_by_class": [0.1], "eval_f1": None}
+    assert measures({**odd, "eval_pearson": float("nan"), "eval_count": 3}) == {"accuracy": 0.5, "count": 3.0}
 
 
 def evaluation(step: int, accuracy: float) -> dict[str, float]:
