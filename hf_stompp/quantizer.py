@@ -386,7 +386,8 @@ def _check_float(model: nn.Module) -> None:
     Checks that a model is float and finite.
 
     Raises:
-        ValueError: it was binarized, packed or quantized before, or holds NaN or infinity; names the tensor.
+        ValueError: it was binarized, packed or quantized before, has adapters that are not merged, or holds NaN or
+            infinity; names the tensor.
     """
     if packed_modules(model):
         raise ValueError(
@@ -395,6 +396,11 @@ def _check_float(model: nn.Module) -> None:
     if any(isinstance(module, MaskedBinaryModule) for module in model.modules()):
         raise ValueError(
             f"{type(model).__name__} is already binarized; binarize a model once, right after from_pretrained"
+        )
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"{type(model).__name__} has adapters that are not merged, whose matrices would become binary, too: merge "
+            "them first, model.merge_and_unload()"
         )
     method = getattr(model, "quantization_method", None)
     # from_pretrained(float, quantization_config=StoMPPConfig(...)) has marked the model already.

@@ -190,3 +190,15 @@ def test_examples_have_the_shape_that_the_config_tells() -> None:
     assert example_inputs(build("Wav2Vec2Model", **SOUND))["input_values"].shape == (1, 320)
     fields = {**SMALL, "image_size": 16, "patch_size": 8, "num_channels": 1}
     assert example_inputs(build("ViTModel", **fields))["pixel_values"].shape == (1, 1, 16, 16)
+
+
+# peft asks Transformers for what that has renamed.
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_adapters_must_be_merged_first() -> None:
+    peft = pytest.importorskip("peft")
+    model = build("BertForSequenceClassification", **SMALL)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"], init_lora_weights=False))
+    with pytest.raises(ValueError, match="has adapters that are not merged.*merge_and_unload"):
+        binarize(adapted)
+    merged = adapted.merge_and_unload()
+    assert len(masked_modules(binarize(merged))) == 12 + 2 * 4
