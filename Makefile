@@ -9,7 +9,7 @@ RESULT ?= bench.json
 
 GPU_PARTS = gpu-build gpu-test gpu-sanitize gpu-bench gpu-train-base gpu-train-large
 
-.PHONY: demo test release docs bench gpu-check $(GPU_PARTS) quality style clean
+.PHONY: demo test release docs bench supported gpu-check $(GPU_PARTS) quality style clean
 
 $(VENV)/installed: setup.cfg setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +50,10 @@ docs: $(VENV)/docs
 
 bench: $(VENV)/installed
 	$(BIN)/hf-stompp bench --threads 1 2 --kernels avx2 scalar --output $(RESULT)
+
+# Tries every encoder family and head of the Transformers that is installed.
+supported: $(VENV)/installed
+	$(BIN)/python benchmarks/supported.py --json benchmarks/results/supported.json --output docs/supported.md
 
 # On a machine with a GPU, with the PyTorch, Triton and Transformers that it has: nothing is installed. A part that fails
 # keeps none of the others from running, and all of them end within nine minutes.

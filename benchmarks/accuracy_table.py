@@ -25,6 +25,7 @@ COLUMNS = {
     "`bwn`, text first": ("bwn-distilled",),
     "`bnn`": ("ste",),
     "`bnn`, StoMPP's masks": ("stompp-ste-window",),
+    "`bnn`, attention `bwn`": ("ste-bwn-attention",),
     "`bnn`, text first": ("ste-distilled-4-epochs", "ste-distilled"),
     "bag of words": ("tfidf",),
     "most frequent answer": ("majority",),

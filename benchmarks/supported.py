@@ -78,6 +78,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "t5": {"decoder_start_token_id": 0},
     "mt5": {"decoder_start_token_id": 0},
     "umt5": {"decoder_start_token_id": 0},
+    "squeezebert": {"embedding_size": 32},
     "longformer": {"attention_window": 4},
 }
 """What some need beside that, or instead."""
@@ -106,12 +107,14 @@ def tiny_config(family: str, head: str) -> Any:
             value = getattr(config, name, None)
             if isinstance(value, int) and value >= VOCABULARY:
                 fields[name] = 0 if name == "pad_token_id" else 2
+        if isinstance(getattr(config, "layer_types", None), list):
+            fields["layer_types"] = config.layer_types[: TINY["num_hidden_layers"]]
         return fields
 
     fields = small(default)
-    for name in ("text_config", "vision_config"):
+    for name in ("text_config", "vision_config", "encoder", "decoder"):
         inner = getattr(default, name, None)
-        if inner is not None:
+        if isinstance(inner, transformers.PreTrainedConfig):
             fields[name] = {**inner.to_dict(), **small(inner)}
     return config_class(
         **{**fields, **FAMILIES.get(family, {}), "num_labels": 2 if head == "question answering" else 3}
@@ -154,11 +157,11 @@ def binarized(model: Any) -> Any:
     try:
         return binarize(model)
     except ValueError as error:
-        if "several stacks" not in str(error):
+        lists = [name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)]
+        encoders = [name for name in lists if "encoder" in name]
+        if "several stacks" not in str(error) or not encoders:
             raise
-    lists = [name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)]
-    stack = next(name for name in lists if "encoder" in name)
-    return binarize(model, StoMPPConfig(layer_stack=stack))
+    return binarize(model, StoMPPConfig(layer_stack=encoders[0]))
 
 
 def attempt(family: str, head: str, name: str) -> dict[str, str]:

@@ -47,6 +47,8 @@ _FOR_TRAINING = {
 def __getattr__(name: str) -> Any:
     if name in _FOR_TRAINING:
         return getattr(importlib.import_module(f".{_FOR_TRAINING[name]}", __name__), name)
+    if name in _FOR_TRAINING.values():
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -33,11 +33,19 @@ def refuse_another(progression: Progression, saved: dict[str, Any]) -> None:
         )
 
 
+def _refuse_several(processes: int, gpus: int = 1) -> None:
+    if processes > 1 or gpus > 1:
+        raise ValueError(
+            f"this runs in one process on one GPU, here are {processes} and {gpus}: each would initialise activations "
+            "from batches of its own. Use StoMPPTrainer, or CUDA_VISIBLE_DEVICES=0"
+        )
+
+
 class ProgressionCallback(TrainerCallback, ExportableState):
     """
     Makes a Trainer binarize what it trains: once per optimizer step the masks advance. [`StoMPPTrainer`] has one of
-    its own; this is for others, such as `SentenceTransformerTrainer`. What they evaluate before the last unit is
-    committed is the network as it is then, partly float.
+    its own; this is for others, such as `SentenceTransformerTrainer`, in one process. What they evaluate before the
+    last unit is committed is the network as it is then, partly float.
 
     Args:
         train_committed (`bool`, *optional*, defaults to `True`): as in [`StoMPPTrainingArguments`].
@@ -46,7 +54,8 @@ class ProgressionCallback(TrainerCallback, ExportableState):
             `schedule`, `warmup`, `tail`, `overlap`, `refresh_period`, `seed`.
 
     Raises:
-        TypeError, ValueError: one of them does not exist, or has a bad value.
+        TypeError, ValueError: one of them does not exist, or has a bad value; when training begins, several processes
+            or GPUs.
 
     Example:
 
@@ -89,6 +98,7 @@ class ProgressionCallback(TrainerCallback, ExportableState):
             self.progression = self.trainer.plan(state.max_steps)
             train_committed = self.trainer.args.train_committed
         else:
+            _refuse_several(args.world_size, args.n_gpu)
             self.progression = plan_progression(config_of(encoder).units, state.max_steps, **self.settings)
             train_committed = self.train_committed
             saved = callbacks.get(type(self).__name__, {}).get("attributes", {}).get("progression")
@@ -158,7 +168,8 @@ class MaskScheduler:
     Binarizes a model in a training loop of one's own. It is used like a learning-rate scheduler: made after the
     optimizer, `step()` after each `optimizer.step()`.
 
-    Steps that the optimizer does not take, while gradients accumulate or where one was not finite, do not count.
+    Steps that the optimizer does not take, while gradients accumulate or where one was not finite, do not count. It
+    starts with empty masks, whatever the model had, and runs in one process.
 
     Args:
         model (`nn.Module`): after [`binarize`], or with such a model inside.
@@ -168,7 +179,8 @@ class MaskScheduler:
         **progression: arguments of [`~hf_stompp.progression.plan_progression`] after the number of steps.
 
     Raises:
-        ValueError: nothing in the model is binarized, or the schedule cannot finish.
+        ValueError: nothing in the model is binarized, the schedule cannot finish, nothing would be trained, or there
+            are several processes.
 
     Example:
 
@@ -191,6 +203,8 @@ class MaskScheduler:
         train_committed: bool = True,
         **progression: Any,
     ) -> None:
+        is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        _refuse_several(torch.distributed.get_world_size() if is_distributed else 1)
         self.encoder = binarized_part(model)
         self.progression = plan_progression(config_of(self.encoder).units, total_steps, **progression)
         self.optimizer = optimizer
@@ -199,6 +213,8 @@ class MaskScheduler:
         taken = getattr(optimizer, "optimizer", optimizer)
         taken.register_step_pre_hook(self._before_update)
         taken.register_step_post_hook(self._after_update)
+        for module in masked_modules(self.encoder).values():
+            module.reset()
         self.masks_at = -1
         self.step()
 
@@ -221,17 +237,25 @@ class MaskScheduler:
         return all(module.committed for module in masked_modules(self.encoder).values())
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps taken, the step that the masks are at, and the progression. The masks are in the model's state."""
-        return {"updates": self.updates, "masks_at": self.masks_at, "progression": self.progression.to_dict()}
+        """Steps taken, the masks and the step that they are at, and the progression."""
+        masks = {name: module.freeze_mask.clone() for name, module in masked_modules(self.encoder).items()}
+        return {
+            "updates": self.updates,
+            "masks_at": self.masks_at,
+            "masks": masks,
+            "progression": self.progression.to_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """
-        Goes on where another left off, after the model has its masks back.
+        Goes on where another left off; model and optimizer load their own states.
 
         Raises:
             ValueError: it had another progression, or the masks are not what that left.
         """
         refuse_another(self.progression, state_dict["progression"])
+        for name, module in masked_modules(self.encoder).items():
+            module.restore(state_dict["masks"][name].to(module.freeze_mask.device))
         check_masks(self.encoder, self.progression, state_dict["masks_at"])
         self.updates, self.masks_at = state_dict["updates"], state_dict["masks_at"]
         self.step()

@@ -52,10 +52,11 @@ def _token_ids(model: nn.Module, config: Any) -> Tensor | None:
     if config is None:
         return None
     # Characters (CANINE) have no vocabulary: any number will do.
-    vocabulary = getattr(config.get_text_config(), "vocab_size", None) or TOKENS
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    vocabulary = getattr(text, "vocab_size", None) or TOKENS
     ids = torch.arange(TOKENS).remainder(vocabulary)
     separator = getattr(config, "sep_token_id", None)
-    if separator is not None:
+    if separator is not None and separator < vocabulary:
         # Of a pair; Longformer looks for all three.
         ids[[2, 4, -1]] = separator
     if type(model).__name__ in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .binarization import config_of
+from .config import StoMPPConfig
 from .nn import MaskedBinaryActivation, MaskedBinaryModule
 from .nn.mask import MaskChanges, draw_changes, mask_generator
 from .patching import masked_modules, unit_modules, unit_parameters
@@ -37,6 +38,28 @@ def _latent(modules: dict[str, MaskedBinaryModule]) -> list[Any]:
     return [module for module in modules.values() if not isinstance(module, MaskedBinaryActivation)]
 
 
+def check_settings(config: StoMPPConfig, progression: Progression, train_committed: bool) -> None:
+    """
+    Checks that a progression trains something, and that `train_committed` says something.
+
+    Raises:
+        ValueError: every weight is frozen before the first step and passes no gradient, or committed units are to stop
+            learning where their weights go on.
+    """
+    from_the_start = progression.schedule == "immediate" and all(start == 0 for start, _ in progression.windows)
+    if from_the_start and config.surrogate == "none":
+        raise ValueError(
+            "progression_schedule='immediate' with surrogate='none' freezes every weight before the first step "
+            "and passes no gradient: nothing in the encoder would be trained. For vanilla STE use "
+            "StoMPPConfig(surrogate='ste')"
+        )
+    if not train_committed and config.surrogate != "none":
+        raise ValueError(
+            f"train_committed=False needs StoMPPConfig(surrogate='none'), got {config.surrogate!r}: with a "
+            "straight-through estimator the weights of a committed unit go on learning"
+        )
+
+
 class Freezing:
     """
     Carries a model through a progression, one optimizer step at a time.
@@ -53,10 +76,14 @@ class Freezing:
         progression (`Progression`).
         train_committed (`bool`, *optional*, defaults to `True`): whether LayerNorm, biases, activation scales and
             shifts of a committed unit go on learning (STE-free only).
+
+    Raises:
+        ValueError: see [`check_settings`].
     """
 
     def __init__(self, model: nn.Module, progression: Progression, train_committed: bool = True) -> None:
         config = config_of(model)
+        check_settings(config, progression, train_committed)
         self.progression = progression
         self.units: list[dict[str, MaskedBinaryModule]] = list(unit_modules(model, config).values())
         self.parameters = unit_parameters(model, config)

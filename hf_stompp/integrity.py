@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -148,9 +149,9 @@ def last_whole_checkpoint(output_dir: str | Path) -> str | None:
     """
     folders = {}
     for folder in Path(output_dir).glob("checkpoint-*"):
-        step = folder.name.rpartition("-")[2]
-        if step.isdigit() and folder.is_dir():
-            folders[int(step)] = folder
+        step = re.fullmatch(r"checkpoint-(\d+)", folder.name, re.ASCII)
+        if step is not None and folder.is_dir():
+            folders[int(step[1])] = folder
     for _, folder in sorted(folders.items(), reverse=True):
         try:
             checkpoint_files(folder)

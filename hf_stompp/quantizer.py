@@ -430,12 +430,18 @@ def _check_packed_form(model: nn.Module, config: StoMPPConfig, inputs: Mapping[s
     Refuses a model whose packed form cannot run, before it is trained: its forward may ask linear layers for what
     packed ones do not have. A copy without values is packed, which takes milliseconds and no memory.
     """
-    copied = _without_values(model).eval()
-    on_meta = {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+
+    def without_value(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to("meta", torch.float32 if value.is_floating_point() else None)
+
+    on_meta = {name: without_value(value) for name, value in inputs.items()}
     with torch.no_grad():
         try:
+            copied = _without_values(model).eval().float()
             copied(**on_meta)
-        # Some models (DeBERTa) read values on their way; these cannot be tried out.
+        # Some models (DeBERTa) read values on their way, others cannot be copied: these cannot be tried out.
         except Exception:
             return
         swap_in_packed(copied, config)
@@ -449,10 +455,15 @@ def _check_packed_form(model: nn.Module, config: StoMPPConfig, inputs: Mapping[s
 
 
 def _without_values(model: nn.Module) -> Any:
-    """A copy on the meta device."""
+    """A copy on the meta device, without hooks."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, memo)
+    copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        # They belong to whoever registered them, and expect values.
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return copied

@@ -178,9 +178,17 @@ def suggest_modes(
         left -= price
 
 
+def header_bytes(name: str) -> int:
+    """
+    Bytes at most that a tensor takes in the header of a file: name, dtype, shape and place, and its digest under its
+    name (ours).
+    """
+    return 2 * len(name) + 200
+
+
 def layer_bytes(model: PreTrainedModel, linears: Iterable[str]) -> dict[str, dict[str, float]]:
     """
-    Bytes of each layer in the file of a packed model: layer -> mode -> bytes.
+    Bytes that each layer takes in the file of a packed model at most: layer -> mode -> bytes.
 
     Args:
         model (`PreTrainedModel`): float.
@@ -194,7 +202,8 @@ def layer_bytes(model: PreTrainedModel, linears: Iterable[str]) -> dict[str, dic
         whole = sum(parameter.numel() * parameter.element_size() for parameter in layer.parameters())
         # A binary input has a threshold a feature, and the offset of its levels makes a bias.
         binary = packed + (layer.out_features + layer.in_features) * SCALE_BYTES
-        sizes[name] = {"bnn": binary, "bwn": packed + bias, "float": whole}
+        header = header_bytes(f"{name}.input_activation.threshold")
+        sizes[name] = {"bnn": binary + 4 * header, "bwn": packed + bias + 3 * header, "float": whole + 2 * header}
     return sizes
 
 

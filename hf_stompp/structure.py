@@ -262,7 +262,8 @@ def plan_modules(
     if not any(entry["kind"] == "linear" for entry in plan.values()):
         raise ValueError(
             f"nothing to binarize in {type(model).__name__}: every linear layer of {stack_name} is float by "
-            f"modules_to_not_convert={config.modules_to_not_convert} or modes={config.modes}"
+            f"modules_to_not_convert={config.modules_to_not_convert} or modes={config.modes}, or does not run on the "
+            "example input"
         )
     check_not_tied(model, plan)
     return plan

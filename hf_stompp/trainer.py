@@ -11,14 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+)
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from .binarization import config_of
 from .callbacks import ProgressionCallback, UnitProgressCallback, refuse_another
 from .distillation import LABELS, OUTPUTS, Comparison, check_teacher, distillation_loss
-from .freezing import initialize_activations
+from .freezing import check_settings, initialize_activations
 from .integrity import checkpoint_files, last_whole_checkpoint, tensor_digest, verify_files
 from .labels import check_labels
 from .nn import MaskedBinaryActivation
@@ -27,6 +31,14 @@ from .progression import Progression, plan_progression
 from .pushing import PushingTrainer
 from .sampling import ReproducibleGrouping
 from .training_args import StoMPPTrainingArguments
+
+
+OTHER_HEADS = {
+    *MODEL_FOR_MASKED_LM_MAPPING_NAMES.values(),
+    *MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values(),
+    *MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES.values(),
+}
+"""Classes of models whose `num_labels` says nothing of a column of labels."""
 
 
 def _activation_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -79,6 +91,11 @@ class StoMPPTrainer(ReproducibleGrouping, PushingTrainer):
         config_of(self.model)
         self.teacher_name = None if teacher is None else teacher.name_or_path
         self.teacher = None if teacher is None else self._prepare_teacher(teacher)
+        if any(isinstance(callback, ProgressionCallback) for callback in self.callback_handler.callbacks):
+            raise ValueError(
+                "StoMPPTrainer has a ProgressionCallback of its own: leave yours out, and give its settings as "
+                "arguments, StoMPPTrainingArguments(progression_tail=..., ...)"
+            )
         self.progression_callback = ProgressionCallback(trainer=self)
         self.add_callback(self.progression_callback)
         if self.pop_callback(ProgressCallback) is not None:
@@ -114,19 +131,23 @@ class StoMPPTrainer(ReproducibleGrouping, PushingTrainer):
 
     def _prepare_teacher(self, teacher: PreTrainedModel) -> nn.Module:
         losses = cast(dict[str, float], self.args.distillation_losses)
-        check_teacher(self.model, teacher, losses)
         if self.args.label_smoothing_factor and LABELS not in losses:
             raise ValueError(
                 f"label_smoothing_factor smooths labels, and distillation_losses={losses} does not look at them: give "
                 f"{LABELS!r} a weight, or leave label_smoothing_factor at 0"
             )
-        if "attentions" in losses:
-            # Other implementations never form the probabilities.
-            self.model.set_attn_implementation("eager")
-            teacher.set_attn_implementation("eager")
+        self._fit_to_teacher(self.model, teacher)
         # A loss that needs no labels can be evaluated without them.
         self.can_return_loss = self.can_return_loss or LABELS not in losses
         return self.accelerator.prepare_model(teacher.eval(), evaluation_mode=True)
+
+    def _fit_to_teacher(self, model: PreTrainedModel, teacher: PreTrainedModel) -> None:
+        losses = cast(dict[str, float], self.args.distillation_losses)
+        check_teacher(model, teacher, losses)
+        if "attentions" in losses:
+            # Other implementations never form the probabilities.
+            model.set_attn_implementation("eager")
+            teacher.set_attn_implementation("eager")
 
     def compute_loss(
         self,
@@ -184,17 +205,6 @@ class StoMPPTrainer(ReproducibleGrouping, PushingTrainer):
         """
         args = self.args
         config = config_of(self.model)
-        if args.progression_schedule == "immediate" and config.surrogate == "none" and args.progression_warmup == 0:
-            raise ValueError(
-                "progression_schedule='immediate' with surrogate='none' freezes every weight before the first step "
-                "and passes no gradient: nothing in the encoder would be trained. For vanilla STE use "
-                "StoMPPConfig(surrogate='ste')"
-            )
-        if not args.train_committed and config.surrogate != "none":
-            raise ValueError(
-                f"train_committed=False needs StoMPPConfig(surrogate='none'), got {config.surrogate!r}: with a "
-                "straight-through estimator the weights of a committed unit go on learning"
-            )
         progression = plan_progression(
             config.units,
             total_steps,
@@ -206,6 +216,7 @@ class StoMPPTrainer(ReproducibleGrouping, PushingTrainer):
             refresh_period=args.refresh_period,
             seed=args.seed if args.mask_seed is None else args.mask_seed,
         )
+        check_settings(config, progression, args.train_committed)
         if self._saved_progression is not None:
             refuse_another(progression, self._saved_progression)
         return progression
@@ -262,7 +273,11 @@ class StoMPPTrainer(ReproducibleGrouping, PushingTrainer):
     def call_model_init(self, trial: Any = None) -> Any:
         """The model of `model_init`, for each trial of a hyperparameter search a new one."""
         model = super().call_model_init(trial)
-        self._check_before_training(model)
+        # Transformers makes a first one to find out about it: it may be there to be evaluated.
+        if getattr(self, "is_in_train", False):
+            self._check_before_training(model)
+            if self.teacher is not None:
+                self._fit_to_teacher(cast(Any, model), self.accelerator.unwrap_model(self.teacher))
         return model
 
     def _check_before_training(self, model: Any) -> None:
@@ -276,17 +291,17 @@ class StoMPPTrainer(ReproducibleGrouping, PushingTrainer):
             raise ValueError(
                 "a packed model cannot be trained, only evaluated; train the latent model, or unpack(model)"
             )
-        # Transformers makes the first model before it has the data.
-        dataset: Any = getattr(self, "train_dataset", None)
+        dataset: Any = self.train_dataset
         if dataset is not None and hasattr(dataset, "__len__") and len(dataset) == 0:
             raise ValueError("train_dataset is empty: check max_train_samples and whatever filters the data")
         classes = getattr(model.config, "num_labels", 1)
         single = getattr(model.config, "problem_type", None) in (None, "single_label_classification")
-        # The classes of multiple choice are the choices.
-        is_choice = type(model).__name__ in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values()
+        # A teacher answers instead. The classes of multiple choice are the choices, and other heads have none.
+        unused = self.teacher is not None and LABELS not in cast(dict, self.args.distillation_losses)
+        unused = unused or type(model).__name__ in OTHER_HEADS
         # What is streamed has no length, and is not read twice.
         is_table = hasattr(dataset, "select_columns") and hasattr(dataset, "__len__")
-        if is_table and classes > 1 and single and not is_choice:
+        if is_table and classes > 1 and single and not unused:
             check_labels(dataset, classes)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

@@ -146,10 +146,21 @@ def test_a_loop_goes_on_where_it_stopped(latent: Callable, dataset: Dataset) -> 
     run(second, optimizer, scheduler, rows[7:])
     assert same(second, whole)
 
+    # The order of a user who loads a checkpoint: the model has its masks before there is a scheduler.
     third = latent()
-    _, scheduler = start(third)
-    with pytest.raises(ValueError, match=r"freeze_mask is corrupted: 0\.0"):
-        scheduler.load_state_dict(saved[1])
+    third.load_state_dict(saved[0])
+    for module in masked_modules(third).values():
+        module.refresh_flags()
+    optimizer, scheduler = start(third)
+    scheduler.load_state_dict(saved[1])
+    run(third, optimizer, scheduler, rows[7:])
+    assert same(third, whole)
+
+    wrong = copy.deepcopy(saved[1])
+    name = next(iter(wrong["masks"]))
+    wrong["masks"][name].logical_not_()
+    with pytest.raises(ValueError, match=f"{name}.freeze_mask is corrupted"):
+        start(latent())[1].load_state_dict(wrong)
 
 
 def test_steps_that_the_optimizer_does_not_take_do_not_count(latent: Callable, dataset: Dataset) -> None:
@@ -293,3 +304,41 @@ def test_every_trial_of_a_search_trains_a_new_model(latent: Callable, dataset: D
         expected = plan_progression(trainer.progression_callback.progression.units, STEPS, tail=tail, seed=args.seed)
         assert trainer.progression_callback.progression == expected
     assert len(made) == 3
+
+
+def test_settings_that_train_nothing_are_refused_everywhere(
+    latent: Callable, dataset: Dataset, tmp_path: Path
+) -> None:
+    model = latent("none")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="nothing in the encoder would be trained"):
+        MaskScheduler(model, optimizer, STEPS, schedule="immediate")
+    with pytest.raises(ValueError, match="train_committed=False needs"):
+        plain_trainer(latent(), dataset, tmp_path, train_committed=False).train()
+    args = StoMPPTrainingArguments(str(tmp_path), **ARGUMENTS)
+    with pytest.raises(ValueError, match="has a ProgressionCallback of its own"):
+        StoMPPTrainer(latent(), args, train_dataset=dataset, callbacks=[ProgressionCallback()])
+
+
+def test_a_search_with_a_teacher_compares_attentions_of_every_model(
+    latent: Callable, tiny_model: Callable, dataset: Dataset, tmp_path: Path
+) -> None:
+    args = StoMPPTrainingArguments(
+        str(tmp_path), **{**ARGUMENTS, "save_strategy": "no"}, distillation_losses={"attentions": 1.0}
+    )
+    # Rows without a class: the teacher answers.
+    rows = dataset.map(lambda row: {"labels": -1})
+    trainer = StoMPPTrainer(None, args, train_dataset=rows, model_init=latent, teacher=tiny_model("bert"))
+    trainer.train()
+    assert trainer.is_committed
+
+
+def test_a_packed_model_that_is_made_later_can_be_evaluated(
+    tiny_packed: Callable, dataset: Dataset, tmp_path: Path
+) -> None:
+    args = StoMPPTrainingArguments(str(tmp_path), **ARGUMENTS)
+    trainer = StoMPPTrainer(None, args, eval_dataset=dataset, model_init=lambda: tiny_packed("bert"))
+    assert "eval_loss" in trainer.evaluate()
+    trainer.train_dataset = dataset
+    with pytest.raises(ValueError, match="a packed model cannot be trained"):
+        trainer.train()

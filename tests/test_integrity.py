@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import struct
 from pathlib import Path
 
@@ -295,6 +296,8 @@ def test_last_checkpoint_that_was_written_to_its_end_is_taken(
     checkpoint(9, True, "{}")
     whole = checkpoint(10, True, "{}")
     (tmp_path / "checkpoint-best").mkdir()
+    # A copy that somebody kept.
+    shutil.copytree(whole, tmp_path / "checkpoint-old-900")
     assert last_whole_checkpoint(tmp_path) == str(whole) and not caplog.text
     checkpoint(20, False, None)
     checkpoint(30, True, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import shlex
 from collections import Counter
@@ -25,6 +26,7 @@ from ..sensitivity import (
     as_options,
     binarized_alone,
     cost_of,
+    header_bytes,
     layer_bytes,
     linear_names,
     parts_of,
@@ -83,7 +85,8 @@ def budget_of(
         return Budget(name, limit, 0.0, {layer: {"bnn": 0.0, arguments.keep_as: 1.0} for layer in linears})
     if name == "bytes":
         prices = layer_bytes(model, linears)
-        whole = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+        tensors = model.state_dict().items()
+        whole = sum(tensor.numel() * tensor.element_size() + header_bytes(key) for key, tensor in tensors)
         unit = "bytes"
     else:
         if model.device.type != "cpu":
@@ -95,10 +98,17 @@ def budget_of(
         unit = f"ms for a text of {max_length} tokens"
     rest = max(0.0, whole - sum(options["float"] for options in prices.values()))
     least = rest + sum(min(options.values()) for options in prices.values())
+    # Rounded up: what is printed is enough.
+    shown = {
+        key: f"{math.ceil(value):,}" if name == "bytes" else f"{value:.4g}"
+        for key, value in {"limit": limit, "least": least, "whole": whole}.items()
+    }
     if least > limit:
-        raise CommandError(f"--{name} {limit:,g}: with every layer in its cheapest mode it is {least:,.6g} {unit}")
+        raise CommandError(
+            f"--{name} {shown['limit']}: with every layer in its cheapest mode it is {shown['least']} {unit}"
+        )
     if whole <= limit:
-        raise CommandError(f"--{name} {limit:,g} is enough for the float model, {whole:,.6g} {unit}")
+        raise CommandError(f"--{name} {shown['limit']} is enough for the float model, {shown['whole']} {unit}")
     return Budget(name, limit, rest, prices)
 
 
@@ -207,7 +217,7 @@ def _told(suggestion: dict[str, Any]) -> str:
     line = shlex.join(["--mode", suggestion["mode"], *(["--modes", *words] if words else [])])
     cost = suggestion["cost"]
     if "bytes" in cost:
-        return f"{line}\nfile: {megabytes(cost['bytes'])}"
+        return f"{line}\nfile: at most {megabytes(cost['bytes'])}"
     if "milliseconds" in cost:
         return (
             f"{line}\none text: {cost['milliseconds']:.2f} ms by the sum of its layers, "
