@@ -328,7 +328,7 @@ def test_a_search_with_a_teacher_compares_attentions_of_every_model(
     )
     # Rows without a class: the teacher answers.
     rows = dataset.map(lambda row: {"labels": -1})
-    trainer = StoMPPTrainer(None, args, train_dataset=rows, model_init=latent, teacher=tiny_model("bert"))
+    trainer = StoMPPTrainer(None, args, train_dataset=rows, model_init=lambda: latent(), teacher=tiny_model("bert"))
     trainer.train()
     assert trainer.is_committed
 
