@@ -344,6 +344,9 @@ class StoMPPTrainer(ReproducibleGrouping, PushingTrainer):
         def reduce(statistic: Tensor) -> Tensor:
             return self.accelerator.reduce(statistic, reduction="sum")
 
+        if self.teacher is not None:
+            # They may be no classes.
+            inputs = {name: value for name, value in inputs.items() if name not in self.label_names}
         with self.compute_loss_context_manager():
             initialize_activations(self.model, self._prepare_inputs(inputs), reduce)
 
