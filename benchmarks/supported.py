@@ -84,6 +84,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """What some need beside that, or instead."""
 
 SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
+SEED = 0
 MAX_PARAMETERS = 30_000_000
 MAX_MEMORY = 9 * 2**30
 
@@ -174,7 +175,7 @@ def attempt(family: str, head: str, name: str) -> dict[str, str]:
             size = sum(parameter.numel() for parameter in model_class(config).parameters())
         if size > MAX_PARAMETERS:
             raise ValueError(f"not tiny: {size:,} parameters")
-        torch.manual_seed(0)
+        torch.manual_seed(SEED)
         model = model_class(config).eval()
         stage = "binarize"
         binarized(model)
@@ -298,6 +299,7 @@ def main(argv: list[str] | None = None) -> int:
         words = sys.argv[1:] if argv is None else argv
         result = {
             "cases": cases,
+            "seed": SEED,
             **surroundings(),
             "command": shlex.join(["python", "benchmarks/supported.py", *words]),
         }
