@@ -6,7 +6,8 @@ Tries every encoder family and head of the installed Transformers, and writes wh
 
 Each is built tiny, from its config: binarize, twelve training steps with a checkpoint in between, pack, save, load.
 It *works* if the packed model answers as the binary one does and the loaded one exactly as the packed one. It is
-*refused* if binarize() says why before anything is trained. Everything else *fails*.
+*refused* if binarize() says why before anything is trained. *No example*: binarize() says that the tiny model does not
+take the example that it made. Everything else *fails*.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import resource
 import shlex
 import sys
 import tempfile
+import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -85,6 +87,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
 SEED = 0
+REASON = 75
+"""Characters of a reason on the page."""
+
 MAX_PARAMETERS = 30_000_000
 MAX_MEMORY = 9 * 2**30
 
@@ -213,6 +218,8 @@ def attempt(family: str, head: str, name: str) -> dict[str, str]:
         result = {"build": "not built", "binarize": "refused"}.get(stage, "fails")
         if stage == "binarize" and not isinstance(error, ValueError):
             result = "fails"
+        elif stage == "binarize" and error.__cause__ is not None:
+            result = "no example"
         return {"result": result, "reason": reason if result != "fails" else f"{stage}: {reason}"}
     return {"result": "works", "reason": ""}
 
@@ -236,13 +243,17 @@ def page(result: Mapping[str, Any]) -> str:
     reasons: dict[tuple[str, str, str], list[str]] = {}
     for case in cases:
         if case["result"] != "works":
-            reasons.setdefault((case["result"], case["family"], case["reason"]), []).append(case["head"])
+            # The class is told by family and head.
+            reason = case["reason"].removeprefix(case.get("class", "")).strip()
+            reason = textwrap.shorten(reason, REASON, placeholder=" ...")
+            reasons.setdefault((case["result"], case["family"], reason), []).append(case["head"])
     lines = [
         "# What is supported",
         "",
         f"{counts['works']} of {len(cases)} pairs of an encoder family and a head work, of {len(families)} families.",
-        f"{counts['refused']} are refused by `binarize`, which says why, {counts['fails']} fail, and",
-        f"{counts['not built']} could not be tried: their tiny config was not found.",
+        f"{counts['refused']} are refused by `binarize`, which says why, and {counts['fails']} fail.",
+        f"{counts['not built'] + counts['no example']} could not be tried: no tiny config was found for",
+        f"{counts['not built']}, and no input that `example_inputs` makes for {counts['no example']}.",
         f"Transformers {result['versions']['transformers']}.",
         "",
         "*Works* means: a tiny model with random weights is binarized, takes twelve training steps, and is packed,",
@@ -259,12 +270,16 @@ def page(result: Mapping[str, Any]) -> str:
         "",
         "## Why not",
         "",
+        "The beginning of each message; `benchmarks/results/supported.json` has them whole.",
+        "",
         "| result | family | heads | reason |",
         "|---|---|---|---|",
     ]
     for (kind, family, reason), heads in sorted(reasons.items()):
+        tried = [case for case in cases if case["family"] == family]
+        shown = "all" if len(heads) == len(tried) else ", ".join(heads)
         text = reason.replace("|", "\\|")
-        lines.append(f"| {kind} | {family} | {', '.join(heads)} | {text} |")
+        lines.append(f"| {kind} | {family} | {shown} | {text} |")
     return "\n".join(lines) + "\n"
 
 

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState, ProgressCallback
 
 from .binarization import binarized_part, config_of
-from .freezing import Freezing, check_masks
+from .freezing import Freezing, check_masks, reset_masks
 from .patching import masked_modules
 from .progression import Progression, plan_progression
 
@@ -74,15 +74,22 @@ class ProgressionCallback(TrainerCallback, ExportableState):
         self.freezing: Freezing | None = None
 
     def state(self) -> dict[str, Any]:
-        """What Transformers writes into checkpoints."""
-        if self.trainer is not None:
-            attributes = {"progression": self._saved(), "seeds": self.trainer.seeds()}
-            return {"args": {}, "attributes": {} if self.progression is None else attributes}
-        args = {"train_committed": self.train_committed, **self.settings}
-        return {"args": args, "attributes": {} if self.progression is None else {"progression": self._saved()}}
+        """What Transformers writes into checkpoints: arguments to make the callback anew, and how training went on."""
+        is_own = self.trainer is not None
+        args = {} if is_own else {"train_committed": self.train_committed, **self.settings}
+        if self.progression is None:
+            return {"args": args, "attributes": {}}
+        attributes: dict[str, Any] = {"progression": self.progression.to_dict()}
+        return {"args": args, "attributes": attributes | ({"seeds": self.trainer.seeds()} if is_own else {})}
 
-    def _saved(self) -> dict[str, Any] | None:
-        return None if self.progression is None else self.progression.to_dict()
+    def _plan(self, args: TrainingArguments, state: TrainerState, encoder: nn.Module) -> Progression:
+        """The progression of a Trainer that knows nothing of it."""
+        _refuse_several(args.world_size, args.n_gpu)
+        progression = plan_progression(config_of(encoder).units, state.max_steps, **self.settings)
+        saved = cast(dict, state.stateful_callbacks).get(type(self).__name__, {}).get("attributes", {})
+        if state.global_step > 0 and "progression" in saved:
+            refuse_another(progression, saved["progression"])
+        return progression
 
     def on_train_begin(
         self,
@@ -92,27 +99,20 @@ class ProgressionCallback(TrainerCallback, ExportableState):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        encoder = self.trainer.model if self.trainer is not None else binarized_part(cast(nn.Module, model))
-        callbacks = cast(dict, state.stateful_callbacks)
         if self.trainer is not None:
+            encoder, train_committed = self.trainer.model, self.trainer.args.train_committed
             self.progression = self.trainer.plan(state.max_steps)
-            train_committed = self.trainer.args.train_committed
         else:
-            _refuse_several(args.world_size, args.n_gpu)
-            self.progression = plan_progression(config_of(encoder).units, state.max_steps, **self.settings)
-            train_committed = self.train_committed
-            saved = callbacks.get(type(self).__name__, {}).get("attributes", {}).get("progression")
-            if state.global_step > 0 and saved is not None:
-                refuse_another(self.progression, saved)
+            encoder, train_committed = binarized_part(cast(nn.Module, model)), self.train_committed
+            self.progression = self._plan(args, state, encoder)
         if state.global_step > 0:
             check_masks(encoder, self.progression, state.global_step - 1)
         else:
             # auto_find_batch_size starts again with the masks of the attempt that failed.
-            for module in masked_modules(encoder).values():
-                module.reset()
+            reset_masks(encoder)
         self.freezing = Freezing(encoder, self.progression, train_committed)
         # Else only checkpoints would have it, and not what save_state() writes.
-        callbacks[type(self).__name__] = self.state()
+        cast(dict, state.stateful_callbacks)[type(self).__name__] = self.state()
 
     def on_step_begin(
         self,
@@ -213,8 +213,7 @@ class MaskScheduler:
         taken = getattr(optimizer, "optimizer", optimizer)
         taken.register_step_pre_hook(self._before_update)
         taken.register_step_post_hook(self._after_update)
-        for module in masked_modules(self.encoder).values():
-            module.reset()
+        reset_masks(self.encoder)
         self.masks_at = -1
         self.step()
 

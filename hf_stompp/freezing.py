@@ -172,6 +172,12 @@ class Freezing:
         self._held = []
 
 
+def reset_masks(model: nn.Module) -> None:
+    """Makes every mask of a binarized model empty, as a new run starts."""
+    for module in masked_modules(model).values():
+        module.reset()
+
+
 def check_masks(model: nn.Module, progression: Progression, step: int) -> None:
     """
     Checks that the masks of a resumed run are what its progression left.

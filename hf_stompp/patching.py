@@ -32,6 +32,10 @@ from .ops import packed_bytes, unpack_signs
 PackedModule = PackedBinaryActivation | PackedBinaryLinear | PackedBinaryEmbedding | PackedInt8Embedding
 
 
+FLOAT32_BYTES = 4
+"""Packed layers keep scales, biases and thresholds in float32."""
+
+
 EMBEDDINGS: dict[str, type[PackedEmbedding]] = {
     "embedding": PackedBinaryEmbedding,
     "int8_embedding": PackedInt8Embedding,
@@ -400,6 +404,11 @@ class BinarizationReport:
         return "\n".join("  ".join(line) for line in lines)
 
 
+def packed_linear_bytes(out_features: int, in_features: int, has_bias: bool) -> int:
+    """Bytes of a packed linear layer: weight, scales, and biases where it has them; no threshold."""
+    return out_features * (packed_bytes(in_features) + FLOAT32_BYTES * (2 if has_bias else 1))
+
+
 def report(model: nn.Module, config: StoMPPConfig) -> BinarizationReport:
     """
     Sizes of a latent or packed model, as it was, as it is trained and as it is packed.
@@ -422,7 +431,7 @@ def report(model: nn.Module, config: StoMPPConfig) -> BinarizationReport:
             owner = name if name in plan else name.rpartition(".")[0]
             features = module.features
             # Latent: mask, shift, threshold and scale; packed: threshold.
-            add(plan[owner]["unit"], modules=1, bytes_latent=features * 9 + 4, bytes_packed=features * 4)
+            add(plan[owner]["unit"], modules=1, bytes_latent=features * 9 + 4, bytes_packed=features * FLOAT32_BYTES)
         elif isinstance(
             module, MaskedBinaryLinear | PackedBinaryLinear | MaskedBinaryEmbedding | PackedBinaryEmbedding
         ):
@@ -430,8 +439,10 @@ def report(model: nn.Module, config: StoMPPConfig) -> BinarizationReport:
             bias = rows if plan[name].get("bias") else 0
             before = (rows * columns + bias) * float_bytes
             is_linear = isinstance(module, MaskedBinaryLinear | PackedBinaryLinear)
-            packed_bias = 4 * rows if is_linear and (bias or plan[name]["input"] is not None) else 0
-            scale_bytes = 4 if is_linear else float_bytes
+            if is_linear:
+                packed = packed_linear_bytes(rows, columns, bool(bias) or plan[name]["input"] is not None)
+            else:
+                packed = rows * (packed_bytes(columns) + float_bytes)
             add(
                 plan[name]["unit"],
                 modules=1,
@@ -439,7 +450,7 @@ def report(model: nn.Module, config: StoMPPConfig) -> BinarizationReport:
                 float_weights=bias,
                 bytes_before=before,
                 bytes_latent=before + rows * columns,
-                bytes_packed=rows * (packed_bytes(columns) + scale_bytes) + packed_bias,
+                bytes_packed=packed,
             )
         elif isinstance(module, RoundedEmbedding | PackedInt8Embedding):
             entries = module.num_embeddings * module.embedding_dim

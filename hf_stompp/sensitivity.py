@@ -21,15 +21,12 @@ from transformers import PreTrainedModel
 
 from .binarization import binarize, commit
 from .config import StoMPPConfig
-from .ops import packed_bytes
+from .patching import FLOAT32_BYTES, packed_linear_bytes
 from .structure import plan_modules
 
 
 DETAILS = ("unit", "kind", "module")
 """Parts that are measured: an encoder layer; every layer of one name, such as all queries; a single linear layer."""
-
-SCALE_BYTES = 4
-"""Packed layers keep scales, biases and thresholds in float32."""
 
 
 @dataclass(frozen=True)
@@ -197,13 +194,13 @@ def layer_bytes(model: PreTrainedModel, linears: Iterable[str]) -> dict[str, dic
     sizes: dict[str, dict[str, float]] = {}
     for name in linears:
         layer: Any = model.get_submodule(name)
-        packed = layer.out_features * (packed_bytes(layer.in_features) + SCALE_BYTES)
-        bias = 0 if layer.bias is None else layer.out_features * SCALE_BYTES
-        whole = sum(parameter.numel() * parameter.element_size() for parameter in layer.parameters())
+        shape = layer.out_features, layer.in_features
         # A binary input has a threshold a feature, and the offset of its levels makes a bias.
-        binary = packed + (layer.out_features + layer.in_features) * SCALE_BYTES
+        bnn = packed_linear_bytes(*shape, has_bias=True) + layer.in_features * FLOAT32_BYTES
+        bwn = packed_linear_bytes(*shape, has_bias=layer.bias is not None)
+        whole = sum(parameter.numel() * parameter.element_size() for parameter in layer.parameters())
         header = header_bytes(f"{name}.input_activation.threshold")
-        sizes[name] = {"bnn": binary + 4 * header, "bwn": packed + bias + 3 * header, "float": whole + 2 * header}
+        sizes[name] = {"bnn": bnn + 4 * header, "bwn": bwn + 3 * header, "float": whole + 2 * header}
     return sizes
 
 

@@ -299,6 +299,7 @@ def _warn_of_idle_layers(stack: Mapping[str, nn.Module], config: StoMPPConfig, t
         if type(module) is nn.Linear
         and name not in trace.reads
         and not is_excluded(name, config.modules_to_not_convert)
+        and config.mode_of(name) != "float"
     ]
     if idle:
         logger.warning(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -342,3 +343,30 @@ def test_a_packed_model_that_is_made_later_can_be_evaluated(
     trainer.train_dataset = dataset
     with pytest.raises(ValueError, match="a packed model cannot be trained"):
         trainer.train()
+
+
+def test_several_processes_or_gpus_are_refused(latent: Callable, dataset: Dataset, tmp_path: Path) -> None:
+    trainer = plain_trainer(latent(), dataset, tmp_path)
+    # As on a machine with two GPUs, which Trainer would use by nn.DataParallel.
+    trainer.args._n_gpu = 2
+    callback = next(one for one in trainer.callback_handler.callbacks if isinstance(one, ProgressionCallback))
+    with pytest.raises(ValueError, match="one process on one GPU, here are 1 and 2"):
+        callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+
+
+def two_processes(rank: int, port: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=2)
+    try:
+        MaskScheduler(nn.Linear(2, 2), None, 10)
+    except ValueError as error:
+        Path(folder, str(rank)).write_text(str(error))
+    torch.distributed.destroy_process_group()
+
+
+def test_a_loop_in_several_processes_is_refused(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(two_processes, (port, str(tmp_path)), nprocs=2)
+    for rank in (0, 1):
+        assert "one process on one GPU, here are 2 and 1" in (tmp_path / str(rank)).read_text()

@@ -28,6 +28,7 @@ def supported() -> Any:
         ("bert", "token classification", "BertForTokenClassification", "works", ""),
         ("albert", "sequence classification", "AlbertForSequenceClassification", "refused", "shares its layers"),
         ("bert", "audio classification", "NoSuchModel", "not built", "NoSuchModel"),
+        ("swin", "image classification", "SwinForImageClassification", "no example", "fails on the example"),
         # An example without an end of the text, which BART looks for, fails in training.
         ("bart", "masked language modeling", "BartForSequenceClassification", "fails", "training: "),
     ],
@@ -51,12 +52,14 @@ def test_page_counts_and_gives_each_reason_once(supported: Any) -> None:
         {"family": "bert", "head": "token classification", "result": "works", "reason": ""},
         {"family": "albert", "head": "token classification", "result": "refused", "reason": "shared | layers"},
         {"family": "albert", "head": "multiple choice", "result": "refused", "reason": "shared | layers"},
+        {"family": "swin", "head": "image classification", "result": "no example", "reason": "x" * 20 + " y" * 80},
     ]
     result = {"cases": cases, "versions": {"transformers": "5.0"}, "command": "python benchmarks/supported.py"}
     page = supported.page(result)
-    assert "1 of 3 pairs of an encoder family and a head work, of 1 families.\n2 are refused" in page
+    assert "1 of 4 pairs of an encoder family and a head work, of 1 families.\n2 are refused" in page
     assert "| bert |  | works |  |  |  |  |  |" in page
-    assert "| refused | albert | token classification, multiple choice | shared \\| layers |" in page
+    assert "| refused | albert | all | shared \\| layers |" in page
+    assert "| no example | swin | all | xxxxxxxxxxxxxxxxxxxx y" in page and " y ... |" in page
 
 
 def test_the_page_is_that_of_the_result_and_nothing_fails(supported: Any) -> None:
