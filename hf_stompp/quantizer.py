@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
@@ -96,8 +95,7 @@ class StoMPPQuantizer(HfQuantizer):
         return [
             conversion
             for conversion in weight_conversions
-            if not isinstance(conversion, WeightConverter)
-            and all(conversion.rename_source_key(name)[0] == name for name in own)
+            if all(conversion.rename_source_key(name)[0] == name for name in own)
         ]
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

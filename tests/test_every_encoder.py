@@ -187,6 +187,10 @@ def test_an_example_that_the_model_does_not_take_is_explained() -> None:
 
 def test_examples_have_the_shape_that_the_config_tells() -> None:
     assert example_inputs(build("BertForMultipleChoice", **SMALL))["input_ids"].shape == (1, 2, 8)
+    # A config may keep the separator of a larger vocabulary; Longformer wants three where it has one.
+    assert int(example_inputs(build("BertModel", **SMALL, sep_token_id=102))["input_ids"].max()) < SMALL["vocab_size"]
+    ids = example_inputs(build("BertModel", **SMALL, sep_token_id=60))["input_ids"]
+    assert int((ids == 60).sum()) == 3
     assert example_inputs(build("Wav2Vec2Model", **SOUND))["input_values"].shape == (1, 320)
     fields = {**SMALL, "image_size": 16, "patch_size": 8, "num_channels": 1}
     assert example_inputs(build("ViTModel", **fields))["pixel_values"].shape == (1, 1, 16, 16)

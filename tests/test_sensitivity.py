@@ -118,6 +118,8 @@ def test_layers_whose_other_mode_saves_most_are_changed_until_nothing_fits() -> 
         "value": {"bnn": 5.0, "bwn": 15.0},
     }
     assert suggest_modes(measured, priced, 17) == {"key": "bnn", "query": "bwn", "value": "bnn"}
+    # The larger saving would fit, too, but costs more for what it saves.
+    assert suggest_modes(measured, priced, 25) == {"key": "bnn", "query": "bwn", "value": "bnn"}
     assert suggest_modes(measured, priced, 27) == {"key": "bnn", "query": "bwn", "value": "bwn"}
     assert suggest_modes(measured, priced, 65) == {"key": "bnn", "query": "float", "value": "bwn"}
     # Of two modes of one price the better.
