@@ -244,7 +244,7 @@ def page(result: Mapping[str, Any]) -> str:
     for case in cases:
         if case["result"] != "works":
             # The class is told by family and head.
-            reason = case["reason"].removeprefix(case.get("class", "")).strip()
+            reason = case["reason"].removeprefix(case["class"]).replace(f" in {case['class']}", "").strip()
             reason = textwrap.shorten(reason, REASON, placeholder=" ...")
             reasons.setdefault((case["result"], case["family"], reason), []).append(case["head"])
     lines = [
@@ -253,7 +253,7 @@ def page(result: Mapping[str, Any]) -> str:
         f"{counts['works']} of {len(cases)} pairs of an encoder family and a head work, of {len(families)} families.",
         f"{counts['refused']} are refused by `binarize`, which says why, and {counts['fails']} fail.",
         f"{counts['not built'] + counts['no example']} could not be tried: no tiny config was found for",
-        f"{counts['not built']}, and no input that `example_inputs` makes for {counts['no example']}.",
+        f"{counts['not built']} of them, and {counts['no example']} do not take the example that `binarize` makes.",
         f"Transformers {result['versions']['transformers']}.",
         "",
         "*Works* means: a tiny model with random weights is binarized, takes twelve training steps, and is packed,",

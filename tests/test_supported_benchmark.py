@@ -49,10 +49,28 @@ def test_decoders_are_left_out(supported: Any) -> None:
 
 def test_page_counts_and_gives_each_reason_once(supported: Any) -> None:
     cases: list[dict[str, Any]] = [
-        {"family": "bert", "head": "token classification", "result": "works", "reason": ""},
-        {"family": "albert", "head": "token classification", "result": "refused", "reason": "shared | layers"},
-        {"family": "albert", "head": "multiple choice", "result": "refused", "reason": "shared | layers"},
-        {"family": "swin", "head": "image classification", "result": "no example", "reason": "x" * 20 + " y" * 80},
+        {"family": "bert", "class": "BertModel", "head": "token classification", "result": "works", "reason": ""},
+        {
+            "family": "albert",
+            "class": "AlbertModel",
+            "head": "token classification",
+            "result": "refused",
+            "reason": "shared | layers",
+        },
+        {
+            "family": "albert",
+            "class": "AlbertModel",
+            "head": "multiple choice",
+            "result": "refused",
+            "reason": "shared | layers",
+        },
+        {
+            "family": "swin",
+            "class": "SwinModel",
+            "head": "image classification",
+            "result": "no example",
+            "reason": "x" * 20 + " y" * 80,
+        },
     ]
     result = {"cases": cases, "versions": {"transformers": "5.0"}, "command": "python benchmarks/supported.py"}
     page = supported.page(result)
