@@ -49,7 +49,8 @@ class SharedResult:
     What is computed from a tensor once for all the layers that read it.
 
     A layer that comes again begins anew: in inference mode nothing tells that a tensor was written in place since.
-    Nothing is kept once the last reader has had the result, nor used after a backward pass has been through it.
+    Nothing is kept once the last reader has had the result or the tensor is gone, nor used after a backward pass has
+    been through it.
 
     While torch.compile traces, nothing is kept at all: Dynamo knows no version of a tensor, and what a trace left
     behind here would be put out by the graph and be a condition of running it again. There,
@@ -87,9 +88,6 @@ class SharedResult:
         if last is None:
             return None
         if last[0]() is not input or last[1:3] != key or id(reader) in last[4]:
-            if last[0]() is None:
-                # Nobody can ask for it any more.
-                self._last = None
             return None
         last[4].add(id(reader))
         if len(last[4]) == readers:
@@ -110,12 +108,14 @@ class SharedResult:
 
     def _set(self, input: Tensor, result: Tensor, reader: nn.Module | None = None) -> None:
         taken = set() if reader is None else {id(reader)}
-        self._last = weakref.ref(input), tensor_version(input), torch.is_grad_enabled(), result, taken
+        # Once the tensor is gone nobody can ask any more, whoever has not.
+        kept_for = weakref.ref(input, self._forget)
+        self._last = kept_for, tensor_version(input), torch.is_grad_enabled(), result, taken
         if result.requires_grad:
             result.register_hook(self._forget)
 
-    def _forget(self, grad: Tensor) -> None:
-        # A second backward pass could not go through the same graph.
+    def _forget(self, _: Any) -> None:
+        # After a backward pass, too: a second one could not go through the same graph.
         self._last = None
 
     def __reduce__(self) -> tuple[type[SharedResult], tuple[()]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -191,14 +192,14 @@ def test_equal_but_different_tensors_do_not_share_bits() -> None:
     assert operators.count["hf_stompp::pack_sign"] == 2
 
 
-def test_shared_bits_keep_no_tensor_alive() -> None:
+def test_shared_bits_keep_no_tensor_alive_and_end_with_it_whoever_has_not_asked() -> None:
     first, _, activation = shared_pair()
     x = torch.randn(4, 24)
     first(x)
-    reference = activation._bits._last[0]
+    tensor, bits = activation._bits._last[0], weakref.ref(activation._bits._last[3])
     del x
 
-    assert reference() is None
+    assert tensor() is None and bits() is None
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
