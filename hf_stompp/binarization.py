@@ -85,7 +85,9 @@ def binarize(model: Model, config: StoMPPConfig | None = None, example_inputs: d
     ```
     """
     config = StoMPPConfig() if config is None else copy.deepcopy(config)
-    binarize_modules(model, config, example_inputs)
+    if example_inputs is not None:
+        config.example_inputs = example_inputs
+    binarize_modules(model, config)
     attach_quantizer(model, config)
     return model
 

@@ -5,6 +5,7 @@ for loops of one's own.
 
 from __future__ import annotations
 
+import logging
 from typing import Any, cast
 
 import torch
@@ -13,9 +14,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState, ProgressCallback
 
 from .binarization import binarized_part, config_of
+from .cautions import few_steps
 from .freezing import Freezing, check_masks, reset_masks
 from .patching import masked_modules
 from .progression import Progression, plan_progression
+
+
+logger = logging.getLogger(__name__)
 
 
 def refuse_another(progression: Progression, saved: dict[str, Any]) -> None:
@@ -39,6 +44,11 @@ def _refuse_several(processes: int, gpus: int = 1) -> None:
             f"this runs in one process on one GPU, here are {processes} and {gpus}: each would initialise activations "
             "from batches of its own. Use StoMPPTrainer, or CUDA_VISIBLE_DEVICES=0"
         )
+
+
+def _makes_activations_binary(encoder: nn.Module) -> bool:
+    """Whether a run changes activations from float to binary: not one that starts from a model that is binary."""
+    return config_of(encoder).has_binary_activations and not all(m.committed for m in masked_modules(encoder).values())
 
 
 class ProgressionCallback(TrainerCallback, ExportableState):
@@ -108,6 +118,9 @@ class ProgressionCallback(TrainerCallback, ExportableState):
         if state.global_step > 0:
             check_masks(encoder, self.progression, state.global_step - 1)
         else:
+            warning = few_steps(state.max_steps) if _makes_activations_binary(encoder) else None
+            if warning is not None and state.is_world_process_zero:
+                logger.warning("%s", warning)
             # auto_find_batch_size starts again with the masks of the attempt that failed.
             reset_masks(encoder)
         self.freezing = Freezing(encoder, self.progression, train_committed)

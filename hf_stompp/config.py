@@ -141,6 +141,8 @@ class StoMPPConfig(QuantizationConfigMixin):
         binary_word_embeddings (`bool`, *optional*): the older name: `True` is `word_embeddings="binary"`.
         layer_stack (`str`, *optional*):
             Name of the module list that holds the encoder layers, for models where it cannot be found (ours).
+        example_inputs (`dict[str, Any]`, *optional*):
+            As in [`binarize`], for `from_pretrained(..., quantization_config=StoMPPConfig(...))`. Never saved.
         state (`str`, *optional*, defaults to `"latent"`):
             `"latent"`: float weights with freeze masks, trainable; `"packed"`: 1-bit weights. Set by the library.
         format_version (`int`, *optional*):
@@ -173,6 +175,7 @@ class StoMPPConfig(QuantizationConfigMixin):
         modules_to_not_convert: list[str] | None = None,
         word_embeddings: str = "float",
         layer_stack: str | None = None,
+        example_inputs: dict[str, Any] | None = None,
         modes: dict[str, str] | None = None,
         activation_bits: int | None = 8,
         binary_word_embeddings: bool | None = None,
@@ -205,6 +208,7 @@ class StoMPPConfig(QuantizationConfigMixin):
         )
         self.word_embeddings = _word_embeddings(word_embeddings, binary_word_embeddings)
         self.layer_stack = layer_stack
+        self.example_inputs = example_inputs
         self.state = state
         self.format_version = self._oldest_version() if format_version is None else format_version
         self.modules = modules
@@ -257,6 +261,11 @@ class StoMPPConfig(QuantizationConfigMixin):
             raise ValueError(f"StoMPPConfig.modules_to_not_convert must be a list of strings, got {patterns!r}")
         _check_patterns("modules_to_not_convert", patterns)
         self._check_modes(self.modes)
+        if self.example_inputs is not None and not isinstance(self.example_inputs, dict):
+            raise ValueError(
+                "StoMPPConfig.example_inputs must be a dict of the model's forward arguments or None, got "
+                f"{self.example_inputs!r}"
+            )
         if self.modules is not None:
             self._check_modules(self.modules)
 
@@ -283,6 +292,7 @@ class StoMPPConfig(QuantizationConfigMixin):
         """
         since = {"modes": 2, "activation_bits": 3, "word_embeddings": 4}
         saved = {name: value for name, value in super().to_dict().items() if since.get(name, 1) <= self.format_version}
+        del saved["example_inputs"]
         if "word_embeddings" not in saved:
             saved["binary_word_embeddings"] = self.word_embeddings == "binary"
         return saved

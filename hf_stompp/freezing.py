@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .binarization import config_of
+from .cautions import attend
 from .config import StoMPPConfig
 from .nn import MaskedBinaryActivation, MaskedBinaryModule
 from .nn.mask import MaskChanges, draw_changes, mask_generator
@@ -84,6 +85,7 @@ class Freezing:
     def __init__(self, model: nn.Module, progression: Progression, train_committed: bool = True) -> None:
         config = config_of(model)
         check_settings(config, progression, train_committed)
+        attend(model)
         self.progression = progression
         self.units: list[dict[str, MaskedBinaryModule]] = list(unit_modules(model, config).values())
         self.parameters = unit_parameters(model, config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -202,6 +202,7 @@ def model_card(
     repository: str,
     summary: TrainingSummary | None = None,
     evaluation: Mapping[str, Any] | None = None,
+    float_evaluation: Mapping[str, Any] | None = None,
     progression: Mapping[str, Any] | None = None,
     tags: Sequence[str] = (),
     revision: str | None = None,
@@ -217,6 +218,7 @@ def model_card(
         summary (`TrainingSummary`, *optional*): what a Trainer knows of the run: base model, data set, task,
             hyperparameters, losses.
         evaluation (`dict`, *optional*): what a Trainer logged of the evaluation of this model, with `eval_*` keys.
+        float_evaluation (`dict`, *optional*): the same of the float model that it was made from.
         progression (`dict`, *optional*): settings of the progression, by name.
         tags (`list[str]`, *optional*): beside those of every binary model.
         revision (`str`, *optional*): branch that will hold it, if not `main`.
@@ -252,7 +254,7 @@ def model_card(
         name=name,
         introduction=_introduction(model, config, state, base, summary),
         usage=usage_section(type(model).__name__, repository, state, revision, task).strip(),
-        metrics_table=_table("measure", "value", {key: f"{value:.4f}" for key, value in found.items()}),
+        metrics_table=_metrics_table(found, measures(float_evaluation)),
         what_is_binary=_what_is_binary(config),
         sizes_table=_sizes_table(sizes),
         bytes_before=f"{total.bytes_before:,}",
@@ -261,8 +263,10 @@ def model_card(
         speed_table=_speed_table(speed),
         machine=_machine(model),
         method=_method(config),
-        progression_table=_table("setting", "value", progression or {}),
-        hyperparameters_table=_table("hyperparameter", "value", (summary.hyperparameters if summary else None) or {}),
+        progression_table=_table(("setting", "value"), (progression or {}).items()),
+        hyperparameters_table=_table(
+            ("hyperparameter", "value"), ((summary.hyperparameters if summary else None) or {}).items()
+        ),
         training_table=make_markdown_table(summary.eval_lines) if summary else "",
         versions=f"- hf_stompp {_version()}\n- Transformers {transformers.__version__}\n- PyTorch {torch.__version__}",
         citation=CITATION,
@@ -420,9 +424,16 @@ def _method(config: StoMPPConfig) -> str:
     )
 
 
-def _table(left: str, right: str, values: Mapping[str, Any]) -> str:
-    lines = [f"| {name} | {value} |" for name, value in values.items()]
-    return "\n".join([f"| {left} | {right} |", "|---|---|", *lines]) if lines else ""
+def _metrics_table(found: Mapping[str, float], of_float: Mapping[str, float]) -> str:
+    of_both = {name: (f"{value:.4f}", f"{of_float.get(name, math.nan):.4f}") for name, value in found.items()}
+    if not of_float:
+        return _table(("measure", "value"), [(name, value) for name, (value, _) in of_both.items()])
+    return _table(("measure", "value", "float model"), [(name, *both) for name, both in of_both.items()])
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
+    return "\n".join([f"| {' | '.join(header)} |", f"|{'---|' * len(header)}", *lines]) if lines else ""
 
 
 # --- pushing ---------------------------------------------------------------------------------------------------------

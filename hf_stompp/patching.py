@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .cautions import attend, watch
 from .config import StoMPPConfig
 from .nn import (
     MaskedBinaryActivation,
@@ -220,6 +221,7 @@ def swap_in_masked(model: nn.Module, config: StoMPPConfig) -> None:
         return new.train(linear.training)
 
     _wire_inputs(model, config, input_activation)
+    watch(model)
 
 
 def swap_in_packed(model: nn.Module, config: StoMPPConfig, dtype: torch.dtype | None = None) -> None:
@@ -274,6 +276,7 @@ def swap_in_packed(model: nn.Module, config: StoMPPConfig, dtype: torch.dtype | 
 
     _wire_inputs(model, config, input_activation)
     _swap_in_norms(model, config)
+    attend(model)
 
 
 def _swap_in_norms(model: nn.Module, config: StoMPPConfig) -> None:

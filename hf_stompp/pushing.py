@@ -152,7 +152,7 @@ class PushingTrainer(Trainer):
             with same_weights_kept(folder) if self.args.should_save else nullcontext():
                 self.save_model(_internal_call=True)
             self._is_saved = True
-            with explained(repository, folder):
+            with explained(repository, folder), self._card_kept(folder):
                 if self.hub_model_id is None:
                     self.args.hub_model_id = repository
                     self.init_hf_repo(token=token, private=private)
@@ -172,6 +172,16 @@ class PushingTrainer(Trainer):
         if isinstance(result, Future):
             self._pushes.append(result)
         return result
+
+    @contextmanager
+    def _card_kept(self, folder: Path) -> Iterator[None]:
+        """Whatever is raised within the block, the folder has a card after it."""
+        try:
+            yield
+        except Exception:
+            if not (folder / "README.md").is_file():
+                self.create_model_card()
+            raise
 
     @contextmanager
     def _holding(self, model: PreTrainedModel, name: str) -> Iterator[Path]:

@@ -413,13 +413,15 @@ def _check_float(model: nn.Module) -> None:
             raise ValueError(f"{name} holds NaN or infinity: start from sound weights")
 
 
-def binarize_modules(model: nn.Module, config: StoMPPConfig, inputs: dict[str, Any] | None = None) -> None:
-    """Checks, plans and swaps: [`binarize`] without marking the model."""
+def binarize_modules(model: nn.Module, config: StoMPPConfig) -> None:
+    """Checks, plans and swaps: [`binarize`] without marking the model. Takes the example inputs out of the config."""
     _check_float(model)
     if config.state != "latent" or config.modules is not None:
         raise ValueError("this StoMPPConfig belongs to another model; pass a fresh one, StoMPPConfig(...)")
+    given, config.example_inputs = config.example_inputs, None
+    inputs = example_inputs(model) if given is None else given
     config.modules = [{"name": name, **entry} for name, entry in plan_modules(model, config, inputs).items()]
-    _check_packed_form(model, config, example_inputs(model) if inputs is None else inputs)
+    _check_packed_form(model, config, inputs)
     swap_in_masked(model, config)
 
 

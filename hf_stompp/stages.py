@@ -293,6 +293,7 @@ def write_card(recipe: Recipe, results: Results, name: str, **details: Any) -> N
         str(folder),
         summary=TrainingSummary.from_trainer(trainer, model_name=name, **details),
         evaluation=results.metrics["packed"],
+        float_evaluation=results.metrics.get("float"),
         progression=trainer.progression_settings(),
         speed=compare_with_float(results.model),
     ).save(folder / "README.md")

@@ -186,5 +186,39 @@ def summary_table(summary: Mapping[str, Any]) -> str:
     return "\n".join(["", title, table[0], "-" * len(table[0]), *table[1:], ""])
 
 
+NEAR = 0.01
+"""What is so near to float needs no advice: one point of accuracy."""
+
+
+def compared_with_float(summary: Mapping[str, Any]) -> str:
+    """
+    How far a packed model is below its float model, and what helps.
+
+    Args:
+        summary (`dict`): from [`summarize`].
+
+    Returns:
+        `str`: one paragraph; empty where one of the two was not measured.
+    """
+    found, packed = (summary["metrics"].get(name) or {} for name in ("float", "packed"))
+    shared = [name for name in packed if name in found and not name.endswith(("_loss", "_mse"))]
+    if not shared:
+        return ""
+    name = shared[0]
+    below = found[name] - packed[name]
+    measure = name.partition("_")[2].replace("_", " ")
+    text = f"{measure}: {packed[name]:.4f} packed, {found[name]:.4f} float, {100 * below:.1f} points below"
+    if below <= NEAR:
+        return (
+            text if below > 0 else text.replace(f"{100 * below:.1f} points below", f"{-100 * below:.1f} points above")
+        )
+    helps = ["more epochs"]
+    if summary["teacher"] is None:
+        helps.append("a teacher (such as the float model)")
+    if summary["config"] is not None and summary["config"]["mode"] == "bnn":
+        helps.append("1-bit weights alone (mode bwn), at least in attention")
+    return f"{text}. What helps: {'; '.join(helps)}"
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None or not math.isfinite(value) else f"{value:.4f}"

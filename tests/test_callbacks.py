@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -24,9 +25,13 @@ from hf_stompp import (
     StoMPPTrainer,
     StoMPPTrainingArguments,
     binarize,
+    commit,
     pack,
+    unpack,
 )
 from hf_stompp.binarization import binarized_part
+from hf_stompp.cautions import FEW_STEPS, few_steps
+from hf_stompp.freezing import initialize_activations
 from hf_stompp.patching import fully_binary, masked_modules
 from hf_stompp.progression import plan_progression
 
@@ -70,6 +75,12 @@ def plain_trainer(model: Any, dataset: Dataset, folder: Path, **settings: Any) -
     return Trainer(model, args, train_dataset=dataset, callbacks=[ProgressionCallback(**settings)])
 
 
+def initialized(model: Any, dataset: Dataset) -> Any:
+    """The model after its first batch, which sets the scales of its activations."""
+    initialize_activations(model, batches(dataset, 1)[0])
+    return model
+
+
 def batches(dataset: Dataset, count: int = STEPS) -> list[dict[str, Tensor]]:
     rows = list(DataLoader(dataset.with_format("torch"), batch_size=4))
     return [rows[step % len(rows)] for step in range(count)]
@@ -103,6 +114,54 @@ def test_three_ways_to_train_end_in_the_same_weights(
         optimizer.zero_grad()
     assert scheduler.is_committed
     assert same(model, own.model)
+
+
+@pytest.mark.parametrize("start", ["binarized", "loaded", "unpacked", "compiled"])
+def test_training_that_nothing_advances_the_masks_of_is_told_once(
+    latent: Callable, dataset: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture, start: str
+) -> None:
+    model = latent()
+    if start == "loaded":
+        model.save_pretrained(tmp_path / "latent")
+        model = type(model).from_pretrained(tmp_path / "latent")
+    if start == "unpacked":
+        # Its masks are full: vanilla STE needs nobody to advance them.
+        model = unpack(pack(commit(initialized(model, dataset))))
+    args = TrainingArguments(str(tmp_path), **{**ARGUMENTS, "max_steps": 2, "torch_compile": start == "compiled"})
+    with caplog.at_level(logging.WARNING, "hf_stompp"):
+        Trainer(model, args, train_dataset=dataset).train()
+    told = [record.message for record in caplog.records if "nothing advances its masks" in record.message]
+    assert len(told) == (1 if start in ("binarized", "loaded") else 0)
+    assert all("ProgressionCallback()" in message for message in told)
+
+
+def test_training_that_advances_the_masks_warns_of_nothing(
+    latent: Callable, dataset: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "hf_stompp"):
+        plain_trainer(latent(), dataset, tmp_path).train()
+        model = latent().train()
+        MaskScheduler(model, torch.optim.SGD(model.parameters(), lr=0.05), STEPS)
+        model(**batches(dataset, 1)[0]).loss.backward()
+        assert not pack(commit(initialized(latent(), dataset)))._forward_pre_hooks
+    assert "masks" not in caplog.text
+
+
+@pytest.mark.parametrize("start", ["bnn", "bwn", "binary", "resumed"])
+def test_a_run_that_is_short_for_binary_activations_is_told_so(
+    tiny_model: Callable, dataset: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture, start: str
+) -> None:
+    model = binarize(tiny_model("bert"), StoMPPConfig(mode="bwn" if start == "bwn" else "bnn"))
+    if start == "binary":
+        commit(initialized(model, dataset))
+    if start == "resumed":
+        plain_trainer(model, dataset, tmp_path).train()
+        caplog.clear()
+    with caplog.at_level(logging.WARNING, "hf_stompp"):
+        plain_trainer(model, dataset, tmp_path).train(resume_from_checkpoint=start == "resumed")
+    told = f"{STEPS} optimizer steps are few for binary activations" in caplog.text
+    assert told == (start == "bnn")
+    assert few_steps(FEW_STEPS) is None and few_steps(FEW_STEPS - 1) is not None
 
 
 def test_a_trainer_with_the_callback_goes_on_where_it_stopped(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,24 @@ def test_an_example_that_the_model_does_not_take_is_explained() -> None:
     ) as error:
         binarize(model, example_inputs={"input_ids": torch.zeros(1, 2, 3, 4, dtype=torch.long)})
     assert error.value.__cause__ is not None
+
+
+def test_from_pretrained_takes_the_example_from_the_config_and_saves_none(tmp_path: Path) -> None:
+    build("BertForSequenceClassification", **SMALL).save_pretrained(tmp_path / "float")
+
+    def load(ids: Tensor) -> Any:
+        asked = StoMPPConfig(example_inputs={"input_ids": ids})
+        return transformers.BertForSequenceClassification.from_pretrained(
+            tmp_path / "float", quantization_config=asked
+        )
+
+    with pytest.raises(ValueError, match=r"fails on the example .*'input_ids': \[1, 2, 3, 4\]"):
+        load(torch.zeros(1, 2, 3, 4, dtype=torch.long))
+    model = load(torch.zeros(1, 4, dtype=torch.long))
+    assert masked_modules(model)
+    model.save_pretrained(tmp_path / "latent")
+    saved = json.loads((tmp_path / "latent" / "config.json").read_text())["quantization_config"]
+    assert "example_inputs" not in saved and model.config.quantization_config.example_inputs is None
 
 
 def test_examples_have_the_shape_that_the_config_tells() -> None:

@@ -624,7 +624,7 @@ original = transformers.trainer.hf_api
 transformers.trainer.hf_api = lambda: HfApi(endpoint=f"http://127.0.0.1:{port}")
 out["unreachable"] = failure(trainer.push_to_hub)
 transformers.trainer.hf_api = original
-out["saved"] = Path("run/packed/model.safetensors").is_file()
+out["saved"] = all(Path("run/packed", name).is_file() for name in ("model.safetensors", "README.md"))
 out["url"] = trainer.push_to_hub().commit_url
 """,
     )

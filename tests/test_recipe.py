@@ -22,7 +22,7 @@ from hf_stompp.methods import METHODS, RecipeArguments
 from hf_stompp.patching import masked_modules, packed_modules
 from hf_stompp.recipe import Recipe
 from hf_stompp.stages import evaluate_model, make_trainer, run_recipe, write_card
-from hf_stompp.summary import summarize, summary_table
+from hf_stompp.summary import compared_with_float, summarize, summary_table
 
 
 datasets = pytest.importorskip("datasets")
@@ -234,7 +234,27 @@ class TestStages:
         assert "words, bit, seed 42, tiny" in summary_table(summary)
         write_card(made, results, "tiny")
         card = (tmp_path / "run" / "packed" / "README.md").read_text()
-        assert "# tiny" in card and f"{results.metrics['packed']['eval_accuracy']:.4f}" in card
+        packed, before = (results.metrics[name]["eval_accuracy"] for name in ("packed", "float"))
+        assert "# tiny" in card
+        assert f"| measure | value | float model |\n|---|---|---|\n| accuracy | {packed:.4f} | {before:.4f} |" in card
+
+    def test_what_is_far_below_float_is_told_with_what_helps(self) -> None:
+        def told(packed: float, teacher: str | None = "float", mode: str = "bnn") -> str:
+            metrics = {
+                "float": {"eval_loss": 0.1, "eval_accuracy": 0.9},
+                "packed": {"eval_loss": 0.5, "eval_accuracy": packed},
+            }
+            return compared_with_float({"metrics": metrics, "teacher": teacher, "config": {"mode": mode}})
+
+        assert told(0.8).startswith(
+            "accuracy: 0.8000 packed, 0.9000 float, 10.0 points below. What helps: more epochs;"
+        )
+        assert "mode bwn" in told(0.8) and "teacher" not in told(0.8)
+        assert "mode bwn" not in told(0.8, mode="bwn") and "teacher" in told(0.8, teacher=None)
+        assert told(0.895) == "accuracy: 0.8950 packed, 0.9000 float, 0.5 points below"
+        assert told(0.91) == "accuracy: 0.9100 packed, 0.9000 float, 1.0 points above"
+        # A new head is not measured.
+        assert compared_with_float({"metrics": {"float": None, "packed": {"eval_accuracy": 0.5}}}) == ""
 
 
 class Killed(Exception):

@@ -46,7 +46,7 @@ from hf_stompp.methods import RecipeArguments, option
 from hf_stompp.patching import packed_modules
 from hf_stompp.recipe import TEACHERS, Recipe, Results
 from hf_stompp.stages import evaluate_model, is_binarized, make_trainer, run_recipe, write_card
-from hf_stompp.summary import summarize, summary_table
+from hf_stompp.summary import compared_with_float, summarize, summary_table
 
 
 logger = logging.getLogger(__name__)
@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     )
     if training_args.should_save:
         (recipe.output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        print(summary_table(summary))
+        print(summary_table(summary) + compared_with_float(summary))
     # Last: whatever the Hub answers, the results are written.
     if training_args.do_train:
         share(recipe, results, model_args, data_args)

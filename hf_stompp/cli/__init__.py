@@ -28,7 +28,8 @@ from .models import quiet_transformers
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    levels = ["op", "model", "loading"] if arguments.level == "all" else [arguments.level]
+    all_levels = ["op", "model"] if arguments.quick else ["op", "model", "loading"]
+    levels = all_levels if arguments.level == "all" else [arguments.level]
     # A path would tell whose machine it was.
     command = shlex.join(["hf-stompp", *(Path(word).name if "/" in word else word for word in arguments.words)])
     if arguments.output is not None:
@@ -189,6 +190,12 @@ def _add_inspect(commands: Any) -> None:
         help="what stays float: regular expressions for parts of module names (default: embeddings pooler classifier)",
     )
     _option(choose, "--layer_stack", metavar="NAME", help="the list of encoder layers, where it cannot be found")
+    _option(
+        choose,
+        "--example_inputs",
+        metavar="FILE",
+        help="a safetensors file with arguments of the model's forward, for models that take neither text nor images",
+    )
 
 
 def _add_output(parser: argparse.ArgumentParser, model: str) -> None:
@@ -518,7 +525,7 @@ def _add_bench(commands: Any) -> None:
         help="kernels to time beside the one that is chosen automatically",
     )
     bench.add_argument("--output", type=Path, help="write the result to this JSON file")
-    bench.add_argument("--quick", action="store_true", help="a few small cases")
+    bench.add_argument("--quick", action="store_true", help="a few small cases, and no loading")
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..config import StoMPPConfig
@@ -21,19 +25,40 @@ CONFIG_OPTIONS = ("mode", "modes", "unit", "word_embeddings", "modules_to_not_co
 """The fields of `StoMPPConfig` that change what becomes binary, and how it is counted."""
 
 
+def read_example_inputs(file: str) -> dict[str, Tensor]:
+    """
+    Forward arguments of a model, from a safetensors file.
+
+    Raises:
+        CommandError: it is none.
+    """
+    try:
+        return load_file(Path(file).expanduser())
+    except (OSError, SafetensorError) as error:
+        raise CommandError(
+            f"--example_inputs {file} cannot be read ({error}): name a file that safetensors.torch.save_file({{...}}) "
+            "wrote, with a tensor for each argument of the model's forward"
+        ) from error
+
+
 def _planned(config: PreTrainedConfig, model: str, options: dict[str, Any]) -> tuple[PreTrainedModel, StoMPPConfig]:
     """What a float model would become, without its weights."""
     stompp = StoMPPConfig(**options)
-    planned = empty_model(config, model, "meta")
+    inputs = stompp.example_inputs
+
+    def plan_on(device: str) -> PreTrainedModel:
+        planned = empty_model(config, model, device)
+        given = None if inputs is None else {name: tensor.to(device) for name, tensor in inputs.items()}
+        stompp.modules = [{"name": name, **entry} for name, entry in plan_modules(planned, stompp, given).items()]
+        return planned
+
     try:
-        plan = plan_modules(planned, stompp)
+        planned = plan_on("meta")
     except ValueError as error:
         if not isinstance(error.__cause__, RuntimeError):
             raise
         # Some models (DeBERTa) read values on their way, which the meta device does not have.
-        planned = empty_model(config, model, "cpu")
-        plan = plan_modules(planned, stompp)
-    stompp.modules = [{"name": name, **entry} for name, entry in plan.items()]
+        planned = plan_on("cpu")
     swap_in_masked(planned, stompp)
     return planned, stompp
 
@@ -110,6 +135,8 @@ def _print(result: dict[str, Any]) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Runs `hf-stompp inspect`."""
     given = {name: getattr(arguments, name) for name in CONFIG_OPTIONS}
+    if arguments.example_inputs is not None:
+        given["example_inputs"] = read_example_inputs(arguments.example_inputs)
     result = inspect(arguments.model, {name: value for name, value in given.items() if value is not None})
     if arguments.json:
         print(json.dumps({name: value for name, value in result.items() if name != "table"}, indent=2))

@@ -49,13 +49,13 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 @pytest.fixture
 def printed(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """`printed(*words)`: runs a command that must succeed and say nothing on stderr, and returns its output."""
+    """`printed(*words)`: runs a command that must succeed; on stderr it may say that the run is short. Its output."""
 
     def run(*words: Any) -> str:
         capsys.readouterr()
         status = cli.main([str(word) for word in words])
         out, err = capsys.readouterr()
-        assert (status, err) == (0, "")
+        assert (status, [line for line in err.splitlines() if "optimizer steps are few" not in line]) == (0, [])
         return out
 
     return run

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from hf_stompp import StoMPPConfig, binarization_report, binarize
 
@@ -204,3 +205,16 @@ def test_folder_that_is_no_model_is_refused(refused, tmp_path):
     assert "there is no folder ./missing" in refused("inspect", "./missing")
     (tmp_path / "config.json").write_text("{")
     assert "config.json" in refused("inspect", tmp_path)
+
+
+def test_example_inputs_come_from_a_file(tiny_model, printed, refused, tmp_path):
+    folder = config_only(tiny_model("bert"), tmp_path / "model")
+    expected = printed("inspect", folder, "--json")
+    file = tmp_path / "inputs.safetensors"
+    save_file({"input_ids": torch.zeros(1, 6, dtype=torch.long)}, file)
+    assert printed("inspect", folder, "--json", "--example_inputs", file) == expected
+
+    save_file({"input_ids": torch.zeros(1, 2, 3, 6, dtype=torch.long)}, file)
+    assert "'input_ids': [1, 2, 3, 6]" in refused("inspect", folder, "--example_inputs", file)
+    file.write_text("no tensors")
+    assert "cannot be read" in refused("inspect", folder, "--example_inputs", file)
