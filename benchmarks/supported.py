@@ -250,7 +250,8 @@ def page(result: Mapping[str, Any]) -> str:
     lines = [
         "# What is supported",
         "",
-        f"{counts['works']} of {len(cases)} pairs of an encoder family and a head work, of {len(families)} families.",
+        f"{counts['works']} of {len(cases)} pairs of an encoder family and a head work; they are of {len(families)} of the",
+        f"{len({case['family'] for case in cases})} families.",
         f"{counts['refused']} are refused by `binarize`, which says why, and {counts['fails']} fail.",
         f"{counts['not built'] + counts['no example']} could not be tried: no tiny config was found for",
         f"{counts['not built']} of them, and {counts['no example']} do not take the example that `binarize` makes.",
