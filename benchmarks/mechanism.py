@@ -18,6 +18,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from transformers import (
 
 from hf_stompp import StoMPPTrainingArguments, binarize
 from hf_stompp.binarization import config_of
-from hf_stompp.cli.training import accuracy
+from hf_stompp.cli.training import compute_metrics
 from hf_stompp.methods import RecipeArguments
 from hf_stompp.patching import unit_modules
 from hf_stompp.recipe import Recipe, Results
@@ -120,7 +121,7 @@ def train(name: str, model: Any, data: Mapping[str, Any], arguments: argparse.Na
             train_dataset=data["train"],
             eval_datasets={"eval": data["validation"]},
             data_collator=DataCollatorWithPadding(data["tokenizer"]),
-            compute_metrics=accuracy,
+            compute_metrics=partial(compute_metrics, "single_label_classification", None),
             prepare=lambda trainer: trainer.add_callback(watch),
         )
         train_binary(recipe, student, model, results)

@@ -195,7 +195,7 @@ OUTPUTS = {
 
 
 SAME = {
-    "logits": ("num_labels",),
+    "logits": ("num_labels", "problem_type"),
     "hidden_states": ("num_hidden_layers", "hidden_size"),
     "normalized_hidden_states": ("num_hidden_layers", "hidden_size"),
     "attentions": ("num_hidden_layers", "num_attention_heads"),
@@ -265,7 +265,8 @@ def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, weights: d
     needed = {"vocab_size"}.union(*(SAME[name] for name in weights if name != LABELS))
     for field in [field for field in _WAY_OUT if field in needed]:
         mine, others = (getattr(model.config, field, None) for model in (student, teacher))
-        if mine != others:
+        # A problem type that is not given is found from the first labels.
+        if mine != others and (field != "problem_type" or None not in (mine, others)):
             raise ValueError(f"the teacher has {field}={others}, the student {field}={mine}. {_WAY_OUT[field]}")
     names = _class_names(student), _class_names(teacher)
     if "logits" in weights and None not in names and names[0] != names[1]:
@@ -278,6 +279,7 @@ def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, weights: d
 _WAY_OUT = {
     "vocab_size": "Both read the same token ids: take a teacher with the student's tokenizer",
     "num_labels": "Fine-tune the teacher on the same labels, or leave 'logits' out of distillation_losses",
+    "problem_type": "Its logits mean something else: fine-tune the teacher on the same kind of labels",
     "num_hidden_layers": "Losses of hidden states and attentions compare layer with layer; {'logits': 1.0} does not",
     "hidden_size": "Losses of hidden states and embeddings compare feature with feature; {'logits': 1.0, "
     "'attentions': 1.0} does not",

@@ -431,6 +431,7 @@ def test_losses_are_read_from_json_and_written_to_it(tmp_path: Path) -> None:
     [
         ({"vocab_size": 65}, {"logits": 1.0}, "vocab_size=65, the student vocab_size=64.*tokenizer"),
         ({"num_labels": 3}, {"logits": 1.0}, "num_labels=3.*same labels"),
+        ({"problem_type": "multi_label_classification"}, {"logits": 1.0}, "problem_type=multi.*same kind of labels"),
         ({"num_hidden_layers": 3}, HIDDEN, r"num_hidden_layers=3.*\{'logits': 1.0\}"),
         ({"hidden_size": 40}, HIDDEN, r"hidden_size=40.*'attentions'"),
         ({"num_attention_heads": 2}, {"attentions": 1.0}, "num_attention_heads=2"),
@@ -443,7 +444,7 @@ def test_losses_are_read_from_json_and_written_to_it(tmp_path: Path) -> None:
 def test_a_teacher_that_does_not_fit_is_refused_with_a_way_out(
     overrides: dict[str, Any], losses: dict[str, float], message: str
 ) -> None:
-    student = make_student(make_teacher(id2label={0: "bad", 1: "good"}))
+    student = make_student(make_teacher(id2label={0: "bad", 1: "good"}, problem_type="single_label_classification"))
     with pytest.raises(ValueError, match=message):
         check_teacher(student, make_teacher(**overrides), losses)
 

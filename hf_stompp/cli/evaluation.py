@@ -18,7 +18,9 @@ from transformers import AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from .errors import CommandError, hub_errors
-from .examples import Examples, class_ids, read_examples
+from .examples import Examples, read_examples
+from .labels import model_labels, problem_type_of
+from .measures import metrics_of
 from .models import frozen_fractions, load, model_class, read_config, state_of
 
 
@@ -31,7 +33,8 @@ class Classifier:
         model (`PreTrainedModel`): float, latent or packed.
         tokenizer (`PreTrainedTokenizerBase`).
         examples (`Examples`).
-        labels (`list[int]`): class of each example.
+        labels (`list`): of each example, as the model takes them.
+        problem_type (`str`): what the labels are, see [`problem_type_of`].
         max_length (`int`): tokens of a text.
         batch_size (`int`).
     """
@@ -39,7 +42,8 @@ class Classifier:
     model: Any
     tokenizer: Any
     examples: Examples
-    labels: list[int]
+    labels: list[Any]
+    problem_type: str
     max_length: int
     batch_size: int
 
@@ -50,7 +54,7 @@ class Classifier:
 
     def answers(self, model: Any, rows: Sequence[int], progress: Callable[[int], Any] = lambda count: None) -> Tensor:
         """
-        Logits of shape `(len(rows), classes)`, on the CPU.
+        Logits of shape `(len(rows), num_labels)`, on the CPU.
 
         Args:
             model (`PreTrainedModel`): this one, or what was made of it.
@@ -84,12 +88,9 @@ def load_classifier(arguments: argparse.Namespace) -> Classifier:
             f"{arguments.model} is a {name}, and {arguments.command} measures text classifiers: name a "
             "...ForSequenceClassification"
         )
-    if config.num_labels == 1:
-        raise CommandError(
-            f"{arguments.model} is a regression, which has no accuracy: measure it with examples/glue/run_glue.py"
-        )
-    examples = read_examples(arguments.file, arguments)
-    labels = class_ids(examples, config)
+    problem_type = problem_type_of(config, arguments.model)
+    examples = read_examples(arguments.file, arguments, problem_type=problem_type)
+    labels = model_labels(examples, config, problem_type)
     with hub_errors("model", arguments.model):
         tokenizer = read_tokenizer(arguments.model)
     model: Any = load(arguments.model, config)
@@ -99,7 +100,7 @@ def load_classifier(arguments: argparse.Namespace) -> Classifier:
         tokenizer.model_max_length,
         getattr(config, "max_position_embeddings", arguments.max_length),
     )
-    return Classifier(model, tokenizer, examples, labels, length, arguments.batch_size)
+    return Classifier(model, tokenizer, examples, labels, problem_type, length, arguments.batch_size)
 
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -114,9 +115,9 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     state = state_of(model.config, arguments.model)
     start = time.perf_counter()
     with tqdm(total=len(labels), desc="examples", unit="example", delay=1, leave=False, disable=None) as bar:
-        predicted = classifier.answers(model, range(len(labels)), bar.update).argmax(-1)
+        logits = classifier.answers(model, range(len(labels)), bar.update).float()
     seconds = time.perf_counter() - start
-    correct = int((predicted == torch.tensor(labels)).sum())
+    metrics = metrics_of(logits, labels, classifier.problem_type, arguments.task)
     fractions = frozen_fractions(model)
     return {
         "model": arguments.model,
@@ -126,14 +127,23 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         "source": examples.source,
         "text_columns": list(examples.columns),
         "examples": len(labels),
-        "correct": correct,
-        "accuracy": correct / len(labels),
-        "largest_class": max(Counter(labels).values()) / len(labels),
+        "problem_type": classifier.problem_type,
+        "measures": list(metrics),
+        **metrics,
+        **(_counts(metrics["accuracy"], labels) if "accuracy" in metrics else {}),
         "seconds": seconds,
         "examples_per_second": len(labels) / seconds,
         "batch_size": arguments.batch_size,
         "max_length": classifier.max_length,
         "device": str(model.device),
+    }
+
+
+def _counts(accuracy: float, labels: list[int]) -> dict[str, Any]:
+    """What an accuracy is compared with."""
+    return {
+        "correct": round(accuracy * len(labels)),
+        "largest_class": max(Counter(labels).values()) / len(labels),
     }
 
 
@@ -162,11 +172,13 @@ def run(arguments: argparse.Namespace) -> None:
         return
     print(f"{result['model']}: {result['class']}, {result['state']}")
     if result["committed"] is False:
-        print("not committed yet: this is the accuracy of a mixed network, not of the binary one")
-    print(
-        f"accuracy {result['accuracy']:.4f}, {result['correct']:,} of {result['examples']:,} right "
-        f"(always the largest class: {result['largest_class']:.4f})"
-    )
+        print("not committed yet: what follows is of a mixed network, not of the binary one")
+    if "accuracy" in result:
+        print(
+            f"accuracy {result['accuracy']:.4f}, {result['correct']:,} of {result['examples']:,} right "
+            f"(always the largest class: {result['largest_class']:.4f})"
+        )
+    print(", ".join(f"{name} {result[name]:.4f}" for name in result["measures"] if name != "accuracy"))
     print(
         f"{result['seconds']:.1f} s, {result['examples_per_second']:,.0f} examples/s in batches of "
         f"{result['batch_size']} on {result['device']}, tokenizer included"

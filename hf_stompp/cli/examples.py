@@ -24,6 +24,9 @@ TEXT_COLUMNS = [
 ]
 """Columns that are taken for the text where they are there, the first that fit."""
 
+SEPARATOR = "|"
+"""Between the classes of a text, in files that hold no lists."""
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -34,7 +37,7 @@ class Examples:
         source (`str`): where they come from.
         columns (`tuple[str, ...]`): the one or two columns that the texts come from.
         texts (`list[list[str]]`): one list a column.
-        labels (`list`): as they stand there.
+        labels (`list`): as they stand there; lists of them where a text may have several.
         names (`list[str]`, *optional*): of the classes that labels are ids of, where the file knows them.
     """
 
@@ -106,7 +109,20 @@ def _text_columns(table: Any, source: str, label_column: str, wanted: list[str] 
     return tuple(strings)
 
 
-def read_examples(file: Path | None, arguments: argparse.Namespace, split: str = "validation") -> Examples:
+def _label_list(cell: Any) -> Any:
+    """The classes that a cell names; `None` where it is missing."""
+    if not isinstance(cell, str):
+        return cell if cell is None or isinstance(cell, list) else [cell]
+    labels = [label.strip() for label in cell.split(SEPARATOR) if label.strip()]
+    return [int(label) for label in labels] if all(map(str.isdecimal, labels)) else labels
+
+
+def read_examples(
+    file: Path | None,
+    arguments: argparse.Namespace,
+    split: str = "validation",
+    problem_type: str = "single_label_classification",
+) -> Examples:
     """
     Reads labelled texts.
 
@@ -114,6 +130,8 @@ def read_examples(file: Path | None, arguments: argparse.Namespace, split: str =
         file (`Path`, *optional*): where to read them; where none is given, `--task` and `--dataset_dir` say it.
         arguments (`argparse.Namespace`): with `text_columns` and `label_column`.
         split (`str`, *optional*, defaults to `"validation"`): of the task.
+        problem_type (`str`, *optional*): with `multi_label_classification` each label is a list, also an empty one; of
+            a text it is what stands between [`SEPARATOR`].
 
     Raises:
         CommandError: there is no such file, or it lacks a column, texts or labels.
@@ -128,53 +146,23 @@ def read_examples(file: Path | None, arguments: argparse.Namespace, split: str =
     texts = [list(table[name][:]) for name in columns]
     for name, values in zip(columns, texts, strict=True):
         row = next((row for row, value in enumerate(values) if not isinstance(value, str)), None)
+        if row is not None and isinstance(values[row], list):
+            raise CommandError(
+                f"{source} has lists in column {name}: join the words to a text; a label a word (token "
+                "classification) is for StoMPPTrainer, see docs/howto/own_data.md"
+            )
         if row is not None:
             raise CommandError(f"{source} has no text in column {name} of row {row}: fill it, or take the row out")
     labels = list(table[arguments.label_column][:])
     if not labels:
         raise CommandError(f"{source} holds no examples: check it")
+    if problem_type == "multi_label_classification":
+        labels = [_label_list(label) for label in labels]
     row = next((row for row, label in enumerate(labels) if label is None or label == ""), None)
     if row is not None:
         raise CommandError(
             f"{source} has no label in column {arguments.label_column} of row {row}: fill it, or take the row out"
         )
     feature = table.features[arguments.label_column]
-    return Examples(source, columns, texts, labels, getattr(feature, "names", None))
-
-
-def class_ids(examples: Examples, config: Any) -> list[int]:
-    """
-    Labels as the model's class ids: by name, where they are the names of its classes, and otherwise as ids.
-
-    Args:
-        examples (`Examples`).
-        config (`PreTrainedConfig`): of the model, which knows the classes.
-
-    Raises:
-        CommandError: a label is no class of the model.
-    """
-    source, labels = examples.source, examples.labels
-    if examples.names is not None and set(examples.names) <= set(config.label2id):
-        labels = [label if label is None or label < 0 else examples.names[label] for label in labels]
-    names: dict[str, int] = {str(name): int(index) for name, index in config.label2id.items()}
-    if any(str(label) in names for label in labels):
-        unknown = next((label for label in labels if str(label) not in names), None)
-        if unknown is not None:
-            raise CommandError(
-                f"{source} has the label {unknown!r}, which the model does not know: its classes are "
-                f"{', '.join(names)}"
-            )
-        return [names[str(label)] for label in labels]
-    ids = []
-    for label in labels:
-        try:
-            index = int(label)
-        except (TypeError, ValueError):
-            index = -1
-        if index not in range(config.num_labels) or (isinstance(label, float) and label != index):
-            raise CommandError(
-                f"{source} has the label {label!r}: it must be one of the model's classes, {', '.join(names)}, or an "
-                f"id from 0 to {config.num_labels - 1}; rows without a label must go"
-            )
-        ids.append(index)
-    return ids
+    # Of a column of lists, the type of their entries knows the names.
+    return Examples(source, columns, texts, labels, getattr(getattr(feature, "feature", feature), "names", None))

@@ -154,6 +154,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     model, state = classifier.model, state_of(classifier.model.config, arguments.model)
     if state != "float":
         raise CommandError(f"{arguments.model} is {state}, binary already: name the float model that it was made from")
+    if classifier.problem_type != "single_label_classification":
+        raise CommandError(
+            f"{arguments.model} is for {classifier.problem_type}, and costs are measured by answers of one class a "
+            "text: name such a classifier"
+        )
     rows = list(range(len(classifier.labels)))
     random.Random(arguments.seed).shuffle(rows)
     calibration, measured = rows[:CALIBRATION_EXAMPLES], rows[CALIBRATION_EXAMPLES:][: arguments.max_examples]

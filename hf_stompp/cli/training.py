@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -36,11 +37,13 @@ from ..methods import RecipeArguments
 from ..patching import masked_modules
 from ..recipe import Recipe
 from ..stages import run_recipe, write_card
-from ..summary import summarize
+from ..summary import compared_with_float, summarize
 from ..training_args import StoMPPTrainingArguments
 from .errors import CommandError, hub_errors
 from .evaluation import read_tokenizer
-from .examples import Examples, class_ids, read_examples
+from .examples import Examples, read_examples
+from .labels import model_labels, output_names, problem_type_of
+from .measures import metrics_of
 from .models import megabytes, read_config, state_of
 
 
@@ -48,7 +51,7 @@ SUMMARY = "summary.json"
 
 IDENTITY = (
     *("model", "task", "dataset_dir", "train_file", "validation_file", "text_columns", "label_column"),
-    *("max_length", "max_train_examples"),
+    *("problem_type", "max_length", "max_train_examples"),
 )
 """Arguments that `--resume` must find as they were, beside those of the recipe."""
 
@@ -125,30 +128,10 @@ def quiet(trainer: Trainer) -> None:
         trainer.add_callback(QuietProgress(trainer))
 
 
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of right answers."""
+def compute_metrics(problem_type: str, task: str | None, prediction: EvalPrediction) -> dict[str, float]:
+    """What a Trainer measures, see [`metrics_of`]."""
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    return {"accuracy": float((logits.argmax(-1) == prediction.label_ids).mean())}
-
-
-def class_names(examples: Examples) -> list[str]:
-    """
-    Names of the classes that labels are of.
-
-    Raises:
-        CommandError: labels are numbers that are no classes.
-    """
-    if examples.names is not None:
-        return examples.names
-    if any(isinstance(label, float) or label is None for label in examples.labels):
-        raise CommandError(
-            f"{examples.source} has labels that are no classes, such as "
-            f"{next(label for label in examples.labels if isinstance(label, float) or label is None)!r}: give every "
-            "row one; numbers to predict (a regression) are trained on by examples/glue/run_glue.py"
-        )
-    if all(isinstance(label, int) for label in examples.labels):
-        return [f"LABEL_{index}" for index in range(max(examples.labels) + 1)]
-    return sorted({str(label) for label in examples.labels})
+    return metrics_of(logits, prediction.label_ids, problem_type, task)
 
 
 def load_model(arguments: argparse.Namespace, examples: Examples) -> tuple[Any, bool, bool]:
@@ -177,15 +160,21 @@ def load_model(arguments: argparse.Namespace, examples: Examples) -> tuple[Any, 
             "and --method float, or name a float model"
         )
     known = (config.architectures or [None])[0] in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
-    options: dict[str, Any] = {}
+    wanted = arguments.problem_type
+    if known and (found := problem_type_of(config, arguments.model)) != wanted:
+        raise CommandError(
+            f"the head of {arguments.model} is for {found}, and {wanted} is to be trained: name the encoder that it "
+            f"was made from, or give --problem_type {found}"
+        )
+    options: dict[str, Any] = {"problem_type": wanted}
     if known:
         try:
-            class_ids(examples, config)
+            model_labels(examples, config, wanted)
         except CommandError:
             known = False
     if not known:
-        names = class_names(examples)
-        options = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+        names = output_names(examples, wanted)
+        options |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     folder = Path(arguments.model).expanduser()
     with hub_errors("model", arguments.model):
         model, loading = AutoModelForSequenceClassification.from_pretrained(
@@ -198,7 +187,7 @@ def load_model(arguments: argparse.Namespace, examples: Examples) -> tuple[Any, 
     return model, not (loading["missing_keys"] or loading["mismatched_keys"]), known
 
 
-def tokenized(examples: Examples, labels: list[int], tokenizer: Any, length: int) -> Any:
+def tokenized(examples: Examples, labels: list[Any], tokenizer: Any, length: int) -> Any:
     """The examples as the Trainer takes them: a data set of token ids and labels."""
     import datasets
 
@@ -242,8 +231,11 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     output = Path(arguments.output).expanduser()
     _check_sources(arguments, output)
-    training = read_examples(arguments.train_file, arguments, "train")
-    validation = read_examples(arguments.validation_file, arguments)
+    if arguments.problem_type is None:
+        arguments.problem_type = "regression" if arguments.task == "stsb" else "single_label_classification"
+    problem_type = arguments.problem_type
+    training = read_examples(arguments.train_file, arguments, "train", problem_type)
+    validation = read_examples(arguments.validation_file, arguments, problem_type=problem_type)
     if arguments.max_train_examples is not None:
         training = training.first(arguments.max_train_examples)
     set_seed(arguments.seed)
@@ -258,6 +250,10 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     if asked.teacher == "float" and not (knows_classes or arguments.float_epochs):
         # Its head may have been trained for other classes.
         asked.teacher = "none"
+    train_set, validation_set = (
+        tokenized(examples, model_labels(examples, model.config, problem_type), tokenizer, length)
+        for examples in (training, validation)
+    )
     stop = StopAfterStep()
 
     def prepare(trainer: Trainer) -> None:
@@ -269,10 +265,10 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         training_arguments(arguments, asked, output / ("float" if asked.method == "float" else "binary")),
         output_dir=output,
         tokenizer=tokenizer,
-        train_dataset=tokenized(training, class_ids(training, model.config), tokenizer, length),
-        eval_datasets={"eval": tokenized(validation, class_ids(validation, model.config), tokenizer, length)},
+        train_dataset=train_set,
+        eval_datasets={"eval": validation_set},
         data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=accuracy,
+        compute_metrics=partial(compute_metrics, problem_type, arguments.task),
         identity={
             **{name: str(getattr(arguments, name)) for name in IDENTITY},
             "train_examples": training.digest,
@@ -289,11 +285,12 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         tokenizer.save_pretrained(output / saved)
     else:
         saved = "packed"
-        write_card(recipe, results, output.name)
+        write_card(recipe, results, output.name, **known_of_data(arguments))
     summary = summarize(
         recipe,
         results,
         task=arguments.task,
+        problem_type=problem_type,
         model=arguments.model,
         examples={"train": len(training.labels), "validation": len(validation.labels)},
         output=arguments.output,
@@ -303,6 +300,15 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     summary["metrics"] = {name: found for name, found in summary["metrics"].items() if found is not None}
     (output / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
+
+
+def known_of_data(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the model card says of the task and the data, as [`~transformers.modelcard.TrainingSummary`] takes it."""
+    known = {"finetuned_from": arguments.model, "tasks": "text-classification"}
+    if arguments.task is None:
+        return {**known, "dataset": Path(arguments.train_file).name}
+    details = {"dataset_tags": "glue", "dataset_args": arguments.task, "dataset": f"GLUE {arguments.task.upper()}"}
+    return {**known, **details, "language": "en"}
 
 
 def default_method(model: PreTrainedModel) -> str:
@@ -381,12 +387,18 @@ def run(arguments: argparse.Namespace) -> None:
         print(json.dumps(result, indent=2))
         return
     print(_table(result["metrics"], result["bytes"]))
+    comparison = compared_with_float(result)
+    if comparison:
+        print(comparison)
     print(f"saved: {result['saved']}")
 
 
 def _table(metrics: Mapping[str, Mapping[str, float]], sizes: Mapping[str, int]) -> str:
-    lines = [f"{'':12}  accuracy"]
+    columns = [column for column in next(iter(metrics.values())) if column != "eval_loss"]
+    heads = [f"{column.removeprefix('eval_'):>8}" for column in columns]
+    lines = ["  ".join([" " * 12, *heads])]
     for name, found in metrics.items():
-        size = f"  {megabytes(sizes[name])}" if name in sizes else ""
-        lines.append(f"{name:12}  {found['eval_accuracy']:8.4f}{size}")
+        cells = [f"{found[column]:{len(head)}.4f}" for column, head in zip(columns, heads, strict=True)]
+        size = [megabytes(sizes[name])] if name in sizes else []
+        lines.append("  ".join([f"{name:12}", *cells, *size]))
     return "\n".join(lines)

@@ -101,14 +101,12 @@ def test_float_and_latent_models_are_measured_as_they_are(
     assert "mixed" not in printed("eval", folder, "--file", file)
 
 
-def test_accuracy_of_a_mixed_network_is_called_that(tiny_model, tiny_inputs, examples, printed, saved, tmp_path):
+def test_measures_of_a_mixed_network_are_called_that(tiny_model, tiny_inputs, examples, printed, saved, tmp_path):
     model = binarize(tiny_model("bert"))
     model(**tiny_inputs("bert"))
     file = write(tmp_path / "dev.csv", examples)
 
-    assert "not committed yet: this is the accuracy of a mixed network" in printed(
-        "eval", saved(model), "--file", file
-    )
+    assert "not committed yet: what follows is of a mixed network" in printed("eval", saved(model), "--file", file)
 
 
 def test_summary_tells_accuracy_speed_and_what_was_read(classifier, examples, printed, tmp_path):
@@ -117,6 +115,7 @@ def test_summary_tells_accuracy_speed_and_what_was_read(classifier, examples, pr
     output = printed("eval", classifier, "--file", file, "--max-length", "7")
 
     assert f"accuracy {result['accuracy']:.4f}, {result['correct']} of 37 right" in output
+    assert f"f1_macro {result['f1_macro']:.4f}, matthews_correlation {result['matthews_correlation']:.4f}" in output
     assert "examples/s in batches of 32 on " in output
     assert f"text from sentence1, sentence2 of {file}, at most 7 tokens" in output
 
@@ -232,6 +231,7 @@ def test_commas_and_quotes_of_a_csv_file_are_part_of_the_text(classifier, printe
         ({"text": ["a"], "label": [1]}, ["--label_column", "class"], "has no column 'class': name one of text, label"),
         ({"text": ["a", None], "label": [1, 1]}, [], "has no text in column text of row 1: fill it, or take the row"),
         ({"text": [1, 2], "label": [1, 1]}, [], "has no text in column text of row 0"),
+        ({"text": [["a", "b"]], "label": [[1, 1]]}, [], "has lists in column text: join the words"),
         (
             {"text": ["a"], "b": ["b"], "label": [1]},
             ["--text_columns", "text", "b", "text"],
@@ -273,8 +273,8 @@ def test_model_that_is_no_classifier_is_refused(tiny_model, saved, refused, exam
 
     encoder = saved(tiny_model("bert", AutoModel), "encoder")
     assert "is a BertModel, and eval measures text classifiers" in refused("eval", encoder, "--file", file)
-    regression = saved(tiny_model("bert", num_labels=1), "regression")
-    assert "is a regression, which has no accuracy" in refused("eval", regression, "--file", file)
+    numbers = saved(tiny_model("bert", num_labels=3, problem_type="regression"), "numbers")
+    assert "predicts 3 numbers a text, and one is" in refused("eval", numbers, "--file", file)
 
 
 def test_model_without_its_head_or_tokenizer_is_refused(tiny_packed, saved, classifier, refused, examples, tmp_path):

@@ -22,6 +22,7 @@ from transformers import AutoModelForSequenceClassification
 from hf_stompp import StoMPPConfig, binarize, cli, commit
 from hf_stompp.example_inputs import example_inputs
 from hf_stompp.patching import packed_modules
+from hf_stompp.summary import compared_with_float
 
 
 CLASSES = ["bad", "fair", "good"]
@@ -69,7 +70,10 @@ def test_run_ends_in_a_packed_model_that_eval_finds_as_good(
     assert found["accuracy"] == accuracies["packed"] == accuracies["binary_final"]
     assert summary["examples"] == {"train": 64, "validation": 32}
     assert summary["command"] == shlex.join(["hf-stompp", "train", *map(str, words)])
-    assert "import hf_stompp" in ModelCard.load(output / "packed" / "README.md").text
+    card = ModelCard.load(output / "packed" / "README.md").text
+    assert "import hf_stompp" in card and f"the {Path(files[1]).name} data set" in card
+    assert f"| accuracy | {accuracies['packed']:.4f} | {accuracies['float']:.4f} |" in card
+    assert compared_with_float(summary) in table
 
 
 @pytest.mark.parametrize("committed", [True, False])
@@ -185,7 +189,7 @@ class TestBadInput:
     ) -> None:
         numbers = write(tmp_path / "numbers.csv", 8, 0, lambda label: label + 0.25)
         message = refused("train", float_model, tmp_path / "out", "--train_file", numbers, *files[2:])
-        assert "no classes" in message and "run_glue.py" in message
+        assert "no classes, such as " in message and "--problem_type regression (numbers)" in message
         other = write(tmp_path / "other.csv", 8, 0, lambda label: f"other{label}")
         message = refused("train", float_model, tmp_path / "out", *files[:2], "--validation_file", other)
         assert "other" in message and "bad, fair, good" in message
