@@ -239,7 +239,8 @@ def page(result: Mapping[str, Any]) -> str:
     """The page in the documentation."""
     cases = result["cases"]
     counts = Counter(case["result"] for case in cases)
-    families = {case["family"] for case in cases if case["result"] == "works"}, {case["family"] for case in cases}
+    tried = {case["family"] for case in cases}
+    working = {case["family"] for case in cases if case["result"] == "works"}
     reasons: dict[tuple[str, str, str], list[str]] = {}
     for case in cases:
         if case["result"] != "works":
@@ -250,8 +251,8 @@ def page(result: Mapping[str, Any]) -> str:
     lines = [
         "# What is supported",
         "",
-        f"{counts['works']} of {len(cases)} pairs of an encoder family and a head work; they are of {len(families[0])} "
-        f"of {len(families[1])} families.",
+        f"{counts['works']} of {len(cases)} pairs of an encoder family and a head work; they are of {len(working)} of "
+        f"{len(tried)} families.",
         f"{counts['refused']} are refused by `binarize`, which says why, and {counts['fails']} fail.",
         f"{counts['not built'] + counts['no example']} could not be tried: no tiny config was found for",
         f"{counts['not built']} of them, and {counts['no example']} do not take the example that `binarize` makes.",
