@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -15,21 +16,30 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from .. import benchmark
 from ..config import CHOICES
 from ..methods import BINARY_DEFAULTS, FLOAT_DEFAULTS, METHODS
 from ..ops import cpu
 from ..sensitivity import DETAILS
 from ..tables import READERS
 from ..text import LINES
-from . import conversion, distill, evaluation, exporting, information, inspection, plotting, sensitivity, training
 from .errors import explain
 from .examples import SEPARATOR
 from .measures import METRICS
 from .models import quiet_transformers
 
 
+def _command(module: str, function: str = "run") -> Callable[[argparse.Namespace], None]:
+    """What a command runs. Its module is imported by then: most need more than `--help` should wait for."""
+
+    def run(arguments: argparse.Namespace) -> None:
+        getattr(importlib.import_module(f".{module}", __name__), function)(arguments)
+
+    return run
+
+
 def _bench(arguments: argparse.Namespace) -> None:
+    from .. import benchmark
+
     all_levels = ["op", "model"] if arguments.quick else ["op", "model", "loading"]
     levels = all_levels if arguments.level == "all" else [arguments.level]
     # A path would tell whose machine it was.
@@ -143,7 +153,7 @@ def parser() -> argparse.ArgumentParser:
     _add(
         commands,
         "info",
-        information.run,
+        _command("information"),
         "versions, the kernel that runs, and why the others do not",
         "Tells the versions of what matters, which kernel multiplies the bits on this machine's processor and GPUs, "
         "and of every other kernel why it does not run here.",
@@ -167,7 +177,7 @@ def _add_inspect(commands: Any) -> None:
     inspect = _add(
         commands,
         "inspect",
-        inspection.run,
+        _command("inspection"),
         "what is or would be 1-bit in a model, unit by unit, with sizes",
         "Prints the units of a model in the order that they freeze in, what is 1-bit in each, and its size as a float "
         "model, in training (latent) and packed. For a float model it shows what binarize() would do; that reads "
@@ -212,7 +222,7 @@ def _add_train(commands: Any) -> None:
     train = _add(
         commands,
         "train",
-        training.run,
+        _command("training"),
         "a text classifier or a regression on labelled files or a GLUE task: float -> binary -> packed",
         "Fine-tunes a text classifier, binarizes it while it trains on, packs it into OUTPUT/packed and measures all "
         "of them on the validation set. With --problem_type it learns numbers, or several classes a text. Ctrl-C ends "
@@ -285,7 +295,7 @@ def _add_distill(commands: Any) -> None:
     command = _add(
         commands,
         "distill",
-        distill.run,
+        _command("distill"),
         "the 1-bit copy of any text encoder, learned from text without labels",
         "Makes the 1-bit copy of a float encoder. The copy learns to compute the hidden states of the float model on "
         "any text, and the embedding where that is a sentence encoder (a folder with modules.json). OUTPUT/packed is "
@@ -364,7 +374,7 @@ def _add_pack(commands: Any) -> None:
     pack = _add(
         commands,
         "pack",
-        conversion.run_pack,
+        _command("conversion", "run_pack"),
         "a trained, committed model -> 1-bit weights",
         "Packs a latent model whose units are all frozen into 1-bit weights, and copies its tokenizer. The packed "
         "model gives the same answers. OUTPUT appears when it is complete; an interrupted run leaves nothing.",
@@ -377,7 +387,7 @@ def _add_unpack(commands: Any) -> None:
     unpack = _add(
         commands,
         "unpack",
-        conversion.run_unpack,
+        _command("conversion", "run_unpack"),
         "1-bit weights -> a latent model to train on, or a plain float one",
         "Turns a packed model into a committed latent one, in plain PyTorch operations: trainable, and it packs to "
         "the same bits. Its weights are +-scale; what training knew beyond the signs is gone. With --float, a model "
@@ -393,7 +403,7 @@ def _add_export(commands: Any) -> None:
     export = _add(
         commands,
         "export",
-        exporting.run_export,
+        _command("exporting", "run_export"),
         "1-bit weights -> an ONNX file of standard operators",
         "Writes a packed model as one ONNX file of standard operators, in float32, which any runtime can read. Its "
         "weights stay eight to a byte; its answers are those of the packed model. Batch size and sequence length are "
@@ -409,7 +419,7 @@ def _add_eval(commands: Any) -> None:
     evaluate = _add(
         commands,
         "eval",
-        evaluation.run,
+        _command("evaluation"),
         "how good a text classifier or a regression is on a labelled file, and its speed",
         "Measures the answers of a text classification model (float, latent or packed) on labelled examples, by "
         "accuracy, F1 and Matthews correlation, and how many it gives a second. The text is found in the columns that "
@@ -449,7 +459,7 @@ def _add_sensitivity(commands: Any) -> None:
     command = _add(
         commands,
         "sensitivity",
-        sensitivity.run,
+        _command("sensitivity"),
         "what each part of a float classifier costs when it alone is binarized",
         "Binarizes one part of a float text classifier after the other, without training, and measures how far its "
         "answers move from the float model's, and how often they are right. Parts are encoder layers (unit), all "
@@ -485,7 +495,7 @@ def _add_plot(commands: Any) -> None:
     plot = _add(
         commands,
         "plot",
-        plotting.run,
+        _command("plotting"),
         "a run's training dynamics, as a picture and an HTML page",
         "Draws what a run logged: the frozen fraction of each unit, the evaluation of the fully binary model and of "
         "the mixed one in training, training loss, gradient norm and learning rate, over optimizer steps. Writes "
