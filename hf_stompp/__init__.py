@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .adapters import register_lora
 from .binarization import binarization_report, binarize, commit
 from .config import StoMPPConfig
 from .packing import pack, unpack
@@ -32,6 +33,7 @@ __all__ = [
     "binarize",
     "commit",
     "pack",
+    "register_lora",
     "unpack",
 ]
 

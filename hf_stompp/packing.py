@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from .adapters import has_adapters
 from .binarization import config_of
 from .nn import (
     MaskedBinaryActivation,
@@ -15,12 +16,21 @@ from .nn import (
     PackedBinaryLinear,
     PackedInt8Embedding,
 )
+from .nn.functional import SURROGATES
 from .ops import pack_bits, quantize_rows
 from .patching import masked_modules, packed_modules, swap_in_float, swap_in_masked, swap_in_packed, unit_modules
 from .quantizer import attach_quantizer
 
 
 Model = TypeVar("Model", bound=nn.Module)
+
+
+def _check_no_adapters(model: nn.Module) -> None:
+    if has_adapters(model):
+        raise ValueError(
+            f"{type(model).__name__} has adapters, which are float and stay beside the base: take the base alone, "
+            "model.unload()"
+        )
 
 
 def _check_packable(model: nn.Module) -> None:
@@ -61,9 +71,10 @@ def pack(model: Model) -> Model:
             evaluation mode.
 
     Raises:
-        ValueError: the model is not binarized or packed already, units are not committed (named), an activation was
-            never initialised, or a tensor holds NaN or infinity.
+        ValueError: the model is not binarized or packed already, has adapters, units are not committed (named), an
+            activation was never initialised, or a tensor holds NaN or infinity.
     """
+    _check_no_adapters(model)
     _check_packable(model)
     packed = copy.deepcopy(model)
     latent = dict(model.named_modules())
@@ -92,7 +103,7 @@ def pack(model: Model) -> Model:
 
 
 @torch.no_grad()
-def unpack(model: Model) -> Model:
+def unpack(model: Model, surrogate: str | None = None) -> Model:
     """
     Turns a packed model into a committed latent one: plain PyTorch operations, trainable, packs to the same bits.
 
@@ -101,13 +112,20 @@ def unpack(model: Model) -> Model:
 
     Args:
         model (`PreTrainedModel`): from [`pack`] or a packed checkpoint. It is left as it is.
+        surrogate (`str`, *optional*): the gradient of what is binary, a key of
+            [`~hf_stompp.nn.functional.SURROGATES`]; that which the model was trained with when not given. With `none`
+            nothing passes back through a committed layer.
 
     Returns:
         `PreTrainedModel`: a new model of the same class.
 
     Raises:
-        ValueError: the model is not packed, or has int8 word embeddings in half precision.
+        ValueError: the model is not packed, has adapters or int8 word embeddings in half precision, or there is no
+            such surrogate.
     """
+    if surrogate is not None and surrogate not in SURROGATES:
+        raise ValueError(f"surrogate must be one of {list(SURROGATES)}, got {surrogate!r}")
+    _check_no_adapters(model)
     config = config_of(model)
     if not packed_modules(model):
         raise ValueError(f"{type(model).__name__} is not packed")
@@ -120,6 +138,8 @@ def unpack(model: Model) -> Model:
     latent = copy.deepcopy(model)
     config = config_of(latent)
     config.state = "latent"
+    if surrogate is not None:
+        config.surrogate = surrogate
     config.feed_forward_levels = "signed"
     # Rows have scales now, whatever the kind they came from: the input's amplitude was folded into them.
     config.weight_scale = "row"

@@ -14,6 +14,7 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
+from .adapters import has_adapters
 from .config import QUANT_METHOD, StoMPPConfig
 from .example_inputs import example_inputs
 from .integrity import digests, start_verification
@@ -395,7 +396,7 @@ def _check_float(model: nn.Module) -> None:
         raise ValueError(
             f"{type(model).__name__} is already binarized; binarize a model once, right after from_pretrained"
         )
-    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+    if has_adapters(model):
         raise ValueError(
             f"{type(model).__name__} has adapters that are not merged, whose matrices would become binary, too: merge "
             "them first, model.merge_and_unload()"

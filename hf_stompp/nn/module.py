@@ -123,7 +123,7 @@ class SharedResult:
         return SharedResult, ()
 
 
-def refer(module: nn.Module, name: str, other: nn.Module) -> None:
+def refer(module: nn.Module, name: str, other: nn.Module | None) -> None:
     """Sets `module.name = other` past nn.Module's registration, so that `other` is neither saved nor counted twice."""
     object.__setattr__(module, name, other)
 
