@@ -6,13 +6,15 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-from transformers import TrainingArguments
+from typing import TYPE_CHECKING, Any
 
 from .config import CHOICES, StoMPPConfig
 from .progression import SCHEDULES
-from .training_args import StoMPPTrainingArguments
+
+
+if TYPE_CHECKING:
+    # The Trainer's arguments take a while to import, and the command line reads the tables here for its --help.
+    from .training_args import StoMPPTrainingArguments
 
 
 FLOAT_DEFAULTS: dict[str, Any] = {
@@ -258,7 +260,7 @@ class RecipeArguments:
         """
         if self.method == "float":
             own = {item.name for item in dataclasses.fields(self)} - {"method"}
-            _refuse_for_float((own | set(progression_of(args))) & set(given))
+            _refuse_for_float((own | set(args.own_arguments())) & set(given))
         method = METHODS[self.method]
         asked = {name: getattr(args, name) for name in given if hasattr(args, name)}
         for name, value in {**method.defaults, **_agreeing(self.method, method.training, asked)}.items():
@@ -266,13 +268,6 @@ class RecipeArguments:
 
 
 CONFIG_FIELDS = {item.name for item in dataclasses.fields(RecipeArguments)} & set(StoMPPConfig().__dict__)
-
-
-def progression_of(args: StoMPPTrainingArguments) -> dict[str, Any]:
-    """What [`StoMPPTrainingArguments`] adds to the arguments of Transformers."""
-    known = {item.name for item in dataclasses.fields(TrainingArguments)}
-    names = [item.name for item in dataclasses.fields(StoMPPTrainingArguments) if item.name not in known]
-    return {name: getattr(args, name) for name in names}
 
 
 def _agreeing(method: str, table: Mapping[str, tuple[Any, ...]], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from .config import StoMPPConfig
-from .methods import RecipeArguments, progression_of
+from .methods import RecipeArguments
 from .training_args import StoMPPTrainingArguments
 
 
@@ -132,7 +132,7 @@ def claim_output_dir(recipe: Recipe) -> None:
         **{name: getattr(recipe.asked, name) for name in ASKED_SETTINGS},
         **{name: getattr(recipe.args, name) for name in TRAINING_SETTINGS},
         "binarization": None if recipe.config is None else recipe.config.to_dict(),
-        "progression": None if recipe.config is None else progression_of(recipe.args),
+        "progression": None if recipe.config is None else recipe.args.own_arguments(),
     }
     settings = json.loads(json.dumps(settings, default=str))
     file = recipe.output_dir / SETTINGS

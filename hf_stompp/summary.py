@@ -19,7 +19,6 @@ from transformers import PreTrainedModel, Trainer
 
 from .benchmark import processor
 from .dynamics import measures_of
-from .methods import progression_of
 from .recipe import Recipe, Results
 
 
@@ -122,7 +121,7 @@ def summarize(recipe: Recipe, results: Results, **known: Any) -> dict[str, Any]:
         "mode": None if config is None else config.mode,
         "teacher": results.teacher,
         "config": None if config is None else config.to_dict(),
-        "progression": None if config is None else progression_of(args),
+        "progression": None if config is None else args.own_arguments(),
         "examples": None,
         "epochs": {
             "float": args.num_train_epochs if config is None else recipe.asked.float_num_train_epochs,

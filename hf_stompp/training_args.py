@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
@@ -138,6 +138,16 @@ class StoMPPTrainingArguments(TrainingArguments):
         rate = self.activation_learning_rate
         if rate is not None and not 0 < rate < math.inf:
             raise ValueError(f"activation_learning_rate must be a finite number above 0, got {rate}")
+
+    def own_arguments(self) -> dict[str, Any]:
+        """
+        What this class adds to the arguments of Transformers.
+
+        Returns:
+            `dict[str, Any]`: values by name.
+        """
+        known = {item.name for item in fields(TrainingArguments)}
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name not in known}
 
     def _check_distillation(self) -> None:
         losses = DEFAULT_LOSSES if self.distillation_losses is None else self.distillation_losses
