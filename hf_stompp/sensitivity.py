@@ -12,17 +12,20 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from .binarization import binarize, commit
 from .config import StoMPPConfig
 from .patching import FLOAT32_BYTES, packed_linear_bytes
 from .structure import plan_modules
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 DETAILS = ("unit", "kind", "module")

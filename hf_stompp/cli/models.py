@@ -8,17 +8,22 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig
 
 from ..config import QUANT_METHOD, StoMPPConfig
 from ..patching import frozen_counts, masked_modules
 from .errors import CommandError, hub_errors
+
+
+if TYPE_CHECKING:
+    # It takes longer to import than --help should take.
+    from transformers import PreTrainedModel
 
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
