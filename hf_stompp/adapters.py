@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from torch import nn
 
 
@@ -31,5 +33,23 @@ def register_lora() -> None:
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether a model is one of peft, or Transformers has put adapters of peft into it."""
-    return hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)
+    """Whether a model is one of peft, or holds layers of peft, also such whose adapters were deleted."""
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        return True
+    # Who has not imported it has none.
+    layers = sys.modules.get("peft.tuners.tuners_utils")
+    return layers is not None and any(isinstance(module, layers.BaseTunerLayer) for module in model.modules())
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """
+    Checks that a model has no adapters.
+
+    Raises:
+        ValueError: it has.
+    """
+    if has_adapters(model):
+        raise ValueError(
+            f"{type(model).__name__} has adapters, which are float and stay beside the base: take the base alone, "
+            "PeftModel.unload(), or load it anew. Adapters are trained by Transformers' Trainer"
+        )

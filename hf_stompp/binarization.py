@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from torch import nn
 
-from .config import StoMPPConfig
+from .adapters import refuse_adapters
+from .config import StoMPPConfig, checked_inputs
 from .patching import BinarizationReport, masked_modules, packed_modules, report
 from .quantizer import attach_quantizer, binarize_modules
 
@@ -20,8 +22,9 @@ def config_of(model: nn.Module) -> StoMPPConfig:
     The `StoMPPConfig` of a binarized or packed model.
 
     Raises:
-        ValueError: the model is neither.
+        ValueError: the model is neither, or has adapters of peft.
     """
+    refuse_adapters(model)
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     if not isinstance(config, StoMPPConfig) or not (masked_modules(model) or packed_modules(model)):
         raise ValueError(f"{type(model).__name__} is not binarized; call binarize(model, StoMPPConfig()) first")
@@ -56,7 +59,9 @@ def binarized_part(model: nn.Module) -> Any:
     return next(iter(found.values()))
 
 
-def binarize(model: Model, config: StoMPPConfig | None = None, example_inputs: dict[str, Any] | None = None) -> Model:
+def binarize(
+    model: Model, config: StoMPPConfig | None = None, example_inputs: Mapping[str, Any] | None = None
+) -> Model:
     """
     Makes a float encoder trainable into a binary one: replaces its linear layers and activations by masked ones, in
     place.
@@ -67,8 +72,8 @@ def binarize(model: Model, config: StoMPPConfig | None = None, example_inputs: d
     Args:
         model (`PreTrainedModel`): a float model with a stack of encoder layers.
         config (`StoMPPConfig`, *optional*): what to binarize and how; copied. The defaults when not given.
-        example_inputs (`dict[str, Any]`, *optional*): forward arguments for the one pass that finds out which layers
-            read the same tensor, for models that take neither token ids nor an image.
+        example_inputs (`Mapping[str, Any]`, *optional*): forward arguments for the one pass that finds out which
+            layers read the same tensor, for models that take neither token ids nor an image.
 
     Returns:
         `PreTrainedModel`: the same object.
@@ -86,7 +91,7 @@ def binarize(model: Model, config: StoMPPConfig | None = None, example_inputs: d
     """
     config = StoMPPConfig() if config is None else copy.deepcopy(config)
     if example_inputs is not None:
-        config.example_inputs = example_inputs
+        config.example_inputs = checked_inputs(example_inputs)
     binarize_modules(model, config)
     attach_quantizer(model, config)
     return model

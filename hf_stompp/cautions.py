@@ -18,7 +18,10 @@ FEW_STEPS = 2000
 
 
 def watch(model: nn.Module) -> None:
-    """Makes a binarized model warn, once, in its first forward pass of a training that does not [`attend`] to it."""
+    """
+    Makes a binarized model warn, once, in the first forward pass of a training that does not [`attend`] to it. A
+    compiled model does not warn.
+    """
     model.register_forward_pre_hook(_warn)
 
 
@@ -26,19 +29,21 @@ def attend(model: nn.Module) -> None:
     """Says that somebody advances the masks of a model, or that it has none."""
     for key, hook in list(model._forward_pre_hooks.items()):
         if hook is _warn:
-            del model._forward_pre_hooks[key]
+            # Threads that run one model share its hooks.
+            model._forward_pre_hooks.pop(key, None)
 
 
 def _warn(model: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
         return
     attend(model)
-    if all(module.committed for module in model.modules() if isinstance(module, MaskedBinaryModule)):
+    masked: list[Any] = [module for module in model.modules() if isinstance(module, MaskedBinaryModule)]
+    if not any(p.requires_grad for module in masked if not module.committed for p in module.parameters()):
         return
     logger.warning(
-        "%s is trained, and nothing advances its masks: it will stay float. Use StoMPPTrainer, or give another "
-        "trainer callbacks=[ProgressionCallback()], or a loop of your own a MaskScheduler; commit(model) makes it "
-        "binary from the first step on.",
+        "%s is trained, and nothing advances its masks: what is float in it will stay so. Use StoMPPTrainer, or give "
+        "another trainer callbacks=[ProgressionCallback()], or a loop of your own a MaskScheduler; commit(model) makes "
+        "it binary from the first step on.",
         type(model).__name__,
     )
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .nn.functional import LEVELS, SURROGATES, WEIGHT_CENTERS, WEIGHT_SCALES
@@ -72,6 +75,20 @@ def _word_embeddings(asked: str, is_binary: Any) -> str:
             "contradict each other: drop the latter"
         )
     return by_older_name
+
+
+def checked_inputs(inputs: Any) -> dict[str, Any] | None:
+    """
+    Forward arguments to trace a model with, free of gradients, so that they can be copied.
+
+    Raises:
+        ValueError: they are no mapping.
+    """
+    if inputs is None:
+        return None
+    if not isinstance(inputs, Mapping):
+        raise ValueError(f"example_inputs must map names of the model's forward arguments to values, got {inputs!r}")
+    return {name: value.detach() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
 
 
 class StoMPPConfig(QuantizationConfigMixin):
@@ -141,8 +158,6 @@ class StoMPPConfig(QuantizationConfigMixin):
         binary_word_embeddings (`bool`, *optional*): the older name: `True` is `word_embeddings="binary"`.
         layer_stack (`str`, *optional*):
             Name of the module list that holds the encoder layers, for models where it cannot be found (ours).
-        example_inputs (`dict[str, Any]`, *optional*):
-            As in [`binarize`], for `from_pretrained(..., quantization_config=StoMPPConfig(...))`. Never saved.
         state (`str`, *optional*, defaults to `"latent"`):
             `"latent"`: float weights with freeze masks, trainable; `"packed"`: 1-bit weights. Set by the library.
         format_version (`int`, *optional*):
@@ -152,6 +167,8 @@ class StoMPPConfig(QuantizationConfigMixin):
             What was replaced, from input to output: `name`, `kind` (`"linear"`, `"activation"`, `"embedding"`,
             `"int8_embedding"`), `unit`, and for a linear layer `input`, the module that binarizes its input (`None`
             where that stays float), and `bias`, whether it has one. Set by [`binarize`].
+        example_inputs (`Mapping[str, Any]`, *optional*):
+            As in [`binarize`], for `from_pretrained(..., quantization_config=StoMPPConfig(...))`. Never saved.
 
     Raises:
         ValueError: a bad value (the message names the field and what it may be), an unknown field, or a newer format.
@@ -175,7 +192,6 @@ class StoMPPConfig(QuantizationConfigMixin):
         modules_to_not_convert: list[str] | None = None,
         word_embeddings: str = "float",
         layer_stack: str | None = None,
-        example_inputs: dict[str, Any] | None = None,
         modes: dict[str, str] | None = None,
         activation_bits: int | None = 8,
         binary_word_embeddings: bool | None = None,
@@ -183,6 +199,7 @@ class StoMPPConfig(QuantizationConfigMixin):
         format_version: int | None = None,
         modules: list[dict[str, Any]] | None = None,
         quant_method: str = QUANT_METHOD,
+        example_inputs: Mapping[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]
@@ -208,7 +225,7 @@ class StoMPPConfig(QuantizationConfigMixin):
         )
         self.word_embeddings = _word_embeddings(word_embeddings, binary_word_embeddings)
         self.layer_stack = layer_stack
-        self.example_inputs = example_inputs
+        self.example_inputs = checked_inputs(example_inputs)
         self.state = state
         self.format_version = self._oldest_version() if format_version is None else format_version
         self.modules = modules
@@ -261,11 +278,6 @@ class StoMPPConfig(QuantizationConfigMixin):
             raise ValueError(f"StoMPPConfig.modules_to_not_convert must be a list of strings, got {patterns!r}")
         _check_patterns("modules_to_not_convert", patterns)
         self._check_modes(self.modes)
-        if self.example_inputs is not None and not isinstance(self.example_inputs, dict):
-            raise ValueError(
-                "StoMPPConfig.example_inputs must be a dict of the model's forward arguments or None, got "
-                f"{self.example_inputs!r}"
-            )
         if self.modules is not None:
             self._check_modules(self.modules)
 
@@ -291,8 +303,11 @@ class StoMPPConfig(QuantizationConfigMixin):
             `dict[str, Any]`: plain JSON.
         """
         since = {"modes": 2, "activation_bits": 3, "word_embeddings": 4}
-        saved = {name: value for name, value in super().to_dict().items() if since.get(name, 1) <= self.format_version}
-        del saved["example_inputs"]
+        saved = {
+            name: copy.deepcopy(value)
+            for name, value in self.__dict__.items()
+            if name != "example_inputs" and since.get(name, 1) <= self.format_version
+        }
         if "word_embeddings" not in saved:
             saved["binary_word_embeddings"] = self.word_embeddings == "binary"
         return saved

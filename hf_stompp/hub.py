@@ -425,10 +425,13 @@ def _method(config: StoMPPConfig) -> str:
 
 
 def _metrics_table(found: Mapping[str, float], of_float: Mapping[str, float]) -> str:
-    of_both = {name: (f"{value:.4f}", f"{of_float.get(name, math.nan):.4f}") for name, value in found.items()}
+    rows = [(name, f"{value:.4f}") for name, value in found.items()]
     if not of_float:
-        return _table(("measure", "value"), [(name, value) for name, (value, _) in of_both.items()])
-    return _table(("measure", "value", "float model"), [(name, *both) for name, both in of_both.items()])
+        return _table(("measure", "value"), rows)
+    beside = [f"{of_float[name]:.4f}" if name in of_float else "-" for name in found]
+    return _table(
+        ("measure", "value", "float model"), [(*row, other) for row, other in zip(rows, beside, strict=True)]
+    )
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

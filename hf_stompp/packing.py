@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .adapters import has_adapters
 from .binarization import config_of
 from .nn import (
     MaskedBinaryActivation,
@@ -23,14 +22,6 @@ from .quantizer import attach_quantizer
 
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-def _check_no_adapters(model: nn.Module) -> None:
-    if has_adapters(model):
-        raise ValueError(
-            f"{type(model).__name__} has adapters, which are float and stay beside the base: take the base alone, "
-            "model.unload()"
-        )
 
 
 def _check_packable(model: nn.Module) -> None:
@@ -74,7 +65,6 @@ def pack(model: Model) -> Model:
         ValueError: the model is not binarized or packed already, has adapters, units are not committed (named), an
             activation was never initialised, or a tensor holds NaN or infinity.
     """
-    _check_no_adapters(model)
     _check_packable(model)
     packed = copy.deepcopy(model)
     latent = dict(model.named_modules())
@@ -125,7 +115,6 @@ def unpack(model: Model, surrogate: str | None = None) -> Model:
     """
     if surrogate is not None and surrogate not in SURROGATES:
         raise ValueError(f"surrogate must be one of {list(SURROGATES)}, got {surrogate!r}")
-    _check_no_adapters(model)
     config = config_of(model)
     if not packed_modules(model):
         raise ValueError(f"{type(model).__name__} is not packed")

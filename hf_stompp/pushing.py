@@ -152,15 +152,15 @@ class PushingTrainer(Trainer):
             with same_weights_kept(folder) if self.args.should_save else nullcontext():
                 self.save_model(_internal_call=True)
             self._is_saved = True
-            with explained(repository, folder), self._card_kept(folder):
+            self._card_revision = branch
+            kwargs.setdefault("model_name", repository.split("/")[-1])
+            with explained(repository, folder), self._card_kept(folder, kwargs):
                 if self.hub_model_id is None:
                     self.args.hub_model_id = repository
                     self.init_hf_repo(token=token, private=private)
                     repository = self.hub_model_id or repository
                 if self.is_world_process_zero() and branch is not None:
                     create_branch(repository, branch, token)
-                self._card_revision = branch
-                kwargs.setdefault("model_name", repository.split("/")[-1])
                 result = super().push_to_hub(
                     commit_message=commit_message,
                     blocking=blocking,
@@ -174,13 +174,17 @@ class PushingTrainer(Trainer):
         return result
 
     @contextmanager
-    def _card_kept(self, folder: Path) -> Iterator[None]:
-        """Whatever is raised within the block, the folder has a card after it."""
+    def _card_kept(self, folder: Path, details: dict[str, Any]) -> Iterator[None]:
+        """Whatever is raised within the block, the folder has a card after it, made of these arguments."""
         try:
             yield
         except Exception:
             if not (folder / "README.md").is_file():
-                self.create_model_card()
+                try:
+                    self.create_model_card(**details)
+                except Exception as error:
+                    # What was raised first says what to do.
+                    logger.warning("%s has no model card: %s", folder, error)
             raise
 
     @contextmanager

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from .adapters import has_adapters
+from .adapters import has_adapters, refuse_adapters
 from .config import QUANT_METHOD, StoMPPConfig
 from .example_inputs import example_inputs
 from .integrity import digests, start_verification
@@ -123,6 +123,7 @@ class StoMPPQuantizer(HfQuantizer):
             ValueError: the model is not packed, or has binary activations, which no plain float model computes.
         """
         config = self.quantization_config
+        refuse_adapters(model)
         if not packed_modules(model):
             raise ValueError(f"{type(model).__name__} is not packed: pack(model) first, then dequantize")
         if config.has_binary_activations:
@@ -419,11 +420,11 @@ def binarize_modules(model: nn.Module, config: StoMPPConfig) -> None:
     _check_float(model)
     if config.state != "latent" or config.modules is not None:
         raise ValueError("this StoMPPConfig belongs to another model; pass a fresh one, StoMPPConfig(...)")
-    given, config.example_inputs = config.example_inputs, None
-    inputs = example_inputs(model) if given is None else given
+    inputs = example_inputs(model) if config.example_inputs is None else config.example_inputs
     config.modules = [{"name": name, **entry} for name, entry in plan_modules(model, config, inputs).items()]
     _check_packed_form(model, config, inputs)
     swap_in_masked(model, config)
+    config.example_inputs = None
 
 
 def _check_packed_form(model: nn.Module, config: StoMPPConfig, inputs: Mapping[str, Any]) -> None:

@@ -180,8 +180,8 @@ def _trace(model: nn.Module, stack: dict[str, nn.Module], inputs: Mapping[str, A
             shapes = {name: list(getattr(value, "shape", [])) for name, value in inputs.items()}
             raise ValueError(
                 f"{type(model).__name__} fails on the example that shows which layers read the same tensor, {shapes}: "
-                f"{type(error).__name__}: {error}. Pass one that it takes: binarize(model, config, "
-                "example_inputs={...}), a dict of its forward arguments"
+                f"{type(error).__name__}: {error}. Pass one that it takes, a dict of its forward "
+                "arguments: binarize(model, config, example_inputs={...}) or StoMPPConfig(example_inputs={...})"
             ) from error
         finally:
             for module, training in modes.items():

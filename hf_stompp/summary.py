@@ -200,17 +200,16 @@ def compared_with_float(summary: Mapping[str, Any]) -> str:
         `str`: one paragraph; empty where one of the two was not measured.
     """
     found, packed = (summary["metrics"].get(name) or {} for name in ("float", "packed"))
-    shared = [name for name in packed if name in found and not name.endswith(("_loss", "_mse"))]
-    if not shared:
+    shared = [name for name in packed if name in found and not name.endswith(("loss", "mse", "mae"))]
+    if not shared or not math.isfinite(found[shared[0]] - packed[shared[0]]):
         return ""
     name = shared[0]
     below = found[name] - packed[name]
     measure = name.partition("_")[2].replace("_", " ")
-    text = f"{measure}: {packed[name]:.4f} packed, {found[name]:.4f} float, {100 * below:.1f} points below"
+    where = "above" if below < 0 else "below"
+    text = f"{measure}: {packed[name]:.4f} packed, {found[name]:.4f} float, {100 * abs(below):.1f} points {where}"
     if below <= NEAR:
-        return (
-            text if below > 0 else text.replace(f"{100 * below:.1f} points below", f"{-100 * below:.1f} points above")
-        )
+        return text
     helps = ["more epochs"]
     if summary["teacher"] is None:
         helps.append("a teacher (such as the float model)")

@@ -116,7 +116,7 @@ def test_three_ways_to_train_end_in_the_same_weights(
     assert same(model, own.model)
 
 
-@pytest.mark.parametrize("start", ["binarized", "loaded", "unpacked", "compiled"])
+@pytest.mark.parametrize("start", ["binarized", "loaded", "unpacked", "compiled", "head alone"])
 def test_training_that_nothing_advances_the_masks_of_is_told_once(
     latent: Callable, dataset: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture, start: str
 ) -> None:
@@ -127,6 +127,8 @@ def test_training_that_nothing_advances_the_masks_of_is_told_once(
     if start == "unpacked":
         # Its masks are full: vanilla STE needs nobody to advance them.
         model = unpack(pack(commit(initialized(model, dataset))))
+    if start == "head alone":
+        model.base_model.requires_grad_(False)
     args = TrainingArguments(str(tmp_path), **{**ARGUMENTS, "max_steps": 2, "torch_compile": start == "compiled"})
     with caplog.at_level(logging.WARNING, "hf_stompp"):
         Trainer(model, args, train_dataset=dataset).train()

@@ -190,7 +190,9 @@ def test_from_pretrained_takes_the_example_from_the_config_and_saves_none(tmp_pa
     build("BertForSequenceClassification", **SMALL).save_pretrained(tmp_path / "float")
 
     def load(ids: Tensor) -> Any:
-        asked = StoMPPConfig(example_inputs={"input_ids": ids})
+        # A mask that a graph hangs on cannot be copied.
+        mask = torch.ones(ids.shape[:2], requires_grad=True) * 1
+        asked = StoMPPConfig(example_inputs=transformers.BatchEncoding({"input_ids": ids, "attention_mask": mask}))
         return transformers.BertForSequenceClassification.from_pretrained(
             tmp_path / "float", quantization_config=asked
         )
@@ -202,6 +204,9 @@ def test_from_pretrained_takes_the_example_from_the_config_and_saves_none(tmp_pa
     model.save_pretrained(tmp_path / "latent")
     saved = json.loads((tmp_path / "latent" / "config.json").read_text())["quantization_config"]
     assert "example_inputs" not in saved and model.config.quantization_config.example_inputs is None
+    for refused in (lambda: StoMPPConfig(example_inputs=[1]), lambda: binarize(model, example_inputs=[1])):
+        with pytest.raises(ValueError, match="example_inputs must map names"):
+            refused()
 
 
 def test_examples_have_the_shape_that_the_config_tells() -> None:

@@ -623,6 +623,8 @@ with socket.socket() as closed:
 original = transformers.trainer.hf_api
 transformers.trainer.hf_api = lambda: HfApi(endpoint=f"http://127.0.0.1:{port}")
 out["unreachable"] = failure(trainer.push_to_hub)
+out["latent"] = failure(lambda: trainer.push_to_hub(latent=True, dataset="films"))
+out["card"] = Path("run/latent/README.md").read_text()
 transformers.trainer.hf_api = original
 out["saved"] = all(Path("run/packed", name).is_file() for name in ("model.safetensors", "README.md"))
 out["url"] = trainer.push_to_hub().commit_url
@@ -630,6 +632,8 @@ out["url"] = trainer.push_to_hub().commit_url
     )
     assert "ConnectionError" in out["unreachable"]["kind"]
     assert "could not be reached" in out["unreachable"]["message"] and out["saved"]
+    # The card says what that of the push would say.
+    assert all(text in out["card"] for text in ("# run\n", 'revision="latent"', "the films data set"))
     # Without a name it is called like the folder of the run.
     assert set(hub.repositories) == {"me/run"} and "/me/run/" in out["url"]
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 import hf_stompp
-from hf_stompp import StoMPPConfig, binarize, pack, unpack
+from hf_stompp import StoMPPConfig, StoMPPTrainer, StoMPPTrainingArguments, binarization_report, binarize, pack, unpack
+from hf_stompp.export import plain_torch
 from hf_stompp.nn import MaskedBinaryLinear, PackedBinaryActivation, PackedBinaryLinear
 from hf_stompp.nn.module import as_integers
 from hf_stompp.ops import pack_bits
@@ -356,9 +357,39 @@ def test_a_start_that_changes_the_base_weight_is_refused(base_model, start):
 def test_a_model_with_adapters_is_neither_binarized_nor_packed_nor_unpacked(base_model):
     for call, kind in ((binarize, "packed"), (pack, "latent"), (unpack, "packed")):
         adapted = peft.get_peft_model(base_model(kind), lora())
-        message = "is packed" if call is binarize else "has adapters.*take the base alone, model.unload()"
+        message = "is packed" if call is binarize else "has adapters.*take the base alone, PeftModel.unload()"
         with pytest.raises(ValueError, match=message):
             call(adapted)
+
+
+def test_a_model_with_adapters_or_what_they_left_is_refused_by_whatever_takes_a_binary_model(base_model, tmp_path):
+    def deleted(model: Any) -> Any:
+        model.add_adapter(lora(), "mine")
+        model.delete_adapter("mine")
+        return model
+
+    def train(model: Any) -> None:
+        StoMPPTrainer(model, StoMPPTrainingArguments(str(tmp_path), use_cpu=True), train_dataset=[{}]).train()
+
+    for kind, call in (
+        *(("packed", call) for call in (unpack, plain_torch, binarization_report)),
+        *(("latent", call) for call in (pack, train, binarization_report)),
+    ):
+        for adapted in (deleted, lambda model: peft.get_peft_model(model, lora())):
+            with pytest.raises(ValueError, match="has adapters"):
+                call(adapted(base_model(kind)))
+    with pytest.raises(ValueError, match="has adapters"):
+        deleted(base_model("packed", "bwn")).dequantize()
+
+
+def test_several_adapters_are_combined_into_one(base_model, logits):
+    model = peft.get_peft_model(base_model("packed"), lora()).eval()
+    model.add_adapter("other", lora())
+    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum", combination_type="svd", svd_rank=8)
+    model.set_adapter("sum")
+    for layer in adapter_layers(model).values():
+        found = [layer.scaling[name] * layer.lora_B[name].weight @ layer.lora_A[name].weight for name in layer.lora_A]
+        torch.testing.assert_close(found[2], found[0] + found[1], rtol=1e-3, atol=1e-4)
 
 
 def test_unpack_takes_a_surrogate_and_refuses_an_unknown_one(tiny_packed):

@@ -252,6 +252,8 @@ class TestStages:
         assert "mode bwn" in told(0.8) and "teacher" not in told(0.8)
         assert "mode bwn" not in told(0.8, mode="bwn") and "teacher" in told(0.8, teacher=None)
         assert told(0.895) == "accuracy: 0.8950 packed, 0.9000 float, 0.5 points below"
+        assert told(0.9) == "accuracy: 0.9000 packed, 0.9000 float, 0.0 points below"
+        assert told(float("nan")) == ""
         assert told(0.91) == "accuracy: 0.9100 packed, 0.9000 float, 1.0 points above"
         # A new head is not measured.
         assert compared_with_float({"metrics": {"float": None, "packed": {"eval_accuracy": 0.5}}}) == ""

@@ -114,7 +114,19 @@ def _label_list(cell: Any) -> Any:
     if not isinstance(cell, str):
         return cell if cell is None or isinstance(cell, list) else [cell]
     labels = [label.strip() for label in cell.split(SEPARATOR) if label.strip()]
-    return [int(label) for label in labels] if all(map(str.isdecimal, labels)) else labels
+    # Codes such as 01 are names.
+    are_ids = all(label.isdecimal() and label == str(int(label)) for label in labels)
+    return [int(label) for label in labels] if are_ids else labels
+
+
+def _check_lists(source: str, column: str, lists: list[Any]) -> None:
+    """Refuses lists that hold a 0 or a 1 for each class: read as ids, they would name the first two."""
+    for row, labels in enumerate(lists):
+        if labels is not None and (len(set(labels)) < len(labels) or any(type(x) in (bool, float) for x in labels)):
+            raise CommandError(
+                f"{source} has the label {labels!r} in row {row} of column {column}: a list names the classes that "
+                "the text has, each once, by name or id, not 0 or 1 for each"
+            )
 
 
 def read_examples(
@@ -158,6 +170,7 @@ def read_examples(
         raise CommandError(f"{source} holds no examples: check it")
     if problem_type == "multi_label_classification":
         labels = [_label_list(label) for label in labels]
+        _check_lists(source, arguments.label_column, labels)
     row = next((row for row, label in enumerate(labels) if label is None or label == ""), None)
     if row is not None:
         raise CommandError(

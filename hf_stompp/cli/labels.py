@@ -46,7 +46,11 @@ def output_names(examples: Examples, problem_type: str) -> list[str]:
     labels = list(chain(*examples.labels)) if problem_type == "multi_label_classification" else examples.labels
     if not labels:
         raise CommandError(f"{examples.source} names no class in any row: check --label_column")
-    wrong = [label for label in labels if label is None or isinstance(label, float | list | dict)]
+    wrong = [
+        label
+        for label in labels
+        if label is None or isinstance(label, float | list | dict) or (isinstance(label, int) and label < 0)
+    ]
     if wrong:
         raise CommandError(
             f"{examples.source} has labels that are no classes, such as {wrong[0]!r}: give every row one, or say what "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, LoraModel
@@ -112,6 +112,11 @@ class BinaryLoraLinear(nn.Module, LoraLayer):
             offset, amplitude = activation.two_levels()
             return (offset + amplitude * signs).to(dtype)
         return signs.to(dtype)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What an adapter would add to a float weight; peft combines several adapters by it."""
+        down, up = cast(Any, self.lora_A[adapter]), cast(Any, self.lora_B[adapter])
+        return (up.weight @ down.weight) * self.scaling[adapter]
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError(f"LoRA over {type(self.base_layer).__name__} {CANNOT_MERGE}")

@@ -186,6 +186,18 @@ def test_a_new_head_takes_the_names_that_a_list_of_class_labels_has(
 
 
 class TestBadInput:
+    @pytest.mark.parametrize("labels", [[0, 1, 1, 0], [True, False], [0.0, 1.0], ["sad", "sad"]])
+    def test_list_with_a_0_or_1_for_each_class(
+        self, encoder: str, files: Callable, tmp_path: Path, refused: Callable, labels: list[Any]
+    ) -> None:
+        message = refused("train", encoder, tmp_path / "run", *files(lambda words: labels), *SEVERAL)
+        assert f"has the label {labels!r} in row 0 of column label: a list names the classes" in message
+
+    def test_hidden_labels_are_no_classes(
+        self, encoder: str, files: Callable, tmp_path: Path, refused: Callable
+    ) -> None:
+        assert "no classes, such as -1" in refused("train", encoder, tmp_path / "run", *files(lambda words: -1))
+
     @pytest.mark.parametrize(
         ("label", "message"),
         [
