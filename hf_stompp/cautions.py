@@ -42,8 +42,8 @@ def _warn(model: nn.Module, args: Any) -> None:
         return
     logger.warning(
         "%s is trained, and nothing advances its masks: what is float in it will stay so. Use StoMPPTrainer, or give "
-        "another trainer callbacks=[ProgressionCallback()], or a loop of your own a MaskScheduler; commit(model) makes "
-        "it binary from the first step on.",
+        "another trainer callbacks=[ProgressionCallback()], or a loop of your own a MaskScheduler; commit(model) "
+        "makes it binary from the first step on.",
         type(model).__name__,
     )
 
