@@ -74,7 +74,7 @@ def test_page_counts_and_gives_each_reason_once(supported: Any) -> None:
     ]
     result = {"cases": cases, "versions": {"transformers": "5.0"}, "command": "python benchmarks/supported.py"}
     page = supported.page(result)
-    assert "1 of 4 pairs of an encoder family and a head work, of 1 families.\n2 are refused" in page
+    assert "1 of 4 pairs of an encoder family and a head work; they are of 1 of 3 families.\n2 are refused" in page
     assert "| bert |  | works |  |  |  |  |  |" in page
     assert "| refused | albert | all | shared \\| layers |" in page
     assert "| no example | swin | all | xxxxxxxxxxxxxxxxxxxx y" in page and " y ... |" in page
