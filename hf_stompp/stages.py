@@ -273,6 +273,20 @@ def pack_and_reload(
     return packed
 
 
+def card_details(model: str, task: str | None = None) -> dict[str, Any]:
+    """
+    What a card says of a text classifier and its data, as [`~transformers.modelcard.TrainingSummary`] takes it.
+
+    Args:
+        model (`str`): what it was made from.
+        task (`str`, *optional*): of GLUE.
+    """
+    details = {"finetuned_from": model, "tasks": "text-classification"}
+    if task is not None:
+        details |= {"language": "en", "dataset_tags": "glue", "dataset_args": task, "dataset": f"GLUE {task.upper()}"}
+    return details
+
+
 def write_card(recipe: Recipe, results: Results, name: str, **details: Any) -> None:
     """
     Writes the model card beside the packed model of a run.

@@ -197,7 +197,7 @@ def compared_with_float(summary: Mapping[str, Any]) -> str:
         summary (`dict`): from [`summarize`].
 
     Returns:
-        `str`: one paragraph; empty where one of the two was not measured.
+        `str`: one line or two; empty where one of the two was not measured.
     """
     found, packed = (summary["metrics"].get(name) or {} for name in ("float", "packed"))
     shared = [name for name in packed if name in found and not name.endswith(("loss", "mse", "mae"))]
@@ -215,7 +215,7 @@ def compared_with_float(summary: Mapping[str, Any]) -> str:
         helps.append("a teacher (such as the float model)")
     if summary["config"] is not None and summary["config"]["mode"] == "bnn":
         helps.append("1-bit weights alone (mode bwn), at least in attention")
-    return f"{text}. What helps: {'; '.join(helps)}"
+    return f"{text}\nwhat helps: {'; '.join(helps)}"
 
 
 def _number(value: float | None) -> str:

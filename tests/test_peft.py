@@ -123,27 +123,17 @@ def test_output_is_that_of_the_base_plus_the_low_rank_product(base_model, tiny_i
         torch.testing.assert_close(output, by_hand(layers[name], base, input).to(dtype))
 
 
+@pytest.mark.parametrize("kind", BASES)
 @torch.no_grad()
-def test_an_adapter_behind_a_packed_feed_forward_activation_reads_plus_and_minus_one(base_model):
-    adapted = peft.get_peft_model(base_model("packed"), lora()).eval()
-    layer = adapter_layers(adapted)["bert.encoder.layer.0.output.dense"]
-    signs = torch.randn(2, 5, layer.in_features).sign()
-    bits = as_integers(pack_bits(signs), torch.float32)
-
-    assert not bits.is_floating_point()
-    torch.testing.assert_close(layer(bits), by_hand(layer, layer.base_layer(bits), signs).float())
-    torch.testing.assert_close(layer(bits), layer(signs))
-
-
-@torch.no_grad()
-def test_an_adapter_behind_a_latent_feed_forward_activation_reads_its_two_levels(base_model):
-    adapted = peft.get_peft_model(base_model("latent"), lora()).eval()
+def test_an_adapter_behind_a_feed_forward_activation_reads_its_two_levels(base_model, kind):
+    adapted = peft.get_peft_model(base_model(kind), lora()).eval()
     layer = adapter_layers(adapted)["bert.encoder.layer.0.output.dense"]
     signs = torch.randn(2, 5, layer.in_features).sign()
     bits = as_integers(pack_bits(signs), torch.float32)
     activation = layer.base_layer.input_activation
-    levels = activation.shift + activation.scale.abs() * signs
+    levels = signs if kind == "packed" else activation.shift + activation.scale.abs() * signs
 
+    assert not bits.is_floating_point()
     torch.testing.assert_close(layer(bits), by_hand(layer, layer.base_layer(bits), levels).float())
 
 

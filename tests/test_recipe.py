@@ -247,7 +247,7 @@ class TestStages:
             return compared_with_float({"metrics": metrics, "teacher": teacher, "config": {"mode": mode}})
 
         assert told(0.8).startswith(
-            "accuracy: 0.8000 packed, 0.9000 float, 10.0 points below. What helps: more epochs;"
+            "accuracy: 0.8000 packed, 0.9000 float, 10.0 points below\nwhat helps: more epochs;"
         )
         assert "mode bwn" in told(0.8) and "teacher" not in told(0.8)
         assert "mode bwn" not in told(0.8, mode="bwn") and "teacher" in told(0.8, teacher=None)

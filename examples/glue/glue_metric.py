@@ -7,8 +7,9 @@ from collections.abc import Callable
 import datasets
 import evaluate
 import numpy as np
-from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+from hf_stompp.cli.measures import pearson, spearman
 
 
 def accuracy(predictions: np.ndarray, references: np.ndarray) -> float:
@@ -26,26 +27,11 @@ def matthews_correlation(predictions: np.ndarray, references: np.ndarray) -> flo
     return float(matthews_corrcoef(references, predictions))
 
 
-def pearson(predictions: np.ndarray, references: np.ndarray) -> float:
-    """Pearson correlation, in [-1, 1]; 0.0 where one side is constant."""
-    return 0.0 if one_side_is_constant(predictions, references) else float(pearsonr(predictions, references)[0])
-
-
-def spearmanr_correlation(predictions: np.ndarray, references: np.ndarray) -> float:
-    """Spearman rank correlation, in [-1, 1]; 0.0 where one side is constant."""
-    return 0.0 if one_side_is_constant(predictions, references) else float(spearmanr(predictions, references)[0])
-
-
-def one_side_is_constant(predictions: np.ndarray, references: np.ndarray) -> bool:
-    """Whether a correlation is undefined because one of the two arrays holds a single value."""
-    return np.ptp(predictions) == 0 or np.ptp(references) == 0
-
-
 Measure = Callable[[np.ndarray, np.ndarray], float]
 
 ACCURACY: dict[str, Measure] = {"accuracy": accuracy}
 ACCURACY_AND_F1: dict[str, Measure] = {"accuracy": accuracy, "f1": f1}
-CORRELATIONS: dict[str, Measure] = {"pearson": pearson, "spearmanr": spearmanr_correlation}
+CORRELATIONS: dict[str, Measure] = {"pearson": pearson, "spearmanr": spearman}
 
 TASK_MEASURES: dict[str, dict[str, Measure]] = {
     "cola": {"matthews_correlation": matthews_correlation},

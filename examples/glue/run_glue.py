@@ -45,7 +45,7 @@ from hf_stompp import StoMPPTrainingArguments
 from hf_stompp.methods import RecipeArguments, option
 from hf_stompp.patching import packed_modules
 from hf_stompp.recipe import TEACHERS, Recipe, Results
-from hf_stompp.stages import evaluate_model, is_binarized, make_trainer, run_recipe, write_card
+from hf_stompp.stages import card_details, evaluate_model, is_binarized, make_trainer, run_recipe, write_card
 from hf_stompp.summary import compared_with_float, summarize, summary_table
 
 
@@ -376,10 +376,7 @@ def predict(recipe: Recipe, results: Results, data: GlueData, order: list[int], 
 
 def share(recipe: Recipe, results: Results, model_args: ModelArguments, data_args: DataTrainingArguments) -> None:
     """Write the model card beside the model that the run ends with, and upload that folder if asked to."""
-    details = {"finetuned_from": model_args.model_name_or_path, "tasks": "text-classification"}
-    task = data_args.task_name
-    if task is not None:
-        details.update(language="en", dataset_tags="glue", dataset_args=task, dataset=f"GLUE {task.upper()}")
+    details = card_details(model_args.model_name_or_path, data_args.task_name)
     name = (recipe.args.hub_model_id or recipe.output_dir.name).split("/")[-1]
     if recipe.args.push_to_hub:
         # Created at the start of the run, with the name that the Hub gave it.

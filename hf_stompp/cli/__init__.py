@@ -23,8 +23,7 @@ from ..sensitivity import DETAILS
 from ..tables import READERS
 from ..text import LINES
 from .errors import explain
-from .examples import SEPARATOR
-from .measures import METRICS
+from .examples import PROBLEM_TYPES, SEPARATOR
 from .models import quiet_transformers
 
 
@@ -249,7 +248,7 @@ def _add_train(commands: Any) -> None:
     _option(
         data,
         "--problem_type",
-        choices=list(METRICS),
+        choices=PROBLEM_TYPES,
         help="what labels are: one class a text (single_label_classification; default), a number (regression; of "
         "--task stsb without being asked), or any number of classes (multi_label_classification): a list of names or "
         f"ids, in csv and tsv with {SEPARATOR} between them",

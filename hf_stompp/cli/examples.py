@@ -24,6 +24,9 @@ TEXT_COLUMNS = [
 ]
 """Columns that are taken for the text where they are there, the first that fit."""
 
+PROBLEM_TYPES = ("single_label_classification", "regression", "multi_label_classification")
+"""What labels are, by Transformers' names; the first where nothing is asked for."""
+
 SEPARATOR = "|"
 """Between the classes of a text, in files that hold no lists."""
 
@@ -133,7 +136,7 @@ def read_examples(
     file: Path | None,
     arguments: argparse.Namespace,
     split: str = "validation",
-    problem_type: str = "single_label_classification",
+    problem_type: str = PROBLEM_TYPES[0],
 ) -> Examples:
     """
     Reads labelled texts.

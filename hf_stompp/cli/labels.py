@@ -13,7 +13,7 @@ from .examples import Examples
 
 def problem_type_of(config: Any, model: str) -> str:
     """
-    What a classifier's answers are, by a key of [`~hf_stompp.cli.measures.METRICS`].
+    What a classifier's answers are, one of [`~hf_stompp.cli.examples.PROBLEM_TYPES`].
 
     Args:
         config (`PreTrainedConfig`): of the classifier.
@@ -69,7 +69,7 @@ def model_labels(examples: Examples, config: Any, problem_type: str) -> list[Any
     Args:
         examples (`Examples`).
         config (`PreTrainedConfig`): of the model, which knows the classes.
-        problem_type (`str`): a key of [`~hf_stompp.cli.measures.METRICS`].
+        problem_type (`str`): one of [`~hf_stompp.cli.examples.PROBLEM_TYPES`].
 
     Raises:
         CommandError: a label is no class of the model, or no number.

@@ -1,6 +1,4 @@
-"""
-What answers are measured by, in NumPy alone: scikit-learn's and SciPy's measures, by the names that GLUE's metric has.
-"""
+"""What answers are measured by: scikit-learn's and SciPy's measures, by the names that GLUE's metric has."""
 
 from __future__ import annotations
 
@@ -11,53 +9,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+try:
+    from scipy.stats import pearsonr, spearmanr
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+except ImportError as error:
+    raise ValueError(
+        "answers are measured by scikit-learn and SciPy, which are not installed: pip install 'hf_stompp[glue]'"
+    ) from error
+
+
 Array = NDArray[Any]
 
 
-def f1(hits: Array, predicted: Array, there: Array) -> Array:
-    """
-    F1 of each class; 0.0 for one that is neither predicted nor there.
-
-    Args:
-        hits, predicted, there (`np.ndarray` of shape `(classes,)`): number of examples of each class that are found,
-            that are said to be of it, and that are.
-    """
-    return 2 * hits / np.maximum(predicted + there, 1)
-
-
-def matthews_correlation(hits: Array, predicted: Array, there: Array) -> float:
-    """
-    Matthews correlation, in [-1, 1], for more than two classes Gorodkin's; 0.0 where one side is constant.
-
-    Args:
-        hits, predicted, there (`np.ndarray` of shape `(classes,)`): see [`f1`]; of one class an example.
-    """
-    # Products of four counts are more than an int64 holds.
-    hits, predicted, there = (counts.astype(float) for counts in (hits, predicted, there))
-    count = there.sum()
-    scale = (count**2 - predicted @ predicted) * (count**2 - there @ there)
-    return float((hits.sum() * count - predicted @ there) / np.sqrt(scale)) if scale else 0.0
-
-
-def pearson(predicted: Array, labels: Array) -> float:
+def pearson(predictions: Array, references: Array) -> float:
     """Pearson correlation of arrays of shape `(examples,)`, in [-1, 1]; 0.0 where one side is constant."""
-    if np.ptp(predicted) == 0 or np.ptp(labels) == 0:
-        return 0.0
-    mine, theirs = (values - values.mean() for values in (predicted.astype(float), labels.astype(float)))
-    return float(mine @ theirs / np.sqrt((mine @ mine) * (theirs @ theirs)))
+    return 0.0 if one_side_is_constant(predictions, references) else float(pearsonr(predictions, references)[0])
 
 
-def spearmanr(predicted: Array, labels: Array) -> float:
+def spearman(predictions: Array, references: Array) -> float:
     """Spearman rank correlation of arrays of shape `(examples,)`, in [-1, 1]; 0.0 where one side is constant."""
-    return pearson(ranks(predicted), ranks(labels))
+    return 0.0 if one_side_is_constant(predictions, references) else float(spearmanr(predictions, references)[0])
 
 
-def ranks(values: Array) -> Array:
-    """Place of each value in ascending order, from 1 on; equal ones share the mean of theirs. All NaN where one is."""
-    if np.isnan(values).any():
-        return np.full(len(values), np.nan)
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+def one_side_is_constant(predictions: Array, references: Array) -> bool:
+    """Whether a correlation is undefined because one of the two arrays holds a single value."""
+    return bool(np.ptp(predictions) == 0 or np.ptp(references) == 0)
 
 
 def single_label_metrics(logits: Array, labels: Array) -> dict[str, float]:
@@ -69,14 +45,12 @@ def single_label_metrics(logits: Array, labels: Array) -> dict[str, float]:
         logits (`np.ndarray` of shape `(examples, classes)`).
         labels (`np.ndarray` of shape `(examples,)`): class ids.
     """
-    answers, classes = logits.argmax(-1), logits.shape[-1]
-    right = answers == labels
-    hits, predicted, there = (np.bincount(ids, minlength=classes) for ids in (labels[right], answers, labels))
-    scores = f1(hits, predicted, there)
+    answers, is_binary = logits.argmax(-1), logits.shape[-1] == 2
+    f1 = f1_score(labels, answers, average="binary" if is_binary else "macro", zero_division=0.0)
     return {
-        "accuracy": float(right.mean()),
-        **({"f1": float(scores[1])} if classes == 2 else {"f1_macro": float(scores[predicted + there > 0].mean())}),
-        "matthews_correlation": matthews_correlation(hits, predicted, there),
+        "accuracy": float(accuracy_score(labels, answers)),
+        "f1" if is_binary else "f1_macro": float(f1),
+        "matthews_correlation": float(matthews_corrcoef(labels, answers)),
     }
 
 
@@ -89,12 +63,10 @@ def multi_label_metrics(logits: Array, labels: Array) -> dict[str, float]:
         labels (`np.ndarray` of the same shape): 1 for a class that the example has, otherwise 0.
     """
     answers, truth = logits > 0, labels > 0
-    hits, predicted, there = (chosen.sum(0) for chosen in (answers & truth, answers, truth))
-    return {
-        "f1_micro": float(f1(hits.sum(), predicted.sum(), there.sum())),
-        "f1_macro": float(f1(hits, predicted, there).mean()),
-        "subset_accuracy": float((answers == truth).all(-1).mean()),
+    f1 = {
+        f"f1_{mean}": float(f1_score(truth, answers, average=mean, zero_division=0.0)) for mean in ("micro", "macro")
     }
+    return {**f1, "subset_accuracy": float(accuracy_score(truth, answers))}
 
 
 def regression_metrics(logits: Array, labels: Array) -> dict[str, float]:
@@ -108,7 +80,7 @@ def regression_metrics(logits: Array, labels: Array) -> dict[str, float]:
     answers = logits.reshape(-1)
     return {
         "pearson": pearson(answers, labels),
-        "spearmanr": spearmanr(answers, labels),
+        "spearmanr": spearman(answers, labels),
         "mse": float(np.square(answers - labels).mean()),
     }
 

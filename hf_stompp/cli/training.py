@@ -36,7 +36,7 @@ from ..callbacks import UnitProgressCallback
 from ..methods import RecipeArguments
 from ..patching import masked_modules
 from ..recipe import Recipe
-from ..stages import run_recipe, write_card
+from ..stages import card_details, run_recipe, write_card
 from ..summary import compared_with_float, summarize
 from ..training_args import StoMPPTrainingArguments
 from .errors import CommandError, hub_errors
@@ -285,7 +285,8 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         tokenizer.save_pretrained(output / saved)
     else:
         saved = "packed"
-        write_card(recipe, results, output.name, **known_of_data(arguments))
+        files = {} if arguments.train_file is None else {"dataset": Path(arguments.train_file).name}
+        write_card(recipe, results, output.name, **card_details(arguments.model, arguments.task), **files)
     summary = summarize(
         recipe,
         results,
@@ -300,15 +301,6 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     summary["metrics"] = {name: found for name, found in summary["metrics"].items() if found is not None}
     (output / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
-
-
-def known_of_data(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the model card says of the task and the data, as [`~transformers.modelcard.TrainingSummary`] takes it."""
-    known = {"finetuned_from": arguments.model, "tasks": "text-classification"}
-    if arguments.task is None:
-        return {**known, "dataset": Path(arguments.train_file).name}
-    details = {"dataset_tags": "glue", "dataset_args": arguments.task, "dataset": f"GLUE {arguments.task.upper()}"}
-    return {**known, **details, "language": "en"}
 
 
 def default_method(model: PreTrainedModel) -> str:
