@@ -71,6 +71,13 @@ def test_bench_prints_tables_and_writes_what_it_printed_from(
 
 
 @pytest.mark.slow
+def test_quick_benchmark_has_layers_and_a_model_and_loads_nothing(tmp_path: Path) -> None:
+    assert cli.main(["bench", "--quick", "--output", str(tmp_path / "cpu.json")]) == 0
+    result = json.loads((tmp_path / "cpu.json").read_text(encoding="utf-8"))
+    assert result["linear"] and "models" in result and "loading" not in result
+
+
+@pytest.mark.slow
 def test_forced_kernel_that_cannot_run_is_an_error_with_the_reason() -> None:
     missing = next((kernel for kernel in ("neon", "amx") if cpu.native_kernels().unavailable(kernel)), None)
     if missing is None:

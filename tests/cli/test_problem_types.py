@@ -172,6 +172,15 @@ def test_class_ids_are_read_from_lists_and_from_text(
     assert found[0]["f1_micro"] == found[1]["f1_micro"] == found[2]["f1_micro"] > 0
 
 
+def test_codes_with_a_leading_zero_are_names_and_no_ids(encoder: str, tmp_path: Path, printed: Callable) -> None:
+    codes = table(16, 0, lambda words: "01|10" if words[0] < 30 else "10")
+    # A column of bare codes would be read as numbers.
+    file = write(tmp_path / "train.jsonl", codes)
+    files = ["--train_file", file, "--validation_file", file]
+    printed("train", encoder, tmp_path / "run", *files, *SEVERAL, "--method", "float", "--epochs", 1, "--cpu")
+    assert list(transformers.AutoConfig.from_pretrained(tmp_path / "run" / "model").label2id) == ["01", "10"]
+
+
 def test_a_new_head_takes_the_names_that_a_list_of_class_labels_has(
     encoder: str, tmp_path: Path, printed: Callable
 ) -> None:
