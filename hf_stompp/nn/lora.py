@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, LoraModel
@@ -42,6 +42,10 @@ class BinaryLoraLinear(nn.Module, LoraLayer):
         adapter_name (`str`), config (`peft.LoraConfig`), r (`int`), lora_alpha (`int`): as in peft's own layers.
         kwargs (*optional*): what else peft passes, of other kinds of layers.
     """
+
+    if TYPE_CHECKING:
+        # Where peft is not installed, the type checker sees none of its attributes.
+        def __getattr__(self, name: str) -> Any: ...
 
     def __init__(
         self,
@@ -98,7 +102,7 @@ class BinaryLoraLinear(nn.Module, LoraLayer):
         return output.to(dtype)
 
     def _product(self, name: str, input: Tensor) -> Tensor:
-        down: Any = self.lora_A[name]
+        down = self.lora_A[name]
         return self.lora_B[name](down(self.lora_dropout[name](input.to(down.weight.dtype)))) * self.scaling[name]
 
     def _as_floats(self, input: Tensor) -> Tensor:
@@ -106,8 +110,8 @@ class BinaryLoraLinear(nn.Module, LoraLayer):
         if input.is_floating_point():
             return input
         bits, dtype = as_bits(input)
-        layer: Any = self.base_layer
-        signs, activation = unpack_signs(bits, layer.in_features), layer.input_activation
+        signs = unpack_signs(bits, self.base_layer.in_features)
+        activation = self.base_layer.input_activation
         if isinstance(activation, MaskedBinaryActivation):
             offset, amplitude = activation.two_levels()
             return (offset + amplitude * signs).to(dtype)
@@ -115,7 +119,7 @@ class BinaryLoraLinear(nn.Module, LoraLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What an adapter would add to a float weight; peft combines several adapters by it."""
-        down, up = cast(Any, self.lora_A[adapter]), cast(Any, self.lora_B[adapter])
+        down, up = self.lora_A[adapter], self.lora_B[adapter]
         return (up.weight @ down.weight) * self.scaling[adapter]
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
@@ -125,8 +129,7 @@ class BinaryLoraLinear(nn.Module, LoraLayer):
         """The base layer, as it was before; peft calls this."""
         if merge:
             self.merge()
-        following: Any = self._following
-        refer(self.base_layer, "output_activation", following)
+        refer(self.base_layer, "output_activation", self._following)
         return self.base_layer
 
     def __repr__(self) -> str:
