@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedModel,
     Trainer,
@@ -26,6 +27,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.modelcard import TrainingSummary
+from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
 
@@ -75,7 +77,7 @@ def run_recipe(recipe: Recipe, model: PreTrainedModel, head_is_trained: bool = T
             )
     claim_output_dir(recipe)
     # Before anything is trained: a teacher that cannot be loaded should not show after hours of work.
-    teacher = load_teacher(recipe.asked.teacher, recipe.tokenizer)
+    teacher = load_teacher(recipe.asked.teacher, recipe.tokenizer, classifies_words(model))
     results = Results()
     keep_names(model)
     if recipe.asked.method == "float":
@@ -119,6 +121,11 @@ def evaluate_model(recipe: Recipe, model: PreTrainedModel) -> Results:
 def is_binarized(model: PreTrainedModel) -> bool:
     """Whether a model is latent or packed."""
     return getattr(model.config, "quantization_config", None) is not None
+
+
+def classifies_words(model: PreTrainedModel) -> bool:
+    """Whether a model has logits for every token: a token classifier."""
+    return type(model).__name__ in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values()
 
 
 # --- the stages ------------------------------------------------------------------------------------------------------
@@ -188,9 +195,10 @@ def fine_tune_float(
     return trainer
 
 
-def load_teacher(name: str, tokenizer: Any) -> PreTrainedModel | None:
+def load_teacher(name: str, tokenizer: Any, of_words: bool = False) -> PreTrainedModel | None:
     """
-    A teacher by its name or folder; `None` for those of [`~hf_stompp.recipe.TEACHERS`].
+    A teacher by its name or folder, a classifier of texts or of words; `None` for those of
+    [`~hf_stompp.recipe.TEACHERS`].
 
     Raises:
         ValueError: it is binarized, has no trained head, or comes with another tokenizer than the student's.
@@ -206,9 +214,8 @@ def load_teacher(name: str, tokenizer: Any) -> PreTrainedModel | None:
             f"the teacher {name} has another tokenizer than the student, and would read other words in the same token "
             "ids. Name a teacher with the student's."
         )
-    teacher, loading = AutoModelForSequenceClassification.from_pretrained(
-        name, dtype=torch.float32, output_loading_info=True
-    )
+    auto: Any = AutoModelForTokenClassification if of_words else AutoModelForSequenceClassification
+    teacher, loading = auto.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     if loading["missing_keys"]:
         raise ValueError(
             f"the teacher {name} lacks {sorted(loading['missing_keys'])[0]}: it has no trained head, or is another "
@@ -273,15 +280,16 @@ def pack_and_reload(
     return packed
 
 
-def card_details(model: str, task: str | None = None) -> dict[str, Any]:
+def card_details(model: str, task: str | None = None, of_words: bool = False) -> dict[str, Any]:
     """
-    What a card says of a text classifier and its data, as [`~transformers.modelcard.TrainingSummary`] takes it.
+    What a card says of a classifier and its data, as [`~transformers.modelcard.TrainingSummary`] takes it.
 
     Args:
         model (`str`): what it was made from.
         task (`str`, *optional*): of GLUE.
+        of_words (`bool`, *optional*, defaults to `False`): whether it classifies words, and not texts.
     """
-    details = {"finetuned_from": model, "tasks": "text-classification"}
+    details = {"finetuned_from": model, "tasks": "token-classification" if of_words else "text-classification"}
     if task is not None:
         details |= {"language": "en", "dataset_tags": "glue", "dataset_args": task, "dataset": f"GLUE {task.upper()}"}
     return details

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import io
 import itertools
+import json
 import os
 import re
 import shutil
@@ -137,6 +138,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = ["sentence,label", *(f"{text},{label}" for text, label in zip(SENTENCES, LABELS, strict=True))]
     for name in ("my.csv", "my_dev.csv", "train.csv", "dev.csv"):
         (folder / name).write_text("\n".join(rows) + "\n", encoding="utf-8")
+    words = [json.dumps({"tokens": text.split(), "tags": ["O"] * len(text.split())}) for text in SENTENCES]
+    for name in ("train.jsonl", "dev.jsonl"):
+        (folder / name).write_text("\n".join(words) + "\n", encoding="utf-8")
     (folder / "reviews.txt").write_text("\n".join(SENTENCES) + "\n", encoding="utf-8")
     write_glue(folder / "nyu-mll" / "glue")
     commands = folder / ".commands"

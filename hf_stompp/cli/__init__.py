@@ -222,17 +222,19 @@ def _add_train(commands: Any) -> None:
         commands,
         "train",
         _command("training"),
-        "a text classifier or a regression on labelled files or a GLUE task: float -> binary -> packed",
+        "a classifier or a regression on labelled files or a GLUE task: float -> binary -> packed",
         "Fine-tunes a text classifier, binarizes it while it trains on, packs it into OUTPUT/packed and measures all "
-        "of them on the validation set. With --problem_type it learns numbers, or several classes a text. Ctrl-C ends "
-        "after the step at hand, with a checkpoint; --resume goes on from it and ends in the same weights. For "
-        "everything the Trainer can do there is examples/glue/run_glue.py. Needs datasets: "
-        "pip install 'hf_stompp[glue]'.",
+        "of them on the validation set. With --problem_type it learns numbers, several classes a text, or a class a "
+        "word. Ctrl-C ends after the step at hand, with a checkpoint; --resume goes on from it and ends in the same "
+        "weights. For everything the Trainer can do there is examples/glue/run_glue.py. Needs datasets: pip install "
+        "'hf_stompp[glue]'.",
         "hf-stompp train google-bert/bert-base-uncased output --train_file train.csv --validation_file dev.csv "
         "--float_epochs 3",
         "hf-stompp train output/float output2 --task sst2 --method stompp --epochs 10",
         "hf-stompp train google-bert/bert-base-uncased output --train_file train.jsonl --validation_file dev.jsonl "
         "--problem_type multi_label_classification",
+        "hf-stompp train google-bert/bert-base-uncased output --train_file train.jsonl --validation_file dev.jsonl "
+        "--problem_type token_classification --label_column ner_tags",
         "hf-stompp train ... --resume",
     )
     train.add_argument("model", metavar="MODEL", help="a folder or a name on the Hub; float or latent")
@@ -250,8 +252,9 @@ def _add_train(commands: Any) -> None:
         "--problem_type",
         choices=PROBLEM_TYPES,
         help="what labels are: one class a text (single_label_classification; default), a number (regression; of "
-        "--task stsb without being asked), or any number of classes (multi_label_classification): a list of names or "
-        f"ids, in csv and tsv with {SEPARATOR} between them",
+        "--task stsb without being asked), any number of classes (multi_label_classification): a list of names or "
+        f"ids, in csv and tsv with {SEPARATOR} between them, or a class a word (token_classification): lists of words "
+        "and of names or ids, in csv and tsv with spaces between them",
     )
     _option(data, "--max_length", type=_count, default=128, metavar="N", help="tokens of a text (default: 128)")
     _option(data, "--max_train_examples", type=_count, metavar="N", help="train on the first N only")
@@ -419,13 +422,13 @@ def _add_eval(commands: Any) -> None:
         commands,
         "eval",
         _command("evaluation"),
-        "how good a text classifier or a regression is on a labelled file, and its speed",
-        "Measures the answers of a text classification model (float, latent or packed) on labelled examples, by "
+        "how good a classifier or a regression is on a labelled file, and its speed",
+        "Measures the answers of a classification model (float, latent or packed) on labelled examples, by "
         "accuracy, F1 and Matthews correlation, and how many it gives a second. The text is found in the columns that "
         "GLUE uses, or in the only one or two text columns; labels are names of the model's classes, or ids. A "
         "regression takes numbers and is measured by Pearson and Spearman correlation and squared error; a model of "
-        f"several classes a text takes lists, in csv and tsv with {SEPARATOR} between the classes. Needs datasets: "
-        "pip install 'hf_stompp[glue]'.",
+        f"several classes a text takes lists, in csv and tsv with {SEPARATOR} between the classes; a token classifier "
+        "lists of words and of classes. Needs datasets: pip install 'hf_stompp[glue]'.",
         "hf-stompp eval output/packed --file dev.csv",
         "hf-stompp eval output/packed --file dev.jsonl --text_columns title body --label_column topic",
         "hf-stompp eval output/packed --task sst2",

@@ -13,21 +13,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from .errors import CommandError, hub_errors
-from .examples import Examples, read_examples
+from .examples import TOKENS, Examples, read_examples
 from .labels import model_labels, problem_type_of
 from .measures import metrics_of
 from .models import frozen_fractions, load, model_class, read_config, state_of
+from .words import IGNORED, word_logits
+
+
+CLASSIFIERS = {
+    *MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values(),
+    *MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values(),
+}
+"""Names of the classes that can be measured."""
 
 
 @dataclass(frozen=True)
 class Classifier:
     """
-    A text classifier and the labelled examples that it is measured with.
+    A classifier of texts or of their words, and the labelled examples that it is measured with.
 
     Args:
         model (`PreTrainedModel`): float, latent or packed.
@@ -50,11 +62,13 @@ class Classifier:
     def encode(self, rows: Sequence[int]) -> Any:
         """Examples as the model takes them."""
         batch = [[column[row] for row in rows] for column in self.examples.texts]
-        return self.tokenizer(*batch, truncation=True, max_length=self.max_length, padding=True, return_tensors="pt")
+        options = {"truncation": True, "max_length": self.max_length, "padding": True, "return_tensors": "pt"}
+        return self.tokenizer(*batch, is_split_into_words=self.problem_type == TOKENS, **options)
 
     def answers(self, model: Any, rows: Sequence[int], progress: Callable[[int], Any] = lambda count: None) -> Tensor:
         """
-        Logits of shape `(len(rows), num_labels)`, on the CPU.
+        Logits of shape `(len(rows), num_labels)`, on the CPU; of words `(len(rows), words, num_labels)`, NaN where a
+        text has no more words that the model reads.
 
         Args:
             model (`PreTrainedModel`): this one, or what was made of it.
@@ -68,9 +82,14 @@ class Classifier:
             for first in range(0, len(order), self.batch_size):
                 places = order[first : first + self.batch_size]
                 inputs = self.encode([rows[place] for place in places]).to(model.device)
-                found.append(model(**inputs).logits.cpu())
+                logits = model(**inputs).logits.cpu()
+                if self.problem_type == TOKENS:
+                    counts = [len(self.examples.texts[0][rows[place]]) for place in places]
+                    found += [word_logits(logits[i], inputs.word_ids(i), count) for i, count in enumerate(counts)]
+                else:
+                    found += logits
                 progress(len(places))
-        logits = torch.cat(found)
+        logits = pad_sequence(found, batch_first=True, padding_value=torch.nan)
         return torch.empty_like(logits).index_copy_(0, torch.tensor(order), logits)
 
 
@@ -79,14 +98,14 @@ def load_classifier(arguments: argparse.Namespace) -> Classifier:
     The model and the examples that a command names.
 
     Raises:
-        CommandError: the model is no text classifier or lacks weights, or the examples cannot be used.
+        CommandError: the model is no classifier or lacks weights, or the examples cannot be used.
     """
     config: Any = read_config(arguments.model)
     name = model_class(config, arguments.model).__name__
-    if name not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
+    if name not in CLASSIFIERS:
         raise CommandError(
-            f"{arguments.model} is a {name}, and {arguments.command} measures text classifiers: name a "
-            "...ForSequenceClassification"
+            f"{arguments.model} is a {name}, and {arguments.command} measures classifiers: name a "
+            "...ForSequenceClassification or ...ForTokenClassification"
         )
     problem_type = problem_type_of(config, arguments.model)
     examples = read_examples(arguments.file, arguments, problem_type=problem_type)
@@ -111,13 +130,20 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         CommandError: see [`load_classifier`].
     """
     classifier = load_classifier(arguments)
-    model, examples, labels = classifier.model, classifier.examples, classifier.labels
+    model, examples = classifier.model, classifier.examples
+    labels: Any = classifier.labels
+    of_words = classifier.problem_type == TOKENS
     state = state_of(model.config, arguments.model)
     start = time.perf_counter()
     with tqdm(total=len(labels), desc="examples", unit="example", delay=1, leave=False, disable=None) as bar:
         logits = classifier.answers(model, range(len(labels)), bar.update).float()
     seconds = time.perf_counter() - start
-    metrics = metrics_of(logits, labels, classifier.problem_type, arguments.task)
+    if of_words:
+        rows = pad_sequence([torch.tensor(row) for row in labels], batch_first=True, padding_value=IGNORED)
+        labels = rows.masked_fill(logits[..., 0].isnan(), IGNORED)
+    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    metrics = metrics_of(logits, labels, classifier.problem_type, arguments.task, names)
+    counted = labels[labels != IGNORED].tolist() if of_words else labels
     fractions = frozen_fractions(model)
     return {
         "model": arguments.model,
@@ -126,11 +152,16 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         "committed": all(fraction == 1.0 for fraction in fractions.values()) if state == "latent" else None,
         "source": examples.source,
         "text_columns": list(examples.columns),
-        "examples": len(labels),
+        "examples": len(examples.labels),
+        **(
+            {"words": len(counted), "words_left_out": sum(map(len, examples.labels)) - len(counted)}
+            if of_words
+            else {}
+        ),
         "problem_type": classifier.problem_type,
         "measures": list(metrics),
         **metrics,
-        **(_counts(metrics["accuracy"], labels) if "accuracy" in metrics else {}),
+        **(_counts(metrics["accuracy"], counted) if "accuracy" in metrics else {}),
         "seconds": seconds,
         "examples_per_second": len(labels) / seconds,
         "batch_size": arguments.batch_size,
@@ -174,8 +205,9 @@ def run(arguments: argparse.Namespace) -> None:
     if result["committed"] is False:
         print("not committed yet: what follows is of a mixed network, not of the binary one")
     if "accuracy" in result:
+        answered = f"{result['words']:,} words" if "words" in result else f"{result['examples']:,}"
         print(
-            f"accuracy {result['accuracy']:.4f}, {result['correct']:,} of {result['examples']:,} right "
+            f"accuracy {result['accuracy']:.4f}, {result['correct']:,} of {answered} right "
             f"(always the largest class: {result['largest_class']:.4f})"
         )
     print(", ".join(f"{name} {result[name]:.4f}" for name in result["measures"] if name != "accuracy"))
@@ -185,4 +217,5 @@ def run(arguments: argparse.Namespace) -> None:
     )
     print(
         f"text from {', '.join(result['text_columns'])} of {result['source']}, at most {result['max_length']} tokens"
+        + (f"; {result['words_left_out']:,} words beyond are not measured" if result.get("words_left_out") else "")
     )

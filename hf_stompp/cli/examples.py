@@ -24,8 +24,14 @@ TEXT_COLUMNS = [
 ]
 """Columns that are taken for the text where they are there, the first that fit."""
 
-PROBLEM_TYPES = ("single_label_classification", "regression", "multi_label_classification")
-"""What labels are, by Transformers' names; the first where nothing is asked for."""
+WORD_COLUMNS = [("tokens",), ("words",)]
+"""The same where a text is a list of words."""
+
+TOKENS = "token_classification"
+"""The problem type of a class a word."""
+
+PROBLEM_TYPES = ("single_label_classification", "regression", "multi_label_classification", TOKENS)
+"""What labels are: Transformers' names, and [`TOKENS`]. The first where nothing is asked for."""
 
 SEPARATOR = "|"
 """Between the classes of a text, in files that hold no lists."""
@@ -39,14 +45,14 @@ class Examples:
     Args:
         source (`str`): where they come from.
         columns (`tuple[str, ...]`): the one or two columns that the texts come from.
-        texts (`list[list[str]]`): one list a column.
-        labels (`list`): as they stand there; lists of them where a text may have several.
+        texts (`list[list]`): one list a column; of texts, or of lists of words.
+        labels (`list`): as they stand there; lists of them where a text may have several, or each word has one.
         names (`list[str]`, *optional*): of the classes that labels are ids of, where the file knows them.
     """
 
     source: str
     columns: tuple[str, ...]
-    texts: list[list[str]]
+    texts: list[list[Any]]
     labels: list[Any]
     names: list[str] | None
 
@@ -85,10 +91,13 @@ def _read_files(source: Path, files: list[Path]) -> Any:
         return import_datasets().Dataset.from_dict(columns, features=table.features)
 
 
-def _text_columns(table: Any, source: str, label_column: str, wanted: list[str] | None) -> tuple[str, ...]:
-    names = table.column_names
-    if wanted and len(wanted) > 2:
-        raise CommandError(f"--text_columns takes one or two columns, got {len(wanted)}: choose two")
+def _text_columns(
+    table: Any, source: str, label_column: str, wanted: list[str] | None, of_words: bool
+) -> tuple[str, ...]:
+    names, most = table.column_names, 1 if of_words else 2
+    if wanted and len(wanted) > most:
+        takes, choose = ("one column of words", "one") if of_words else ("one or two columns", "two")
+        raise CommandError(f"--text_columns takes {takes}, got {len(wanted)}: choose {choose}")
     if wanted:
         missing = [name for name in wanted if name not in names]
         if missing:
@@ -99,15 +108,15 @@ def _text_columns(table: Any, source: str, label_column: str, wanted: list[str] 
                 "another --label_column"
             )
         return tuple(wanted)
-    for columns in TEXT_COLUMNS:
+    for columns in WORD_COLUMNS if of_words else TEXT_COLUMNS:
         if all(name in names for name in columns):
             return columns
     kinds = {name: getattr(table.features[name], "dtype", None) for name in names if name != label_column}
     strings = [name for name, kind in kinds.items() if kind in ("string", "large_string")]
-    if len(strings) not in (1, 2):
+    if of_words or len(strings) not in (1, 2):
         raise CommandError(
-            f"which columns of {source} hold the text is not clear: name one or two of {', '.join(names)} with "
-            "--text_columns"
+            f"which columns of {source} hold the text is not clear: name one{'' if of_words else ' or two'} of "
+            f"{', '.join(names)} with --text_columns"
         )
     return tuple(strings)
 
@@ -120,6 +129,26 @@ def _label_list(cell: Any) -> Any:
     # Codes such as 01 are names.
     are_ids = all(label.isdecimal() and label == str(int(label)) for label in labels)
     return [int(label) for label in labels] if are_ids else labels
+
+
+def _split(cell: Any) -> Any:
+    """A list as it is; of a text, what stands between spaces."""
+    return cell.split() if isinstance(cell, str) else cell
+
+
+def _check_words(source: str, columns: tuple[str, str], texts: list[Any], labels: list[Any]) -> None:
+    """Refuses texts that are no lists of words, and lists of labels that are not as long."""
+    for row, (words, classes) in enumerate(zip(texts, labels, strict=True)):
+        if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+            raise CommandError(
+                f"{source} has no list of words in column {columns[0]} of row {row}: fill it, or take the row out"
+            )
+        given = [one for one in (classes if isinstance(classes, list) else [classes]) if one is not None]
+        if not isinstance(classes, list) or len(given) != len(words):
+            raise CommandError(
+                f"{source} has {len(words)} words in column {columns[0]} of row {row} and {len(given)} labels in "
+                f"column {columns[1]}: each word needs one"
+            )
 
 
 def _check_lists(source: str, column: str, lists: list[Any]) -> None:
@@ -146,7 +175,8 @@ def read_examples(
         arguments (`argparse.Namespace`): with `text_columns` and `label_column`.
         split (`str`, *optional*, defaults to `"validation"`): of the task.
         problem_type (`str`, *optional*): with `multi_label_classification` each label is a list, also an empty one; of
-            a text it is what stands between [`SEPARATOR`].
+            a text it is what stands between [`SEPARATOR`]. With [`TOKENS`] a text is a list of words, its
+            label a list as long; of texts they are what stands between spaces.
 
     Raises:
         CommandError: there is no such file, or it lacks a column, texts or labels.
@@ -157,20 +187,24 @@ def read_examples(
             f"{source} has no column {arguments.label_column!r}: name one of {', '.join(table.column_names)} with "
             "--label_column"
         )
-    columns = _text_columns(table, source, arguments.label_column, arguments.text_columns)
+    of_words = problem_type == TOKENS
+    columns = _text_columns(table, source, arguments.label_column, arguments.text_columns, of_words)
     texts = [list(table[name][:]) for name in columns]
-    for name, values in zip(columns, texts, strict=True):
+    for name, values in zip(columns, texts, strict=True) if not of_words else ():
         row = next((row for row, value in enumerate(values) if not isinstance(value, str)), None)
         if row is not None and isinstance(values[row], list):
             raise CommandError(
-                f"{source} has lists in column {name}: join the words to a text; a label a word (token "
-                "classification) is for StoMPPTrainer, see docs/howto/own_data.md"
+                f"{source} has lists in column {name}: join the words to a text, or, for a label a word, train with "
+                f"--problem_type {TOKENS}"
             )
         if row is not None:
             raise CommandError(f"{source} has no text in column {name} of row {row}: fill it, or take the row out")
     labels = list(table[arguments.label_column][:])
     if not labels:
         raise CommandError(f"{source} holds no examples: check it")
+    if of_words:
+        texts, labels = [[_split(cell) for cell in texts[0]]], [_split(cell) for cell in labels]
+        _check_words(source, (columns[0], arguments.label_column), texts[0], labels)
     if problem_type == "multi_label_classification":
         labels = [_label_list(label) for label in labels]
         _check_lists(source, arguments.label_column, labels)

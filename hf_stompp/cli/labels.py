@@ -1,4 +1,4 @@
-"""What labels are, by the `problem_type` of a model: classes, numbers, or any number of classes a text."""
+"""What labels are: classes, numbers, any number of classes a text, or a class a word."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
+
 from .errors import CommandError
-from .examples import Examples
+from .examples import TOKENS, Examples
+
+
+LISTS = ("multi_label_classification", TOKENS)
+"""Problem types whose labels are lists of classes."""
 
 
 def problem_type_of(config: Any, model: str) -> str:
@@ -22,6 +28,8 @@ def problem_type_of(config: Any, model: str) -> str:
     Raises:
         CommandError: it puts out several numbers, which have no one measure.
     """
+    if (config.architectures or [None])[0] in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values():
+        return TOKENS
     # Transformers takes one output for a number where the config does not say.
     found = config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
     if found == "regression" and config.num_labels != 1:
@@ -43,7 +51,7 @@ def output_names(examples: Examples, problem_type: str) -> list[str]:
         return ["LABEL_0"]
     if examples.names is not None:
         return examples.names
-    labels = list(chain(*examples.labels)) if problem_type == "multi_label_classification" else examples.labels
+    labels = list(chain(*examples.labels)) if problem_type in LISTS else examples.labels
     if not labels:
         raise CommandError(f"{examples.source} names no class in any row: check --label_column")
     wrong = [
@@ -54,8 +62,8 @@ def output_names(examples: Examples, problem_type: str) -> list[str]:
     if wrong:
         raise CommandError(
             f"{examples.source} has labels that are no classes, such as {wrong[0]!r}: give every row one, or say what "
-            "they are: --problem_type regression (numbers) or multi_label_classification (lists of classes). A label "
-            "a word (token classification) is for StoMPPTrainer, see docs/howto/own_data.md"
+            "they are: --problem_type regression (numbers), multi_label_classification (lists of classes) or "
+            f"{TOKENS} (a class a word)"
         )
     if all(isinstance(label, int) for label in labels):
         return [f"LABEL_{index}" for index in range(max(labels) + 1)]
@@ -64,7 +72,7 @@ def output_names(examples: Examples, problem_type: str) -> list[str]:
 
 def model_labels(examples: Examples, config: Any, problem_type: str) -> list[Any]:
     """
-    Labels as a model takes them: class ids, numbers, or 1.0 and 0.0 for each class.
+    Labels as a model takes them: class ids, numbers, 1.0 and 0.0 for each class, or lists of ids.
 
     Args:
         examples (`Examples`).
@@ -79,7 +87,9 @@ def model_labels(examples: Examples, config: Any, problem_type: str) -> list[Any
     if problem_type == "single_label_classification":
         return class_ids(examples, config)
     ids = iter(class_ids(replace(examples, labels=list(chain(*examples.labels))), config))
-    chosen = [set(islice(ids, len(labels))) for labels in examples.labels]
+    chosen = [list(islice(ids, len(labels))) for labels in examples.labels]
+    if problem_type == TOKENS:
+        return chosen
     return [[float(index in row) for index in range(config.num_labels)] for row in chosen]
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .examples import TOKENS
+from .words import IGNORED, name_spans, spans
 
 
 try:
@@ -85,27 +88,61 @@ def regression_metrics(logits: Array, labels: Array) -> dict[str, float]:
     }
 
 
+def token_metrics(logits: Array, labels: Array, names: Sequence[str]) -> dict[str, float]:
+    """
+    Measures of a class a word. Where classes are tags of spans (`B-PER`), precision, recall and F1 are those of whole
+    spans of all kinds together, as the CoNLL shared tasks count them; otherwise F1 is the mean over the classes.
+
+    Args:
+        logits (`np.ndarray` of shape `(examples, words, classes)`).
+        labels (`np.ndarray` of shape `(examples, words)`): class ids; [`~hf_stompp.cli.words.IGNORED`] is passed over.
+        names (`Sequence[str]`): of the classes.
+    """
+    counted = labels != IGNORED
+    answers = logits.argmax(-1)
+    accuracy = {"accuracy": float(accuracy_score(labels[counted], answers[counted]))}
+    if not name_spans(names):
+        f1 = f1_score(labels[counted], answers[counted], average="macro", zero_division=0.0)
+        return accuracy | {"f1_macro": float(f1)}
+    found, true, right = 0, 0, 0
+    for row, mask in enumerate(counted):
+        mine, theirs = (spans([names[one] for one in ids[row][mask]]) for ids in (answers, labels))
+        found, true, right = found + len(mine), true + len(theirs), right + len(mine & theirs)
+    return {
+        "f1": 2 * right / max(1, found + true),
+        "precision": right / max(1, found),
+        "recall": right / max(1, true),
+        **accuracy,
+    }
+
+
 METRICS: dict[str, Callable[[Array, Array], dict[str, float]]] = {
     "single_label_classification": single_label_metrics,
     "regression": regression_metrics,
     "multi_label_classification": multi_label_metrics,
 }
-"""Measures `(logits, labels) -> {name: value}` by the `problem_type` of a model's config, the first one first."""
+"""Measures of a text, `(logits, labels) -> {name: value}`, by the `problem_type` of a model's config, the first one
+first; those of words are [`token_metrics`]."""
 
 FIRST = {"cola": "matthews_correlation"}
 """What GLUE ranks a task by, where that is another measure."""
 
 
-def metrics_of(logits: Any, labels: Any, problem_type: str, task: str | None = None) -> dict[str, float]:
+def metrics_of(
+    logits: Any, labels: Any, problem_type: str, task: str | None = None, names: Sequence[str] = ()
+) -> dict[str, float]:
     """
     Measures of answers.
 
     Args:
-        logits (array of shape `(examples, outputs)`).
+        logits (array of shape `(examples, outputs)`, or `(examples, words, outputs)`).
         labels (array): as a model with this `problem_type` takes them.
-        problem_type (`str`): a key of [`METRICS`].
+        problem_type (`str`): one of [`~hf_stompp.cli.examples.PROBLEM_TYPES`].
         task (`str`, *optional*): of GLUE, whose own measure comes first.
+        names (`Sequence[str]`, *optional*): of the classes; words need them.
     """
+    if problem_type == TOKENS:
+        return token_metrics(np.asarray(logits), np.asarray(labels), names)
     found = METRICS[problem_type](np.asarray(logits), np.asarray(labels))
     first = FIRST.get(task or "")
     return {first: found[first], **found} if first in found else found

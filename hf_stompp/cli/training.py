@@ -1,4 +1,4 @@
-"""`hf-stompp train`: a text classifier, from a float model to the packed one on disk."""
+"""`hf-stompp train`: a classifier of texts or of their words, from a float model to the packed one on disk."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     EvalPrediction,
     PreTrainedModel,
@@ -29,7 +31,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from ..binarization import config_of
 from ..callbacks import UnitProgressCallback
@@ -40,11 +41,12 @@ from ..stages import card_details, run_recipe, write_card
 from ..summary import compared_with_float, summarize
 from ..training_args import StoMPPTrainingArguments
 from .errors import CommandError, hub_errors
-from .evaluation import read_tokenizer
-from .examples import Examples, read_examples
+from .evaluation import CLASSIFIERS, read_tokenizer
+from .examples import TOKENS, Examples, read_examples
 from .labels import model_labels, output_names, problem_type_of
 from .measures import metrics_of
 from .models import megabytes, read_config, state_of
+from .words import token_labels
 
 
 SUMMARY = "summary.json"
@@ -128,10 +130,12 @@ def quiet(trainer: Trainer) -> None:
         trainer.add_callback(QuietProgress(trainer))
 
 
-def compute_metrics(problem_type: str, task: str | None, prediction: EvalPrediction) -> dict[str, float]:
+def compute_metrics(
+    problem_type: str, task: str | None, names: list[str], prediction: EvalPrediction
+) -> dict[str, float]:
     """What a Trainer measures, see [`metrics_of`]."""
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    return metrics_of(logits, prediction.label_ids, problem_type, task)
+    return metrics_of(logits, prediction.label_ids, problem_type, task, names)
 
 
 def load_model(arguments: argparse.Namespace, examples: Examples) -> tuple[Any, bool, bool]:
@@ -159,14 +163,16 @@ def load_model(arguments: argparse.Namespace, examples: Examples) -> tuple[Any, 
             f"{arguments.model} is binary already (latent): drop --mode, --modes, --word_embeddings, --float_epochs "
             "and --method float, or name a float model"
         )
-    known = (config.architectures or [None])[0] in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
+    known = (config.architectures or [None])[0] in CLASSIFIERS
     wanted = arguments.problem_type
     if known and (found := problem_type_of(config, arguments.model)) != wanted:
         raise CommandError(
             f"the head of {arguments.model} is for {found}, and {wanted} is to be trained: name the encoder that it "
             f"was made from, or give --problem_type {found}"
         )
-    options: dict[str, Any] = {"problem_type": wanted}
+    # Transformers has no name for it in a config.
+    options: dict[str, Any] = {} if wanted == TOKENS else {"problem_type": wanted}
+    auto: Any = AutoModelForTokenClassification if wanted == TOKENS else AutoModelForSequenceClassification
     if known:
         try:
             model_labels(examples, config, wanted)
@@ -177,7 +183,7 @@ def load_model(arguments: argparse.Namespace, examples: Examples) -> tuple[Any, 
         options |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     folder = Path(arguments.model).expanduser()
     with hub_errors("model", arguments.model):
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
+        model, loading = auto.from_pretrained(
             folder if folder.is_dir() else arguments.model,
             dtype=torch.float32,
             ignore_mismatched_sizes=not known,
@@ -187,11 +193,13 @@ def load_model(arguments: argparse.Namespace, examples: Examples) -> tuple[Any, 
     return model, not (loading["missing_keys"] or loading["mismatched_keys"]), known
 
 
-def tokenized(examples: Examples, labels: list[Any], tokenizer: Any, length: int) -> Any:
+def tokenized(examples: Examples, labels: list[Any], tokenizer: Any, length: int, of_words: bool) -> Any:
     """The examples as the Trainer takes them: a data set of token ids and labels."""
     import datasets
 
-    encoded = tokenizer(*examples.texts, truncation=True, max_length=length)
+    encoded = tokenizer(*examples.texts, truncation=True, max_length=length, is_split_into_words=of_words)
+    if of_words:
+        labels = [token_labels(encoded.word_ids(row), classes) for row, classes in enumerate(labels)]
     return datasets.Dataset.from_dict({**encoded, "labels": labels})
 
 
@@ -250,8 +258,10 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     if asked.teacher == "float" and not (knows_classes or arguments.float_epochs):
         # Its head may have been trained for other classes.
         asked.teacher = "none"
+    of_words = problem_type == TOKENS
+    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
     train_set, validation_set = (
-        tokenized(examples, model_labels(examples, model.config, problem_type), tokenizer, length)
+        tokenized(examples, model_labels(examples, model.config, problem_type), tokenizer, length, of_words)
         for examples in (training, validation)
     )
     stop = StopAfterStep()
@@ -267,8 +277,8 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         tokenizer=tokenizer,
         train_dataset=train_set,
         eval_datasets={"eval": validation_set},
-        data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=partial(compute_metrics, problem_type, arguments.task),
+        data_collator=(DataCollatorForTokenClassification if of_words else DataCollatorWithPadding)(tokenizer),
+        compute_metrics=partial(compute_metrics, problem_type, arguments.task, names),
         identity={
             **{name: str(getattr(arguments, name)) for name in IDENTITY},
             "train_examples": training.digest,
@@ -286,7 +296,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     else:
         saved = "packed"
         files = {} if arguments.train_file is None else {"dataset": Path(arguments.train_file).name}
-        write_card(recipe, results, output.name, **card_details(arguments.model, arguments.task), **files)
+        write_card(recipe, results, output.name, **card_details(arguments.model, arguments.task, of_words), **files)
     summary = summarize(
         recipe,
         results,

@@ -272,7 +272,7 @@ def test_model_that_is_no_classifier_is_refused(tiny_model, saved, refused, exam
     file = write(tmp_path / "dev.csv", examples)
 
     encoder = saved(tiny_model("bert", AutoModel), "encoder")
-    assert "is a BertModel, and eval measures text classifiers" in refused("eval", encoder, "--file", file)
+    assert "is a BertModel, and eval measures classifiers" in refused("eval", encoder, "--file", file)
     numbers = saved(tiny_model("bert", num_labels=3, problem_type="regression"), "numbers")
     assert "predicts 3 numbers a text, and one is" in refused("eval", numbers, "--file", file)
 

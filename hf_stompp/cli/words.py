@@ -1,0 +1,87 @@
+"""A class a word: which token answers for a word, and what its tags name together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+IGNORED = -100
+"""The label of a token that no loss counts, as in PyTorch's cross-entropy."""
+
+PREFIXES = ("B", "I", "E", "S")
+"""Of tags such as `B-PER`: a word begins, continues or ends what it names with others, or names it alone."""
+
+
+def first_tokens(words: Sequence[int | None]) -> dict[int, int]:
+    """
+    The token that answers for each word, which is its first: word -> position.
+
+    Args:
+        words (`Sequence[int | None]`): the word of each token, as `BatchEncoding.word_ids` gives it.
+    """
+    places: dict[int, int] = {}
+    for place, word in enumerate(words):
+        if word is not None:
+            places.setdefault(word, place)
+    return places
+
+
+def token_labels(words: Sequence[int | None], classes: Sequence[int]) -> list[int]:
+    """
+    Labels of tokens: of a word's first token the class of the word, otherwise [`IGNORED`].
+
+    Args:
+        words (`Sequence[int | None]`): the word of each token.
+        classes (`Sequence[int]`): of the words.
+    """
+    labels = [IGNORED] * len(words)
+    for word, place in first_tokens(words).items():
+        labels[place] = classes[word]
+    return labels
+
+
+def word_logits(logits: Tensor, words: Sequence[int | None], count: int) -> Tensor:
+    """
+    Logits of words; NaN for one without a token, such as a word behind the last that the model reads.
+
+    Args:
+        logits (`Tensor` of shape `(tokens, num_labels)`).
+        words (`Sequence[int | None]`): the word of each token.
+        count (`int`): of the words.
+
+    Returns:
+        `Tensor` of shape `(count, num_labels)`.
+    """
+    places = first_tokens(words)
+    found = torch.full((count, logits.shape[-1]), torch.nan, dtype=logits.dtype, device=logits.device)
+    found[list(places)] = logits[list(places.values())]
+    return found
+
+
+def name_spans(classes: Sequence[str]) -> bool:
+    """Whether classes are tags of spans: `O`, and others with one of [`PREFIXES`] before a hyphen."""
+    kinds = set(classes) - {"O"}
+    return "O" in classes and bool(kinds) and all(name[:2] in {f"{prefix}-" for prefix in PREFIXES} for name in kinds)
+
+
+def spans(tags: Sequence[str]) -> set[tuple[int, int, str]]:
+    """
+    What tags name, as the CoNLL shared tasks count it: `(first word, last word, kind)`. A span ends where the next
+    word begins another, is of another kind or names nothing; an `I-` behind nothing begins one.
+
+    Args:
+        tags (`Sequence[str]`): of the words of one text.
+    """
+    found, start = set(), 0
+    parts = [("O", ""), *((tag[:1], tag[2:]) for tag in tags), ("O", "")]
+    for word, ((before, kind), (prefix, next_kind)) in enumerate(pairwise(parts)):
+        is_border = kind != next_kind or before in ("O", "E", "S") or prefix in ("O", "B", "S")
+        if is_border and before != "O":
+            found.add((start, word - 1, kind))
+        if is_border:
+            start = word
+    return found
