@@ -1,4 +1,8 @@
-"""Prints the README's table of accuracy from `results/accuracy.jsonl`: python benchmarks/accuracy_table.py"""
+"""
+Prints the table of accuracy in `docs/benchmarks.md` from `results/accuracy.jsonl`:
+
+    python benchmarks/accuracy_table.py
+"""
 
 from __future__ import annotations
 

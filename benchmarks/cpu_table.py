@@ -1,5 +1,6 @@
 """
-Prints the README's tables of CPU speed: those of `hf-stompp bench`, from `benchmarks/results/cpu_*.json`, as Markdown.
+Prints the tables of CPU speed in `docs/kernels.md`: those of `hf-stompp bench`, from `benchmarks/results/cpu_*.json`,
+as Markdown.
 
     python benchmarks/cpu_table.py
 """

@@ -12,6 +12,9 @@ from typing import Any
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers share the cores; two threads in each would wait for one another.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
