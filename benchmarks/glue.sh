@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The runs behind the README's GLUE tables: one float fine-tuning a task, then three methods from that same float model.
+# The runs behind the last table of docs/accuracy.md: one float fine-tuning a task, then three methods from that same
+# float model.
 #
 #   benchmarks/glue.sh DATASET_DIR [SEED]
 #

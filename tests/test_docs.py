@@ -299,10 +299,15 @@ def test_a_quote_is_compared_word_for_word_beside_what_is_filled_in() -> None:
     assert not is_quoted_from("the file is damaged", message)
 
 
+OF_TRANSFORMERS = (
+    "You set `ignore_mismatched_sizes` to `False`, thus raising an error.",
+    "Unknown quantization type, got ",
+)
+
+
 def quotes() -> list[str]:
     found = [block.text.splitlines() for block in blocks(TROUBLESHOOTING.read_text(encoding="utf-8"))]
-    # Of Transformers.
-    return [line for lines in found for line in lines if not line.startswith("RuntimeError: You set")]
+    return [line for lines in found for line in lines if not any(quote in line for quote in OF_TRANSFORMERS)]
 
 
 @pytest.mark.parametrize("quote", quotes())
@@ -311,9 +316,9 @@ def test_every_quoted_message_is_one_of_the_package(quote: str) -> None:
     assert any(is_quoted_from(quote, message) for message in messages())
 
 
-def test_the_message_of_transformers_is_quoted_as_it_is() -> None:
+@pytest.mark.parametrize("quote", OF_TRANSFORMERS)
+def test_a_message_of_transformers_is_quoted_as_it_is(quote: str) -> None:
     source = Path(transformers.modeling_utils.__file__).parent
-    quote = "You set `ignore_mismatched_sizes` to `False`, thus raising an error."
-    assert any(
-        quote in path.read_text(encoding="utf-8") for path in [*source.glob("*.py"), *source.glob("utils/*.py")]
-    )
+    files = [path for pattern in ("*.py", "utils/*.py", "quantizers/*.py") for path in source.glob(pattern)]
+    assert quote in TROUBLESHOOTING.read_text(encoding="utf-8")
+    assert any(quote in path.read_text(encoding="utf-8") for path in files)

@@ -222,7 +222,7 @@ def _add_train(commands: Any) -> None:
         commands,
         "train",
         _command("training"),
-        "a classifier or a regression on labelled files or a GLUE task: float -> binary -> packed",
+        "a text or token classifier or a regression on labelled files or a GLUE task: float -> binary -> packed",
         "Fine-tunes a text classifier, binarizes it while it trains on, packs it into OUTPUT/packed and measures all "
         "of them on the validation set. With --problem_type it learns numbers, several classes a text, or a class a "
         "word. Ctrl-C ends after the step at hand, with a checkpoint; --resume goes on from it and ends in the same "
@@ -422,7 +422,7 @@ def _add_eval(commands: Any) -> None:
         commands,
         "eval",
         _command("evaluation"),
-        "how good a classifier or a regression is on a labelled file, and its speed",
+        "how good a text or token classifier or a regression is on a labelled file, and its speed",
         "Measures the answers of a classification model (float, latent or packed) on labelled examples, by "
         "accuracy, F1 and Matthews correlation, and how many it gives a second. The text is found in the columns that "
         "GLUE uses, or in the only one or two text columns; labels are names of the model's classes, or ids. A "

@@ -115,7 +115,7 @@ def _text_columns(
     strings = [name for name, kind in kinds.items() if kind in ("string", "large_string")]
     if of_words or len(strings) not in (1, 2):
         raise CommandError(
-            f"which columns of {source} hold the text is not clear: name one{'' if of_words else ' or two'} of "
+            f"which columns of {source} hold the text is not clear: name {'one' if of_words else 'one or two'} of "
             f"{', '.join(names)} with --text_columns"
         )
     return tuple(strings)
