@@ -121,7 +121,7 @@ def train(name: str, model: Any, data: Mapping[str, Any], arguments: argparse.Na
             train_dataset=data["train"],
             eval_datasets={"eval": data["validation"]},
             data_collator=DataCollatorWithPadding(data["tokenizer"]),
-            compute_metrics=partial(compute_metrics, "single_label_classification", None),
+            compute_metrics=partial(compute_metrics, problem_type="single_label_classification"),
             prepare=lambda trainer: trainer.add_callback(watch),
         )
         train_binary(recipe, student, model, results)

@@ -7,7 +7,7 @@ import json
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -131,7 +131,7 @@ def quiet(trainer: Trainer) -> None:
 
 
 def compute_metrics(
-    problem_type: str, task: str | None, names: list[str], prediction: EvalPrediction
+    prediction: EvalPrediction, problem_type: str, task: str | None = None, names: Sequence[str] = ()
 ) -> dict[str, float]:
     """What a Trainer measures, see [`metrics_of`]."""
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
@@ -278,7 +278,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         train_dataset=train_set,
         eval_datasets={"eval": validation_set},
         data_collator=(DataCollatorForTokenClassification if of_words else DataCollatorWithPadding)(tokenizer),
-        compute_metrics=partial(compute_metrics, problem_type, arguments.task, names),
+        compute_metrics=partial(compute_metrics, problem_type=problem_type, task=arguments.task, names=names),
         identity={
             **{name: str(getattr(arguments, name)) for name in IDENTITY},
             "train_examples": training.digest,
