@@ -11,15 +11,15 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from hf_stompp import benchmark
+from hf_stompp.cli import benchmarking
 
 
 RESULTS = Path(__file__).parent / "results"
 
-TABLES: dict[str, Callable[[dict], benchmark.Rows]] = {
-    "models": benchmark.model_rows,
-    "linear": benchmark.speedup_rows,
-    "loading": benchmark.loading_rows,
+TABLES: dict[str, Callable[[dict], benchmarking.Rows]] = {
+    "models": benchmarking.model_rows,
+    "linear": benchmarking.speedup_rows,
+    "loading": benchmarking.loading_rows,
 }
 """Each by the part of a result that it shows: `--level` may have left out the others."""
 

@@ -1,5 +1,5 @@
 """
-`hf-stompp bench`: packed layers and models on the CPU against torch's float and int8 ones.
+Times packed layers and models on the CPU against torch's float and int8 ones, for `hf-stompp bench` and others.
 
 All variants of a case run in one process, in turn, so that other load on the machine meets each of them alike. The
 times of a packed layer include signing and packing its input.
@@ -294,7 +294,7 @@ print(json.dumps({"load_seconds": loaded - start, "load_and_first_batch_seconds"
 """
 
 
-_LOADING_TIMES = ("load_seconds", "load_and_first_batch_seconds")
+LOADING_TIMES = ("load_seconds", "load_and_first_batch_seconds")
 
 
 def bench_loading(model: Any, rounds: int = 5) -> dict[str, Any] | None:
@@ -440,142 +440,3 @@ def surroundings() -> dict[str, Any]:
             "onednn": torch.backends.mkldnn.is_available(),
         },
     }
-
-
-def _load_average() -> list[float]:
-    return [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else []
-
-
-def run(
-    levels: list[str], threads: list[int], kernels: list[str], command: str, quick: bool = False
-) -> dict[str, Any]:
-    """
-    Runs the benchmark.
-
-    Args:
-        levels (`list[str]`): of `"op"`, `"model"` and `"loading"`.
-        threads (`list[int]`): numbers of threads for whole models; single layers run on the first of them.
-        kernels (`list[str]`): kernels to time beside the default one.
-        command (`str`): what to record as the command.
-        quick (`bool`, *optional*, defaults to `False`): a few small cases, to see that it works.
-
-    Returns:
-        `dict[str, Any]`: what `--output` writes.
-    """
-    torch.manual_seed(0)
-    native = cpu.native_kernels()
-    result: dict[str, Any] = {
-        "method": "cpu_benchmark",
-        "command": command,
-        "seed": 0,
-        "kernel": "reference" if native is None else native.kernel or "automatic",
-        "kernels": {k: native.unavailable(k) or "runs" for k in cpu.KERNELS} if native is not None else {},
-        "threads": threads,
-        "rounds": ROUNDS,
-        "load_average_before": _load_average(),
-    }
-    with torch_threads(threads[0]):
-        if "op" in levels:
-            result["limit_operations_per_second"] = instruction_limits()
-            shapes, rows = (SHAPES[:1], [1, 32]) if quick else (SHAPES, ROWS)
-            result["linear"] = bench_linear(shapes, rows, kernels)
-            result["linear_speedups"] = speedups(result["linear"])
-    batches = BATCHES[:1] if quick else BATCHES
-    if "model" in levels:
-        result["models"] = []
-        small = minilm()
-        if small is not None:
-            result["models"] += bench_model("all-MiniLM-L6-v2", small, batches, threads)
-        if not quick:
-            result["models"] += bench_model("BERT-base shape", bert_base(), batches, threads)
-    if "loading" in levels:
-        result["loading"] = bench_loading(bert_base())
-    result["load_average_after"] = _load_average()
-    return result | surroundings()
-
-
-Rows = list[list[str]]
-"""A table of text: its header, then its rows."""
-
-
-def linear_rows(result: dict[str, Any]) -> Rows:
-    """Single layers: median microseconds, and the share of what the instructions of the kernel that ran could do."""
-    names = list(result["linear"][0]["seconds"])
-    rows = [["rows", "in", "out", *names, "Tops/s", "of limit"]]
-    for case in result["linear"]:
-        operations = case["packed_operations_per_second"]
-        limit = result["limit_operations_per_second"].get(case["kernel"])
-        rows.append(
-            [
-                *(str(case[key]) for key in ("rows", "in_features", "out_features")),
-                *(f"{case['seconds'][name]['median'] * 1e6:.1f}" for name in names),
-                f"{operations / 1e12:.2f}",
-                "" if limit is None else f"{operations / limit:.0%}",
-            ]
-        )
-    return rows
-
-
-def speedup_rows(result: dict[str, Any]) -> Rows:
-    """Single layers: times faster, geometric mean over the shapes, by number of rows."""
-    means = result["linear_speedups"]
-    keys = [key for key in means[0] if key != "rows"]
-    return [["rows", *keys], *([str(row["rows"]), *(f"{row[key]:.1f}x" for key in keys)] for row in means)]
-
-
-def model_rows(result: dict[str, Any]) -> Rows:
-    """Whole encoders: median milliseconds a batch, and times faster."""
-    names = list(result["models"][0]["seconds"])
-    ratios = [("packed_fp32", "fp32"), ("packed_bf16", "bf16"), ("packed_fp32", "int8")]
-    ratios += [("packed_bwn", "fp32"), ("packed_bwn", "int8")]
-    # Older results have fewer variants.
-    ratios = [(packed, baseline) for packed, baseline in ratios if packed in names]
-    rows = [["model", "batch", "threads", *names, *(f"{packed}/{baseline}" for packed, baseline in ratios)]]
-    for case in result["models"]:
-        seconds = {name: case["seconds"][name]["median"] for name in names}
-        rows.append(
-            [
-                *(case["model"], f"{case['batch']} x {case['length']}", str(case["threads"])),
-                *(f"{seconds[name] * 1e3:.1f}" for name in names),
-                *(f"{seconds[baseline] / seconds[packed]:.1f}x" for packed, baseline in ratios),
-            ]
-        )
-    return rows
-
-
-def loading_rows(result: dict[str, Any]) -> Rows:
-    """BERT-base in a fresh process, its file in the system's cache (warm) or not (cold)."""
-    header = ["model", "file, MB", "resident, MB"]
-    rows = [[*header, *(f"{what}, s, {cache}" for cache in ("warm", "cold") for what in ("load", "to first answer"))]]
-    for name, values in result["loading"].items():
-        sizes = values["file_bytes"], values["warm"]["resident_bytes"]
-        seconds = [values[cache][key] for cache in ("warm", "cold") for key in _LOADING_TIMES]
-        rows.append([name, *(f"{size / 1e6:.0f}" for size in sizes), *(f"{time:.2f}" for time in seconds)])
-    return rows
-
-
-def table(result: dict[str, Any]) -> str:
-    """The result as text."""
-    processor = result["machine"]["processor"]
-    lines = [
-        f"{processor['name']}, threads {result['threads']}, kernel {result['kernel']}, load "
-        f"{result['load_average_before']} to {result['load_average_after']}",
-        f"flags: {' '.join(processor['flags'])}",
-        "",
-    ]
-    if "linear" in result:
-        limits = {kernel: f"{limit / 1e12:.2f}" for kernel, limit in result["limit_operations_per_second"].items()}
-        lines += ["Linear layers, median microseconds", *_columns(linear_rows(result))]
-        lines += [f"Limit of the inner instructions, Tops/s: {limits}", ""]
-        lines += ["Geometric mean over the shapes, times faster", *_columns(speedup_rows(result))]
-    if result.get("models"):
-        lines += ["Whole encoders, median milliseconds", *_columns(model_rows(result))]
-    if result.get("loading"):
-        lines += ["BERT-base in a fresh process", *_columns(loading_rows(result))]
-    return "\n".join(lines)
-
-
-def _columns(rows: Rows) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return [lines[0], "-" * len(lines[0]), *lines[1:], ""]

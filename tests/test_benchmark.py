@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hf_stompp import benchmark
+from hf_stompp.cli import benchmarking
 
 
 def test_functions_take_turns() -> None:
@@ -44,7 +45,7 @@ def test_share_of_the_limit_is_of_the_kernel_that_ran() -> None:
     many = {**case, "rows": 512, "kernel": "amx", "packed_operations_per_second": 3e12}
     limits = {"amx": 6e12, "avx512": 4e12}
 
-    header, *rows = benchmark.linear_rows({"linear": [few, many], "limit_operations_per_second": limits})
+    header, *rows = benchmarking.linear_rows({"linear": [few, many], "limit_operations_per_second": limits})
 
     assert header[-1] == "of limit" and [row[-1] for row in rows] == ["25%", "50%"]
 
@@ -54,7 +55,7 @@ def test_rows_of_whole_models_give_milliseconds_and_ratios_of_medians() -> None:
     case = {"model": "m", "batch": 4, "length": 32, "threads": 2}
     case["seconds"] = {name: {"median": value, "minimum": 0.0} for name, value in seconds.items()}
 
-    _, row = benchmark.model_rows({"models": [case]})
+    _, row = benchmarking.model_rows({"models": [case]})
 
     assert row == ["m", "4 x 32", "2", "8.0", "3.0", "4.0", "2.0", "1.0", "4.0x", "3.0x", "2.0x"]
 
