@@ -10,8 +10,9 @@ from torch import nn
 
 from .adapters import refuse_adapters
 from .config import StoMPPConfig, checked_inputs
-from .patching import BinarizationReport, masked_modules, packed_modules, report
+from .patching import masked_modules, packed_modules
 from .quantizer import attach_quantizer, binarize_modules
+from .report import BinarizationReport, report
 
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -128,7 +129,7 @@ def binarization_report(model: nn.Module) -> BinarizationReport:
         model (`PreTrainedModel`): after [`binarize`] or [`pack`].
 
     Returns:
-        [`~hf_stompp.patching.BinarizationReport`]: sizes in bytes, numbers of modules and weights.
+        [`~hf_stompp.report.BinarizationReport`]: sizes in bytes, numbers of modules and weights.
 
     Raises:
         ValueError: the model is neither.

@@ -19,7 +19,8 @@ from transformers.modelcard import TASK_TAG_TO_NAME_MAPPING, TrainingSummary, ma
 from .config import StoMPPConfig
 from .drawing import can_draw, png
 from .dynamics import NO_MEASURES, dynamics_of
-from .patching import BinarizationReport, packed_modules, report
+from .patching import packed_modules
+from .report import BinarizationReport, report
 
 
 TAGS = ["stompp", "binary", "1-bit"]

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from .binarization import binarize, commit
 from .config import StoMPPConfig
-from .patching import FLOAT32_BYTES, packed_linear_bytes
+from .report import FLOAT32_BYTES, packed_linear_bytes
 from .structure import plan_modules
 
 

@@ -15,7 +15,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..config import StoMPPConfig
 from ..nn import MaskedBinaryModule, RoundedEmbedding
-from ..patching import BinarizationReport, PackedModule, report, swap_in_masked
+from ..patching import PackedModule, swap_in_masked
+from ..report import BinarizationReport, report
 from ..structure import plan_modules
 from .errors import CommandError
 from .models import empty_model, frozen_fractions, load, megabytes, read_config, state_of
