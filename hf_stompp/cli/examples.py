@@ -132,8 +132,22 @@ def _label_list(cell: Any) -> Any:
 
 
 def _split(cell: Any) -> Any:
-    """A list as it is; of a text, what stands between spaces."""
-    return cell.split() if isinstance(cell, str) else cell
+    """A list as it is; of a text, what stands between spaces. A number is the label of a single word."""
+    if isinstance(cell, str):
+        return cell.split()
+    return cell if cell is None or isinstance(cell, list) else [cell]
+
+
+def _check_texts(source: str, columns: tuple[str, ...], texts: list[list[Any]]) -> None:
+    for name, values in zip(columns, texts, strict=True):
+        row = next((row for row, value in enumerate(values) if not isinstance(value, str)), None)
+        if row is not None and isinstance(values[row], list):
+            raise CommandError(
+                f"{source} has lists in column {name}: join the words to a text, or, for a label a word, train with "
+                f"--problem_type {TOKENS}"
+            )
+        if row is not None:
+            raise CommandError(f"{source} has no text in column {name} of row {row}: fill it, or take the row out")
 
 
 def _check_words(source: str, columns: tuple[str, str], texts: list[Any], labels: list[Any]) -> None:
@@ -143,8 +157,8 @@ def _check_words(source: str, columns: tuple[str, str], texts: list[Any], labels
             raise CommandError(
                 f"{source} has no list of words in column {columns[0]} of row {row}: fill it, or take the row out"
             )
-        given = [one for one in (classes if isinstance(classes, list) else [classes]) if one is not None]
-        if not isinstance(classes, list) or len(given) != len(words):
+        given = [one for one in classes or () if one is not None]
+        if len(given) != len(words):
             raise CommandError(
                 f"{source} has {len(words)} words in column {columns[0]} of row {row} and {len(given)} labels in "
                 f"column {columns[1]}: each word needs one"
@@ -190,15 +204,8 @@ def read_examples(
     of_words = problem_type == TOKENS
     columns = _text_columns(table, source, arguments.label_column, arguments.text_columns, of_words)
     texts = [list(table[name][:]) for name in columns]
-    for name, values in zip(columns, texts, strict=True) if not of_words else ():
-        row = next((row for row, value in enumerate(values) if not isinstance(value, str)), None)
-        if row is not None and isinstance(values[row], list):
-            raise CommandError(
-                f"{source} has lists in column {name}: join the words to a text, or, for a label a word, train with "
-                f"--problem_type {TOKENS}"
-            )
-        if row is not None:
-            raise CommandError(f"{source} has no text in column {name} of row {row}: fill it, or take the row out")
+    if not of_words:
+        _check_texts(source, columns, texts)
     labels = list(table[arguments.label_column][:])
     if not labels:
         raise CommandError(f"{source} holds no examples: check it")

@@ -139,6 +139,13 @@ def test_class_ids_are_read_by_the_names_in_the_file(tagger: str, tmp_path: Path
     assert found[0]["correct"] == found[1]["correct"] > 0
 
 
+def test_a_number_is_the_label_of_a_single_word(tagger: str, tmp_path: Path, printed: Callable) -> None:
+    # So a csv reader takes a column of ids where no text has a second word.
+    datasets.Dataset.from_dict({"tokens": ["word1", "word2"], "tags": [2, 0]}).to_csv(tmp_path / "dev.csv")
+    found = json.loads(printed("eval", tagger, "--file", tmp_path / "dev.csv", *ASKED[2:], "--json"))
+    assert found["words"] == 2
+
+
 def test_words_beyond_the_last_token_are_told_and_not_measured(tagger: str, tmp_path: Path, printed: Callable) -> None:
     columns = {"tokens": [["word1"] * 9, ["word1"] * 2], "tags": [["O"] * 9, ["O"] * 2]}
     words = ["eval", tagger, "--file", write(tmp_path / "dev.jsonl", columns), *ASKED[2:], "--max_length", 6]
