@@ -199,7 +199,7 @@ def _token_ids(model: Any, batch: int, length: int) -> Tensor:
 
 
 def variants_of(model: nn.Module) -> dict[str, Any]:
-    """A model as it is, in other dtypes, and packed in both modes."""
+    """A model as it is, in other dtypes, packed in both modes, and with bits in the feed-forward blocks alone."""
     packed = packed_copy(model)
     return {
         "fp32": model,
@@ -208,6 +208,7 @@ def variants_of(model: nn.Module) -> dict[str, Any]:
         "packed_fp32": packed,
         "packed_bf16": copy.deepcopy(packed).bfloat16(),
         "packed_bwn": packed_copy(model, "bwn"),
+        "packed_mixed": packed_copy(model, "bnn", modes={"attention": "bwn"}),
     }
 
 

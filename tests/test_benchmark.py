@@ -90,11 +90,15 @@ def test_packed_variants_are_of_the_mode_and_dtype_that_they_are_called_by(tiny_
     variants = benchmark.variants_of(tiny_model("bert"))
 
     found = {name: variants[name].config.quantization_config.mode for name in variants if name.startswith("packed")}
-    assert found == {"packed_fp32": "bnn", "packed_bf16": "bnn", "packed_bwn": "bwn"}
+    assert found == {"packed_fp32": "bnn", "packed_bf16": "bnn", "packed_bwn": "bwn", "packed_mixed": "bnn"}
+    attention = variants["packed_mixed"].bert.encoder.layer[0].attention
+    assert not attention.self.query.binary_input and not attention.output.dense.binary_input
+    assert variants["packed_mixed"].bert.encoder.layer[0].output.dense.binary_input
     assert {name: variants[name].dtype for name in found} == {
         "packed_fp32": torch.float32,
         "packed_bf16": torch.bfloat16,
         "packed_bwn": torch.float32,
+        "packed_mixed": torch.float32,
     }
 
 
@@ -102,7 +106,8 @@ def test_whole_models_are_timed_for_every_batch_and_number_of_threads(tiny_model
     results = benchmark.bench_model("tiny", tiny_model("bert"), [(1, 4), (2, 8)], [1, 2])
 
     assert [(r["threads"], r["batch"], r["length"]) for r in results] == [(1, 1, 4), (1, 2, 8), (2, 1, 4), (2, 2, 8)]
-    assert set(results[0]["seconds"]) == {"fp32", "bf16", "int8", "packed_fp32", "packed_bf16", "packed_bwn"}
+    packed = {"packed_fp32", "packed_bf16", "packed_bwn", "packed_mixed"}
+    assert set(results[0]["seconds"]) == {"fp32", "bf16", "int8"} | packed
 
 
 @pytest.mark.slow

@@ -115,7 +115,7 @@ def model_rows(result: dict[str, Any]) -> Rows:
     """Whole encoders: median milliseconds a batch, and times faster."""
     names = list(result["models"][0]["seconds"])
     ratios = [("packed_fp32", "fp32"), ("packed_bf16", "bf16"), ("packed_fp32", "int8")]
-    ratios += [("packed_bwn", "fp32"), ("packed_bwn", "int8")]
+    ratios += [("packed_bwn", "fp32"), ("packed_bwn", "int8"), ("packed_mixed", "fp32"), ("packed_mixed", "int8")]
     # Older results have fewer variants.
     ratios = [(packed, baseline) for packed, baseline in ratios if packed in names]
     rows = [["model", "batch", "threads", *names, *(f"{packed}/{baseline}" for packed, baseline in ratios)]]
