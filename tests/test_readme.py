@@ -70,7 +70,7 @@ def test_the_tables_of_cpu_speed_are_what_the_result_file_says() -> None:
     cpu_table = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(cpu_table)
     tables = [table for result in cpu_table.read_results() for table in cpu_table.tables(result)]
-    assert len(tables) == 4
+    assert len(tables) == 5
     assert all(table in KERNELS for table in tables)
 
 
@@ -97,6 +97,16 @@ def test_the_table_of_training_cost_is_what_the_result_files_say() -> None:
             ratios = [row[f"{name}_over_float"] for name in ("whole_run", "last_window", "after_last_window", "peak")]
             cells = [f"{ratio:.2f}" for ratio in [*ratios, at_the_end[method] / at_the_end["float"]]]
             assert f"| {' | '.join([names[result['model']], result['dtype'], label, *cells])} |" in TRAINING
+
+
+def test_the_cost_of_a_teacher_is_what_the_result_file_says() -> None:
+    path = ROOT / "benchmarks" / "results" / "teacher_cost_minilm_fp32.json"
+    summary = json.loads(path.read_text(encoding="utf-8"))["summary"]
+    with_one, without = summary["stompp_ste_teacher"], summary["stompp_ste"]
+    steps = [f"{row['whole_run_over_float']:.2f}" for row in (with_one, without)]
+    peaks = [f"{row['peak_over_float']:.2f}" for row in (with_one, without)]
+    said = f"takes {steps[0]} of a float step, without one {steps[1]}, and peak memory {peaks[0]} and {peaks[1]}"
+    assert said in " ".join(TRAINING.split())
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda path: path.name)
