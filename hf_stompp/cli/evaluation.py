@@ -67,8 +67,8 @@ class Classifier:
 
     def answers(self, model: Any, rows: Sequence[int], progress: Callable[[int], Any] = lambda count: None) -> Tensor:
         """
-        Logits of shape `(len(rows), num_labels)`, on the CPU; of words `(len(rows), words, num_labels)`, NaN where a
-        text has no more words that the model reads.
+        Logits of shape `(len(rows), num_labels)`, on the CPU; of words `(len(rows), words, num_labels)`, minus
+        infinity where a text has no more words that the model reads.
 
         Args:
             model (`PreTrainedModel`): this one, or what was made of it.
@@ -89,7 +89,7 @@ class Classifier:
                 else:
                     found += logits
                 progress(len(places))
-        logits = pad_sequence(found, batch_first=True, padding_value=torch.nan)
+        logits = pad_sequence(found, batch_first=True, padding_value=-torch.inf)
         return torch.empty_like(logits).index_copy_(0, torch.tensor(order), logits)
 
 
@@ -140,7 +140,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     if of_words:
         rows = pad_sequence([torch.tensor(row) for row in labels], batch_first=True, padding_value=IGNORED)
-        labels = rows.masked_fill(logits[..., 0].isnan(), IGNORED)
+        labels = rows.masked_fill(logits[..., 0].isneginf(), IGNORED)
     names = [model.config.id2label[index] for index in range(model.config.num_labels)]
     metrics = metrics_of(logits, labels, classifier.problem_type, arguments.task, names)
     counted = labels[labels != IGNORED].tolist() if of_words else labels

@@ -46,7 +46,7 @@ def token_labels(words: Sequence[int | None], classes: Sequence[int]) -> list[in
 
 def word_logits(logits: Tensor, words: Sequence[int | None], count: int) -> Tensor:
     """
-    Logits of words; NaN for one without a token, such as a word behind the last that the model reads.
+    Logits of words; minus infinity for one without a token, such as a word behind the last that the model reads.
 
     Args:
         logits (`Tensor` of shape `(tokens, num_labels)`).
@@ -57,7 +57,7 @@ def word_logits(logits: Tensor, words: Sequence[int | None], count: int) -> Tens
         `Tensor` of shape `(count, num_labels)`.
     """
     places = first_tokens(words)
-    found = torch.full((count, logits.shape[-1]), torch.nan, dtype=logits.dtype, device=logits.device)
+    found = torch.full((count, logits.shape[-1]), -torch.inf, dtype=logits.dtype, device=logits.device)
     found[list(places)] = logits[list(places.values())]
     return found
 
