@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The runs behind the last table of docs/accuracy.md: one float fine-tuning a task, then three methods from that same
+# The runs behind the last table of docs/findings.md: one float fine-tuning a task, then three methods from that same
 # float model.
 #
 #   benchmarks/glue.sh DATASET_DIR [SEED]

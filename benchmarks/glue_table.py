@@ -1,4 +1,4 @@
-"""Prints the GLUE table in `docs/accuracy.md` from `benchmarks/results/glue_*.json`."""
+"""Prints the GLUE table in `docs/findings.md` from `benchmarks/results/glue_*.json`."""
 
 from __future__ import annotations
 

@@ -64,5 +64,5 @@ def few_steps(total_steps: int) -> str | None:
     return (
         f"{total_steps:,} optimizer steps are few for binary activations: on SST-2, MiniLM was 8 points below float "
         "after 2,100 steps of 32 examples, and 3 after 11,800. More epochs help, and mode='bwn' most: it was 1 "
-        "point below after 2,100 (docs/accuracy.md)"
+        "point below after 2,100 (docs/benchmarks.md)"
     )

@@ -14,14 +14,14 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BENCHMARKS = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 KERNELS = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
 TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-ACCURACY = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8")
+FINDINGS = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
 
 
 def test_the_glue_table_is_what_the_result_files_say() -> None:
     spec = importlib.util.spec_from_file_location("glue_table", ROOT / "benchmarks" / "glue_table.py")
     glue_table = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(glue_table)
-    assert glue_table.table(glue_table.read_results()) in ACCURACY
+    assert glue_table.table(glue_table.read_results()) in FINDINGS
 
 
 def test_the_table_of_accuracy_is_what_the_result_lines_say() -> None:
@@ -49,7 +49,7 @@ def test_the_table_of_ablations_is_what_the_result_lines_say() -> None:
     for line in found:
         name = line["cell"] if line["packed"] is None else f"`{line['cell']}`"
         accuracy = (line["packed"] or line["float"])["accuracy"]
-        assert re.search(rf"^\| {name}[:,][^|]* \| {accuracy:.1f} \|$", ACCURACY, re.MULTILINE), name
+        assert re.search(rf"^\| {name}[:,][^|]* \| {accuracy:.1f} \|$", FINDINGS, re.MULTILINE), name
 
 
 def test_the_table_of_costs_is_what_the_result_file_says() -> None:
