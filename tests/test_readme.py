@@ -62,7 +62,7 @@ def test_the_table_of_costs_is_what_the_result_file_says() -> None:
     assert table in BENCHMARKS
     begin = README.index("| model | accuracy | MiB |")
     shown = README[begin : README.index("\n\n", begin)].splitlines()
-    assert len(shown) == 2 + 6 and set(shown) <= set(table.splitlines())
+    assert len(shown) == 2 + 7 and set(shown) <= set(table.splitlines())
 
 
 def test_the_tables_of_cpu_speed_are_what_the_result_file_says() -> None:
