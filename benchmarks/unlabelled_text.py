@@ -3,14 +3,16 @@ Writes a text file of sentences without labels, a sentence a line, for `hf-stomp
 
     python benchmarks/unlabelled_text.py OUTPUT.txt --reviews REVIEWS.parquet --reviews_sentences 60000 \\
         --dataset_dir DIR --tasks cola mrpc stsb rte
+    python benchmarks/unlabelled_text.py OUTPUT.jsonl --dataset_dir DIR --tasks mrpc stsb rte
 
 Takes sentences of film reviews, drawn at random, and every sentence of the training sets of the tasks named: those of
-3 to 40 words, each once.
+3 to 40 words, each once. Without reviews it writes the tasks' pairs of texts as they are, each once, in random order.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 from pathlib import Path
 
@@ -26,13 +28,15 @@ def main() -> None:
     """Writes the file, and says how many sentences are in it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--reviews", type=Path, required=True, help="a table with a text column")
+    parser.add_argument("--reviews", type=Path, help="a table with a text column")
     parser.add_argument("--reviews_sentences", type=int, default=60_000)
     parser.add_argument("--dataset_dir", type=Path, required=True, help="folders of GLUE tasks, with train.parquet")
     parser.add_argument("--tasks", nargs="*", default=[])
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-
+    if arguments.reviews is None:
+        write_pairs(arguments)
+        return
     reviews = read_texts([arguments.reviews])
     random.Random(arguments.seed).shuffle(reviews)
     # A review has ten sentences: twice as many as needed, since short and long ones are dropped.
@@ -44,6 +48,19 @@ def main() -> None:
         found.update(dict.fromkeys(_short([line for text in texts for line in split_sentences(text)])))
     arguments.output.write_text("\n".join(found) + "\n", encoding="utf-8")
     print(f"{arguments.output}: {len(found):,} sentences")
+
+
+def write_pairs(arguments: argparse.Namespace) -> None:
+    """Writes the pairs of texts of tasks: columns `a` and `b`."""
+    tables = [list(training_texts(arguments.dataset_dir, task).values()) for task in arguments.tasks]
+    single = [task for task, columns in zip(arguments.tasks, tables, strict=True) if len(columns) != 2]
+    if single:
+        raise SystemExit(f"{single[0]} has no pairs of texts: name other --tasks, or --reviews for sentences")
+    pairs = list(dict.fromkeys(pair for columns in tables for pair in zip(*columns, strict=True)))
+    random.Random(arguments.seed).shuffle(pairs)
+    lines = [json.dumps({"a": first, "b": second}) for first, second in pairs]
+    arguments.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{arguments.output}: {len(lines):,} pairs")
 
 
 def training_texts(folder: Path, task: str) -> dict[str, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -36,3 +37,19 @@ def test_writes_sentences_of_reviews_and_of_both_columns_of_a_task_once_each(
         "A cat sits there.",
     }
     assert len(lines) == len(set(lines))
+
+
+def test_writes_pairs_of_texts_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    sys.path.append(str(ROOT / "benchmarks"))
+    import unlabelled_text
+
+    pairs = {"sentence1": ["one", "two", "one"], "sentence2": ["first", "second", "first"], "label": [0, 1, 1]}
+    (tmp_path / "mrpc").mkdir()
+    datasets.Dataset.from_dict(pairs).to_parquet(tmp_path / "mrpc" / "train.parquet")
+    output = tmp_path / "pairs.jsonl"
+    words = ["unlabelled_text.py", str(output), "--dataset_dir", str(tmp_path), "--tasks", "mrpc"]
+    monkeypatch.setattr(sys, "argv", words)
+    unlabelled_text.main()
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert sorted((line["a"], line["b"]) for line in lines) == [("one", "first"), ("two", "second")]
