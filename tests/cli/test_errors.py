@@ -16,7 +16,8 @@ import pytest
 import transformers
 
 import hf_stompp
-from hf_stompp import benchmark, cli
+from hf_stompp import cli
+from hf_stompp.cli import benchmarking
 
 
 RUN = "import sys; from hf_stompp.cli import main; sys.exit(main())"
@@ -143,7 +144,7 @@ def test_any_error_is_one_line(refused, monkeypatch: pytest.MonkeyPatch, error: 
     def fail(*arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr(benchmark, "run", fail)
+    monkeypatch.setattr(benchmarking, "measure", fail)
 
     assert refused("bench").startswith(expected)
 
@@ -153,7 +154,7 @@ def test_interruption_exits_with_130(monkeypatch, capsys: pytest.CaptureFixture[
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(benchmark, "run", interrupt)
+    monkeypatch.setattr(benchmarking, "measure", interrupt)
 
     assert cli.main(["bench", *(["--debug"] if debug else [])]) == 130
     error = capsys.readouterr().err
