@@ -128,6 +128,11 @@ def classifies_words(model: PreTrainedModel) -> bool:
     return type(model).__name__ in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values()
 
 
+def auto_class(of_words: bool) -> Any:
+    """The class of Transformers that loads a classifier of texts, or of words."""
+    return AutoModelForTokenClassification if of_words else AutoModelForSequenceClassification
+
+
 # --- the stages ------------------------------------------------------------------------------------------------------
 
 
@@ -214,7 +219,7 @@ def load_teacher(name: str, tokenizer: Any, of_words: bool = False) -> PreTraine
             f"the teacher {name} has another tokenizer than the student, and would read other words in the same token "
             "ids. Name a teacher with the student's."
         )
-    auto: Any = AutoModelForTokenClassification if of_words else AutoModelForSequenceClassification
+    auto = auto_class(of_words)
     teacher, loading = auto.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     if loading["missing_keys"]:
         raise ValueError(

@@ -23,10 +23,10 @@ from transformers.models.auto.modeling_auto import (
 
 from .errors import CommandError, hub_errors
 from .examples import TOKENS, Examples, read_examples
-from .labels import model_labels, problem_type_of
+from .labels import class_names, model_labels, problem_type_of
 from .measures import metrics_of
 from .models import frozen_fractions, load, model_class, read_config, state_of
-from .words import IGNORED, word_logits
+from .words import IGNORED, labels_of_read_words, word_logits
 
 
 CLASSIFIERS = {
@@ -139,10 +139,8 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         logits = classifier.answers(model, range(len(labels)), bar.update).float()
     seconds = time.perf_counter() - start
     if of_words:
-        rows = pad_sequence([torch.tensor(row) for row in labels], batch_first=True, padding_value=IGNORED)
-        labels = rows.masked_fill(logits[..., 0].isneginf(), IGNORED)
-    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    metrics = metrics_of(logits, labels, classifier.problem_type, arguments.task, names)
+        labels = labels_of_read_words(labels, logits)
+    metrics = metrics_of(logits, labels, classifier.problem_type, arguments.task, class_names(model.config))
     counted = labels[labels != IGNORED].tolist() if of_words else labels
     fractions = frozen_fractions(model)
     return {

@@ -40,6 +40,11 @@ def problem_type_of(config: Any, model: str) -> str:
     return str(found)
 
 
+def class_names(config: Any) -> list[str]:
+    """Names of a model's outputs, in the order of their ids."""
+    return [config.id2label[index] for index in range(config.num_labels)]
+
+
 def output_names(examples: Examples, problem_type: str) -> list[str]:
     """
     Names of a new head's outputs: those of the classes that labels are of, or that of the one number.

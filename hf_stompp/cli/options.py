@@ -23,34 +23,29 @@ def run_of(module: str, function: str = "run") -> Callable[[argparse.Namespace],
     return run
 
 
+def _number(text: str, kind: Callable[[str], Any], fits: Callable[[Any], bool], wanted: str) -> Any:
+    try:
+        number = kind(text)
+    except ValueError:
+        number = None
+    if number is None or not fits(number):
+        raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
+    return number
+
+
 def count(text: str) -> int:
     """A whole number from 1 on."""
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
-    return number
+    return _number(text, int, lambda number: number >= 1, "a whole number from 1 on")
 
 
 def positive(text: str) -> float:
     """A number above 0."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    return number
+    return _number(text, float, lambda number: 0 < number < math.inf, "a number above 0")
 
 
 def share(text: str) -> float:
     """A number between 0 and 1."""
-    number = positive(text)
-    if number >= 1:
-        raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, got {text!r}")
-    return number
+    return _number(text, float, lambda number: 0 < number < 1, "a number between 0 and 1")
 
 
 def option(parser: Any, name: str, **options: Any) -> None:

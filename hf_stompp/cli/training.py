@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     EvalPrediction,
@@ -37,13 +35,13 @@ from ..callbacks import UnitProgressCallback
 from ..methods import RecipeArguments
 from ..patching import masked_modules
 from ..recipe import Recipe
-from ..stages import card_details, run_recipe, write_card
+from ..stages import auto_class, card_details, run_recipe, write_card
 from ..summary import compared_with_float, summarize
 from ..training_args import StoMPPTrainingArguments
 from .errors import CommandError, hub_errors
 from .evaluation import CLASSIFIERS, read_tokenizer
 from .examples import TOKENS, Examples, read_examples
-from .labels import model_labels, output_names, problem_type_of
+from .labels import class_names, model_labels, output_names, problem_type_of
 from .measures import metrics_of
 from .models import megabytes, read_config, state_of
 from .words import token_labels
@@ -172,7 +170,6 @@ def load_model(arguments: argparse.Namespace, examples: Examples) -> tuple[Any, 
         )
     # Transformers has no name for it in a config.
     options: dict[str, Any] = {} if wanted == TOKENS else {"problem_type": wanted}
-    auto: Any = AutoModelForTokenClassification if wanted == TOKENS else AutoModelForSequenceClassification
     if known:
         try:
             model_labels(examples, config, wanted)
@@ -183,7 +180,7 @@ def load_model(arguments: argparse.Namespace, examples: Examples) -> tuple[Any, 
         options |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     folder = Path(arguments.model).expanduser()
     with hub_errors("model", arguments.model):
-        model, loading = auto.from_pretrained(
+        model, loading = auto_class(wanted == TOKENS).from_pretrained(
             folder if folder.is_dir() else arguments.model,
             dtype=torch.float32,
             ignore_mismatched_sizes=not known,
@@ -259,7 +256,6 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         # Its head may have been trained for other classes.
         asked.teacher = "none"
     of_words = problem_type == TOKENS
-    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
     train_set, validation_set = (
         tokenized(examples, model_labels(examples, model.config, problem_type), tokenizer, length, of_words)
         for examples in (training, validation)
@@ -278,7 +274,9 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         train_dataset=train_set,
         eval_datasets={"eval": validation_set},
         data_collator=(DataCollatorForTokenClassification if of_words else DataCollatorWithPadding)(tokenizer),
-        compute_metrics=partial(compute_metrics, problem_type=problem_type, task=arguments.task, names=names),
+        compute_metrics=partial(
+            compute_metrics, problem_type=problem_type, task=arguments.task, names=class_names(model.config)
+        ),
         identity={
             **{name: str(getattr(arguments, name)) for name in IDENTITY},
             "train_examples": training.digest,

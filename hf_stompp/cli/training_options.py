@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..config import CHOICES
-from ..methods import BINARY_DEFAULTS, FLOAT_DEFAULTS, METHODS
+from ..methods import BINARY_DEFAULTS, FLOAT_DEFAULTS, METHODS, Method
 from ..tables import READERS
 from ..text import LINES
 from .examples import PROBLEM_TYPES, SEPARATOR
 from .options import add_command, add_modes, add_word_embeddings, count, option, positive, run_of, share
 
 
+def _add_method(how: Any, methods: Mapping[str, Method], default: str) -> None:
+    """What is trained, and how it becomes binary."""
+    described = "; ".join(f"{name}: {method.help}" for name, method in methods.items())
+    how.add_argument("--method", choices=list(methods), help=f"{described} (default: {default})")
+    how.add_argument(
+        "--mode", choices=CHOICES["mode"], help="bnn (default): 1-bit weights and activations; bwn: weights"
+    )
+    add_modes(how)
+
+
+def _add_machine(how: Any) -> None:
+    """What it is computed with."""
+    how.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    how.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    how.add_argument("--cpu", action="store_true", help="leave a GPU alone")
+
+
 def add_train(commands: Any) -> None:
+    """`hf-stompp train`."""
     train = add_command(
         commands,
         "train",
@@ -55,16 +74,7 @@ def add_train(commands: Any) -> None:
     option(data, "--max_length", type=count, default=128, metavar="N", help="tokens of a text (default: 128)")
     option(data, "--max_train_examples", type=count, metavar="N", help="train on the first N only")
     how = train.add_argument_group("training")
-    how.add_argument(
-        "--method",
-        choices=list(METHODS),
-        help=f"{'; '.join(f'{name}: {method.help}' for name, method in METHODS.items())} (default: stompp_ste; of a "
-        "model that is binary already, ste)",
-    )
-    how.add_argument(
-        "--mode", choices=CHOICES["mode"], help="bnn (default): 1-bit weights and activations; bwn: weights"
-    )
-    add_modes(how)
+    _add_method(how, METHODS, "stompp_ste; of a model that is binary already, ste")
     add_word_embeddings(how)
     how.add_argument(
         "--teacher",
@@ -82,14 +92,13 @@ def add_train(commands: Any) -> None:
     option(
         how, "--logging_steps", type=count, default=0.02, metavar="N", help="between two logs (default: 2%% of all)"
     )
-    how.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
-    how.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
-    how.add_argument("--cpu", action="store_true", help="leave a GPU alone")
+    _add_machine(how)
     option(how, "--report_to", nargs="*", default="none", metavar="TRACKER", help="tensorboard, wandb, mlflow, ...")
     how.add_argument("--resume", action="store_true", help="go on with the run in OUTPUT, with the same options")
 
 
 def add_distill(commands: Any) -> None:
+    """`hf-stompp distill`."""
     command = add_command(
         commands,
         "distill",
@@ -135,16 +144,7 @@ def add_distill(commands: Any) -> None:
     )
     how = command.add_argument_group("training")
     methods = {name: method for name, method in METHODS.items() if name != "float"}
-    how.add_argument(
-        "--method",
-        choices=list(methods),
-        help=f"{'; '.join(f'{name}: {method.help}' for name, method in methods.items())} (default: stompp_ste, and "
-        "ste with --student)",
-    )
-    how.add_argument(
-        "--mode", choices=CHOICES["mode"], help="bnn (default): 1-bit weights and activations; bwn: weights"
-    )
-    add_modes(how)
+    _add_method(how, methods, "stompp_ste, and ste with --student")
     option(how, "--student", metavar="LATENT", help="go on from OUTPUT/latent of an earlier run (default: from MODEL)")
     add_word_embeddings(how)
     option(
@@ -160,7 +160,5 @@ def add_distill(commands: Any) -> None:
     rate = BINARY_DEFAULTS["learning_rate"]
     option(how, "--learning_rate", type=positive, metavar="RATE", help=f"default: {rate:g}")
     option(how, "--batch_size", type=count, default=32, metavar="N", help="default: 32")
-    how.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
-    how.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
-    how.add_argument("--cpu", action="store_true", help="leave a GPU alone")
+    _add_machine(how)
     how.add_argument("--resume", action="store_true", help="go on with the run in OUTPUT, with the same options")

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 IGNORED = -100
@@ -60,6 +61,21 @@ def word_logits(logits: Tensor, words: Sequence[int | None], count: int) -> Tens
     found = torch.full((count, logits.shape[-1]), -torch.inf, dtype=logits.dtype, device=logits.device)
     found[list(places)] = logits[list(places.values())]
     return found
+
+
+def labels_of_read_words(labels: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
+    """
+    Labels beside the logits of words, [`IGNORED`] for words that the model has not read.
+
+    Args:
+        labels (`Sequence[Sequence[int]]`): class ids of the words of each text.
+        logits (`Tensor` of shape `(texts, words, num_labels)`): from [`word_logits`], padded alike.
+
+    Returns:
+        `Tensor` of shape `(texts, words)`: int64.
+    """
+    rows = pad_sequence([torch.tensor(row) for row in labels], batch_first=True, padding_value=IGNORED)
+    return rows.masked_fill(logits[..., 0].isneginf(), IGNORED)
 
 
 def name_spans(classes: Sequence[str]) -> bool:

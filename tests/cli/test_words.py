@@ -189,11 +189,11 @@ class TestMeasures:
     NAMES = ("O", "B-A", "I-A")
 
     def test_of_spans_by_hand(self) -> None:
-        truth = np.array([[1, 2, 0, 1], [0, 1, -100, 2]])
-        answers = np.array([[1, 2, 0, 0], [1, 1, 0, 2]])
-        # True: (0, 1), (3, 3); (1, 2) of the second, where -100 is passed over. Found: (0, 1); (0, 0), (1, 2).
+        truth = np.array([[1, 2, 0, 1], [0, 1, -100, 2], [0, 0, 0, -100]])
+        answers = np.array([[1, 2, 0, 0], [0, 1, 0, 2], [1, 0, 1, 0]])
+        # True: (0, 1), (3, 3); (1, 2) of the second text, where -100 is passed over. Found: (0, 1); (1, 2); two wrong.
         found = token_metrics(np.eye(3)[answers], truth, self.NAMES)
-        assert found == pytest.approx({"f1": 4 / 6, "precision": 2 / 3, "recall": 2 / 3, "accuracy": 5 / 7})
+        assert found == pytest.approx({"f1": 4 / 7, "precision": 1 / 2, "recall": 2 / 3, "accuracy": 7 / 10})
 
     def test_of_nothing_found_are_0(self) -> None:
         found = token_metrics(np.eye(3)[np.zeros((1, 2), int)], np.zeros((1, 2), int), self.NAMES)
