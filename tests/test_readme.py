@@ -99,6 +99,18 @@ def test_the_table_of_training_cost_is_what_the_result_files_say() -> None:
             assert f"| {' | '.join([names[result['model']], result['dtype'], label, *cells])} |" in TRAINING
 
 
+def test_the_table_of_the_demo_is_what_the_result_file_says() -> None:
+    results = ROOT / "benchmarks" / "results"
+    shown, other = (json.loads((results / name).read_text()) for name in ("demo_amd_epyc_zen5.json", "demo.json"))
+    for name in ("float", "packed"):
+        accuracy, size = shown["metrics"][name]["eval_accuracy"], shown["bytes"][name]
+        row = [name, f"{accuracy:.3f}", f"{size:,}", f"{shown['milliseconds_per_batch'][name]:.1f}"]
+        assert row in [line.split() for line in README.splitlines()]
+    times = other["milliseconds_per_batch"]
+    said = f"{other['metrics']['packed']['eval_accuracy']:.3f} and was {times['float'] / times['packed']:.2f} times"
+    assert said in " ".join(README.split())
+
+
 def test_the_cost_of_a_teacher_is_what_the_result_file_says() -> None:
     path = ROOT / "benchmarks" / "results" / "teacher_cost_minilm_fp32.json"
     summary = json.loads(path.read_text(encoding="utf-8"))["summary"]
