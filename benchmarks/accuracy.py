@@ -113,7 +113,7 @@ def known_flags() -> set[str]:
     import run_glue
 
     from hf_stompp import StoMPPTrainingArguments
-    from hf_stompp.methods import RecipeArguments
+    from hf_stompp.training.methods import RecipeArguments
 
     kinds = (run_glue.ModelArguments, run_glue.DataTrainingArguments, RecipeArguments, StoMPPTrainingArguments)
     return {item.name for kind in kinds for item in dataclasses.fields(kind)} - set(HARNESS_SETS)
@@ -352,7 +352,7 @@ def baseline_line(name: str, task: str, split: str, data: Path, limits: dict[str
     sys.path.insert(0, str(GLUE))
     from glue_metric import GlueMetric
 
-    from hf_stompp.summary import surroundings
+    from hf_stompp.machine import surroundings
 
     around = surroundings()
     start = time.perf_counter()

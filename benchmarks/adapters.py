@@ -23,7 +23,7 @@ import transformers
 from torch import Tensor
 
 from hf_stompp import StoMPPConfig, binarize, commit, pack, register_lora, unpack
-from hf_stompp.summary import surroundings
+from hf_stompp.machine import surroundings
 
 
 VOCABULARY, LENGTH, CLASSES, BATCH, EVALUATED = 24, 8, 8, 64, 2000

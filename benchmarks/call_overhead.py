@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from hf_stompp.benchmark import SHAPES, surroundings
+from hf_stompp.benchmark import SHAPES
+from hf_stompp.machine import surroundings
 from hf_stompp.ops import binary_linear, cpu, pack_bits
 
 

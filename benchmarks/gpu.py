@@ -36,7 +36,8 @@ from tqdm.auto import tqdm
 from transformers import BertConfig, BertModel
 
 from hf_stompp import StoMPPConfig, binarize, commit
-from hf_stompp.benchmark import ROUNDS, SHAPES, packed_copy, surroundings
+from hf_stompp.benchmark import ROUNDS, SHAPES, packed_copy
+from hf_stompp.machine import surroundings
 from hf_stompp.ops import (
     binary_linear,
     binary_linear_sign,

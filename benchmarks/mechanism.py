@@ -33,13 +33,12 @@ from transformers import (
 )
 
 from hf_stompp import StoMPPTrainingArguments, binarize
-from hf_stompp.binarization import config_of
 from hf_stompp.cli.training import compute_metrics
-from hf_stompp.methods import RecipeArguments
-from hf_stompp.patching import unit_modules
-from hf_stompp.recipe import Recipe, Results
-from hf_stompp.stages import train_binary
-from hf_stompp.summary import surroundings
+from hf_stompp.machine import surroundings
+from hf_stompp.model.modules import config_of, unit_modules
+from hf_stompp.training.methods import RecipeArguments
+from hf_stompp.training.recipe import Recipe, Results
+from hf_stompp.training.stages import train_binary
 
 
 METHODS: dict[str, dict[str, Any]] = {

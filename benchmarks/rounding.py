@@ -18,8 +18,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from hf_stompp.machine import surroundings
 from hf_stompp.nn import PackedBinaryLinear, RoundedEmbedding
-from hf_stompp.summary import surroundings
 
 
 def logits_of(model: Any, tokenizer: Any, sentences: list[str], activation_bits: int | None) -> torch.Tensor:

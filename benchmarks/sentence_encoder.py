@@ -25,9 +25,10 @@ from scipy.stats import spearmanr
 from transformers import AutoModel, AutoTokenizer
 
 from hf_stompp import StoMPPConfig
-from hf_stompp.sentence_encoder import embed, modules_folder, pooling_of
-from hf_stompp.summary import bytes_of_weights, surroundings
-from hf_stompp.tables import read_table, split_files
+from hf_stompp.data.tables import read_table, split_files
+from hf_stompp.machine import surroundings
+from hf_stompp.training.sentence_encoder import embed, modules_folder, pooling_of
+from hf_stompp.training.summary import bytes_of_weights
 
 
 SPLITS = ("test", "validation")

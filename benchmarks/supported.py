@@ -34,8 +34,8 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_stompp import StoMPPConfig, StoMPPTrainer, StoMPPTrainingArguments, binarize, pack
-from hf_stompp.example_inputs import example_inputs
-from hf_stompp.summary import surroundings
+from hf_stompp.machine import surroundings
+from hf_stompp.model.example_inputs import example_inputs
 
 
 HEADS: dict[str, Mapping[str, Any]] = {

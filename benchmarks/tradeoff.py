@@ -34,8 +34,9 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_stompp.benchmark import dynamic_int8, torch_threads
-from hf_stompp.patching import packed_modules
-from hf_stompp.summary import bytes_of_weights, surroundings
+from hf_stompp.machine import surroundings
+from hf_stompp.model.modules import packed_modules
+from hf_stompp.training.summary import bytes_of_weights
 
 
 KINDS = {

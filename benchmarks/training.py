@@ -34,13 +34,13 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 from hf_stompp import binarize
-from hf_stompp.benchmark import surroundings
-from hf_stompp.distillation import Comparison, distillation_loss
-from hf_stompp.freezing import Freezing, initialize_activations
-from hf_stompp.methods import METHODS, RecipeArguments
+from hf_stompp.machine import surroundings
 from hf_stompp.ops import cpu
-from hf_stompp.progression import Progression, plan_progression
-from hf_stompp.training_args import DEFAULT_LOSSES
+from hf_stompp.training.arguments import DEFAULT_LOSSES
+from hf_stompp.training.distillation import Comparison, distillation_loss
+from hf_stompp.training.freezing import Freezing, initialize_activations
+from hf_stompp.training.methods import METHODS, RecipeArguments
+from hf_stompp.training.progression import Progression, plan_progression
 
 
 TEACHER = "_teacher"

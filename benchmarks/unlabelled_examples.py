@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
 from unlabelled_text import training_texts
 
-from hf_stompp.sentence_encoder import embed
+from hf_stompp.training.sentence_encoder import embed
 
 
 NEAREST, DRAWN = 20, 3

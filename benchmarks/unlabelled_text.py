@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pyarrow.parquet
 
-from hf_stompp.text import read_texts, split_sentences
+from hf_stompp.data.text import read_texts, split_sentences
 
 
 WORDS = range(3, 41)

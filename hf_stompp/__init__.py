@@ -9,16 +9,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .adapters import register_lora
-from .binarization import binarization_report, binarize, commit
 from .config import StoMPPConfig
-from .packing import pack, unpack
+from .model.adapters import register_lora
+from .model.conversion import binarization_report, binarize, commit, pack, unpack
 
 
 if TYPE_CHECKING:
-    from .callbacks import MaskScheduler, ProgressionCallback
-    from .trainer import StoMPPTrainer
-    from .training_args import StoMPPTrainingArguments
+    from .training.arguments import StoMPPTrainingArguments
+    from .training.callbacks import MaskScheduler, ProgressionCallback
+    from .training.trainer import StoMPPTrainer
 
 
 __version__ = "0.1.0.dev0"
@@ -42,15 +41,13 @@ _FOR_TRAINING = {
     "MaskScheduler": "callbacks",
     "ProgressionCallback": "callbacks",
     "StoMPPTrainer": "trainer",
-    "StoMPPTrainingArguments": "training_args",
+    "StoMPPTrainingArguments": "arguments",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _FOR_TRAINING:
-        return getattr(importlib.import_module(f".{_FOR_TRAINING[name]}", __name__), name)
-    if name in _FOR_TRAINING.values():
-        return importlib.import_module(f".{name}", __name__)
+        return getattr(importlib.import_module(f".training.{_FOR_TRAINING[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

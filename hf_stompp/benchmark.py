@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,16 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import AutoModel, BertConfig, BertModel
 
-from .binarization import binarize, commit
 from .config import StoMPPConfig
+from .model.conversion import binarize, commit, pack
 from .ops import binary_linear, byte_linear, cpu, pack_bits
-from .packing import pack
 
 
 logger = logging.getLogger(__name__)
@@ -409,35 +406,3 @@ def instruction_limits() -> dict[str, float]:
             best = min(best, (time.perf_counter() - start) / pairs)
         limits[kernel] = 2 / best
     return limits
-
-
-def processor() -> dict[str, Any]:
-    """Name and vector instructions of the processor, as the system tells them."""
-    information = Path("/proc/cpuinfo")
-    fields: dict[str, str] = {}
-    if information.exists():
-        lines = information.read_text(encoding="utf-8").split("\n\n")[0].splitlines()
-        fields = {line.split(":")[0].strip(): line.partition(":")[2].strip() for line in lines}
-    flags = fields.get("flags", fields.get("Features", "")).split()
-    wanted = ("avx", "amx", "f16c", "fma", "popcnt", "asimd", "sve")
-    return {
-        "name": fields.get("model name") or platform.processor() or platform.machine(),
-        "family_model_stepping": [fields.get(key) for key in ("cpu family", "model", "stepping")],
-        "flags": [flag for flag in flags if flag.startswith(wanted)],
-        "cores": os.cpu_count(),
-    }
-
-
-def surroundings() -> dict[str, Any]:
-    """What a result file must say of where it was made: `machine` and `versions`."""
-    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "machine": {"platform": platform.platform(), "processor": processor(), "accelerator": accelerator},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "mkl": torch.backends.mkl.is_available(),
-            "onednn": torch.backends.mkldnn.is_available(),
-        },
-    }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .nn.functional import LEVELS, SURROGATES, WEIGHT_CENTERS, WEIGHT_SCALES
+from .plan import Plan, read_plan, units_of
 
 
 QUANT_METHOD = "stompp"
@@ -38,11 +38,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 MODES_OF_MODULES = (*CHOICES["mode"], "float")
 """What a single linear layer may be."""
-
-EMBEDDING_KINDS = {"binary": "embedding", "int8": "int8_embedding"}
-"""What the table of modules calls word embeddings that are not float, by `word_embeddings`."""
-
-MODULE_KINDS = ("linear", "activation", *EMBEDDING_KINDS.values())
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -166,7 +161,7 @@ class StoMPPConfig(QuantizationConfigMixin):
         modules (`list[dict]`, *optional*):
             What was replaced, from input to output: `name`, `kind` (`"linear"`, `"activation"`, `"embedding"`,
             `"int8_embedding"`), `unit`, and for a linear layer `input`, the module that binarizes its input (`None`
-            where that stays float), and `bias`, whether it has one. Set by [`binarize`].
+            where that stays float), and `bias`, whether it has one. Set by [`binarize`]; `plan` holds it by name.
         example_inputs (`Mapping[str, Any]`, *optional*):
             As in [`binarize`], for `from_pretrained(..., quantization_config=StoMPPConfig(...))`. Never saved.
 
@@ -228,8 +223,10 @@ class StoMPPConfig(QuantizationConfigMixin):
         self.example_inputs = checked_inputs(example_inputs)
         self.state = state
         self.format_version = self._oldest_version() if format_version is None else format_version
-        self.modules = modules
+        self.plan: Plan = {}
         self._check(unknown)
+        if modules is not None:
+            self.plan = read_plan(modules, self.mode_of)
 
     def _check(self, unknown: dict[str, Any]) -> None:
         version = self.format_version
@@ -244,7 +241,7 @@ class StoMPPConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"StoMPPConfig has no field {', '.join(sorted(unknown))}: it may come from a newer hf_stompp (then "
                 f"upgrade) or be "
-                f"misspelt (fields: {', '.join(sorted(self.__dict__))})"
+                f"misspelt (fields: {', '.join(sorted({*self.__dict__, 'modules'} - {'plan'}))})"
             )
         if self.quant_method != QUANT_METHOD:
             raise ValueError(f"StoMPPConfig.quant_method must be {QUANT_METHOD!r}, got {self.quant_method!r}")
@@ -278,8 +275,6 @@ class StoMPPConfig(QuantizationConfigMixin):
             raise ValueError(f"StoMPPConfig.modules_to_not_convert must be a list of strings, got {patterns!r}")
         _check_patterns("modules_to_not_convert", patterns)
         self._check_modes(self.modes)
-        if self.modules is not None:
-            self._check_modules(self.modules)
 
     def _check_modes(self, modes: Any) -> None:
         if modes is None:
@@ -306,8 +301,9 @@ class StoMPPConfig(QuantizationConfigMixin):
         saved = {
             name: copy.deepcopy(value)
             for name, value in self.__dict__.items()
-            if name != "example_inputs" and since.get(name, 1) <= self.format_version
+            if name not in ("example_inputs", "plan") and since.get(name, 1) <= self.format_version
         }
+        saved["modules"] = self.modules
         if "word_embeddings" not in saved:
             saved["binary_word_embeddings"] = self.word_embeddings == "binary"
         return saved
@@ -343,55 +339,16 @@ class StoMPPConfig(QuantizationConfigMixin):
     @property
     def has_binary_activations(self) -> bool:
         """Whether any linear layer reads binary activations."""
-        if self.modules is None:
+        if not self.plan:
             return "bnn" in (self.mode, *(self.modes or {}).values())
-        return any(entry["kind"] == "linear" and entry["input"] is not None for entry in self.modules)
-
-    def _check_modules(self, modules: Any) -> None:
-        if not isinstance(modules, list) or not all(isinstance(entry, dict) for entry in modules):
-            raise ValueError(f"StoMPPConfig.modules must be a list of entries, got {modules!r}")
-        kinds = {entry.get("name"): entry.get("kind") for entry in modules}
-        read = {entry.get("input") for entry in modules if entry.get("kind") == "linear"}
-        if len(kinds) < len(modules):
-            twice = [name for name, count in Counter(entry.get("name") for entry in modules).items() if count > 1]
-            raise ValueError(f"StoMPPConfig.modules must name every module once; {twice} are there more often")
-        for entry in modules:
-            name, unit, source = entry.get("name"), entry.get("unit"), entry.get("input")
-            if not isinstance(name, str) or entry.get("kind") not in MODULE_KINDS or not isinstance(unit, str):
-                raise ValueError(
-                    f"StoMPPConfig.modules: an entry must have a name, a kind of {list(MODULE_KINDS)} and the name "
-                    f"of a unit, got {entry!r}"
-                )
-            if entry["kind"] == "linear" and not isinstance(entry.get("bias"), bool):
-                raise ValueError(
-                    f"StoMPPConfig.modules: bias of {name!r} must be true or false, got {entry.get('bias')!r}"
-                )
-            if entry["kind"] == "linear":
-                mode = self.mode_of(name)
-                if mode == "float" or (source is None) != (mode == "bwn"):
-                    raise ValueError(f"StoMPPConfig.modules: input {source!r} of {name!r} does not fit mode {mode!r}")
-            if entry["kind"] == "activation" and name not in read:
-                raise ValueError(f"StoMPPConfig.modules: {name!r} is an activation that no linear layer reads")
-            if source is not None and kinds.get(source) not in ("linear", "activation"):
-                raise ValueError(
-                    f"StoMPPConfig.modules: input of {name!r} must name a linear layer or an activation of the same "
-                    f"list, got {source!r}"
-                )
-            if entry["kind"] == "activation" and kinds.get(source) == "activation":
-                raise ValueError(
-                    f"StoMPPConfig.modules: input of the activation {name!r} must name a linear layer of the same "
-                    f"list or be null, got {source!r}"
-                )
+        return any(entry.reads_bits for entry in self.plan.values())
 
     @property
-    def table(self) -> dict[str, dict[str, Any]]:
-        """The entries of `modules` by name, from input to output; empty before [`binarize`]."""
-        return {entry["name"]: entry for entry in self.modules or []}
+    def modules(self) -> list[dict[str, Any]] | None:
+        """The plan as it is saved, from input to output; `None` before [`binarize`]."""
+        return [entry.to_dict() for entry in self.plan.values()] or None
 
     @property
     def units(self) -> list[str]:
-        """
-        Names of the units, from input to output; empty before [`binarize`]. What is only rounded takes no part in the
-        progression.
-        """
-        return list(dict.fromkeys(e["unit"] for e in self.modules or [] if e["kind"] != EMBEDDING_KINDS["int8"]))
+        """Names of the units, from input to output; empty before [`binarize`]."""
+        return units_of(self.plan)

@@ -20,11 +20,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .binarization import config_of
-from .example_inputs import example_inputs
+from .model.example_inputs import example_inputs
+from .model.modules import config_of, packed_modules
+from .model.quantizer import mark_as_plain
+from .model.swap import swap_out_norms
 from .nn.plain import plain_module
-from .patching import packed_modules, swap_out_norms
-from .quantizer import mark_as_plain
 
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -59,7 +59,7 @@ def _plain(model: Model, in_integers: bool = False) -> Model:
     if not packed_modules(model):
         raise ValueError(f"{type(model).__name__} is not packed: pack(model) first")
     plain = copy.deepcopy(model)
-    for name in config_of(plain).table:
+    for name in config_of(plain).plan:
         plain.set_submodule(name, plain_module(plain.get_submodule(name), in_integers))
     swap_out_norms(plain)
     mark_as_plain(plain)

@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from hf_stompp import StoMPPConfig, binarization_report, binarize, commit, pack
+from hf_stompp.model.modules import fully_binary, masked_modules
 from hf_stompp.nn import MaskedBinaryActivation, MaskedBinaryLinear
-from hf_stompp.patching import fully_binary, masked_modules
 
 
 WIDE = {"weight_clip": 1e4, "activation_clip": 1e4}

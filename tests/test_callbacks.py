@@ -29,11 +29,10 @@ from hf_stompp import (
     pack,
     unpack,
 )
-from hf_stompp.binarization import binarized_part
-from hf_stompp.cautions import FEW_STEPS, few_steps
-from hf_stompp.freezing import initialize_activations
-from hf_stompp.patching import fully_binary, masked_modules
-from hf_stompp.progression import plan_progression
+from hf_stompp.model.cautions import FEW_STEPS, few_steps
+from hf_stompp.model.modules import binarized_part, fully_binary, masked_modules
+from hf_stompp.training.freezing import initialize_activations
+from hf_stompp.training.progression import plan_progression
 
 
 STEPS = 12

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from hf_stompp import StoMPPConfig, StoMPPTrainer, StoMPPTrainingArguments, binarize, commit, pack
-from hf_stompp.distillation import (
+from hf_stompp.training.distillation import (
     LOSSES,
     Comparison,
     attentions_loss,

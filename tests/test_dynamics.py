@@ -15,10 +15,10 @@ from datasets import Dataset
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 from hf_stompp import StoMPPConfig, StoMPPTrainer, StoMPPTrainingArguments, binarize
-from hf_stompp.drawing import draw, png, report, short_names
-from hf_stompp.dynamics import Dynamics, dynamics_of, read_dynamics
-from hf_stompp.patching import frozen_counts
-from hf_stompp.progression import plan_progression
+from hf_stompp.model.modules import frozen_counts
+from hf_stompp.reports.drawing import draw, png, report, short_names
+from hf_stompp.reports.dynamics import Dynamics, dynamics_of, read_dynamics
+from hf_stompp.training.progression import plan_progression
 
 
 HISTORY = Path(__file__).parent.parent / "benchmarks" / "results" / "sst2_stompp_history.json"

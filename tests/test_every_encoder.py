@@ -15,8 +15,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from hf_stompp import StoMPPConfig, StoMPPTrainer, StoMPPTrainingArguments, binarize, commit, pack
-from hf_stompp.example_inputs import example_inputs
-from hf_stompp.patching import masked_modules
+from hf_stompp.model.example_inputs import example_inputs
+from hf_stompp.model.modules import masked_modules
 
 
 SMALL = {

@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 
 from hf_stompp import StoMPPConfig, binarize, commit, pack, unpack
 from hf_stompp.export import export_onnx, plain_torch, sample_inputs
-from hf_stompp.patching import packed_modules
+from hf_stompp.model.modules import packed_modules
 
 
 needs_onnx = pytest.mark.skipif(

@@ -17,12 +17,11 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel, TrainerCallback
 
 from hf_stompp import StoMPPConfig, StoMPPTrainer, StoMPPTrainingArguments, binarize
-from hf_stompp.binarization import config_of
-from hf_stompp.freezing import Freezing
+from hf_stompp.model.modules import config_of, masked_modules, unit_modules, unit_parameters
 from hf_stompp.nn import MaskedBinaryActivation
 from hf_stompp.ops import cpu
-from hf_stompp.patching import masked_modules, unit_modules, unit_parameters
-from hf_stompp.progression import plan_progression
+from hf_stompp.training.freezing import Freezing
+from hf_stompp.training.progression import plan_progression
 
 
 LAYERS = 3

@@ -22,16 +22,16 @@ from safetensors.torch import load, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from hf_stompp.hub import (
+from hf_stompp.model.card import (
     add_section,
     complete_card,
-    final_evaluation,
     is_repository,
     measures,
     model_card,
     usage_section,
 )
-from hf_stompp.pushing import explained, same_weights_kept
+from hf_stompp.reports.dynamics import final_evaluation
+from hf_stompp.training.pushing import explained, same_weights_kept
 
 
 TESTS = Path(__file__).parent
@@ -134,7 +134,7 @@ def pushed(hub_class: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             server,
             folder,
             f"""
-trainer = make_trainer("run", hub_model_id="me/tiny", hub_token="hf_writer")
+trainer = make_trainer("run", hub_model_id="me/tiny", hub_token="hf_writer", card_speed=True)
 out["too_early"] = failure(trainer.push_to_hub)
 out["requests_before"] = {len(server.log)}
 trainer.train()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_stompp.integrity import (
+from hf_stompp.model.integrity import (
     METADATA_PREFIX,
     checkpoint_files,
     digests,

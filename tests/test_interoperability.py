@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from hf_stompp import StoMPPConfig, StoMPPTrainer, StoMPPTrainingArguments
-from hf_stompp.patching import packed_modules
+from hf_stompp.model.modules import packed_modules
 
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{i}" for i in range(59))]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from hf_stompp.labels import check_labels
+from hf_stompp.training.labels import check_labels
 
 
 @pytest.mark.parametrize(

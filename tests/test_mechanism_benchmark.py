@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from hf_stompp import StoMPPConfig, binarize
-from hf_stompp.binarization import config_of
-from hf_stompp.patching import unit_modules
+from hf_stompp.model.modules import config_of, unit_modules
 
 
 ROOT = Path(__file__).resolve().parent.parent

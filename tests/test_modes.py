@@ -23,7 +23,7 @@ from hf_stompp import (
     pack,
     unpack,
 )
-from hf_stompp.hub import model_card
+from hf_stompp.model.card import model_card
 from hf_stompp.nn import MaskedBinaryLinear, PackedBinaryLinear
 
 
@@ -41,7 +41,7 @@ def modes_of(model: Any) -> dict[str, str]:
         if not isinstance(module, MaskedBinaryLinear | PackedBinaryLinear):
             found[name] = "float"
         else:
-            function = model.config.quantization_config.table[name]["input"]
+            function = model.config.quantization_config.plan[name].input
             is_binary = module.input_activation is not None or function is not None
             found[name] = "bnn" if is_binary else "bwn"
     return found
@@ -286,7 +286,7 @@ def test_inspect_shows_what_modes_make_of_a_model(
 def test_the_recipe_takes_modes_as_json_and_the_command_as_words(tmp_path: Path) -> None:
     from transformers import HfArgumentParser
 
-    from hf_stompp.methods import RecipeArguments
+    from hf_stompp.training.methods import RecipeArguments
 
     (asked,) = HfArgumentParser(RecipeArguments).parse_args_into_dataclasses(["--modes", '{"attention": "bwn"}'])
     assert asked.config().modes == {"attention": "bwn"}

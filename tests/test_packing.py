@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from hf_stompp import StoMPPConfig, binarize, commit, pack, unpack
+from hf_stompp.model.modules import masked_modules, packed_modules
 from hf_stompp.nn import MaskedBinaryActivation, PackedBinaryLinear
-from hf_stompp.patching import masked_modules, packed_modules
 
 
 CONFIGS = {
@@ -79,7 +79,7 @@ class PackedBert:
     def __init__(self, state: dict[str, Tensor], config) -> None:
         self.state = {name: tensor.numpy() for name, tensor in state.items()}
         self.heads, self.eps = config.num_attention_heads, config.layer_norm_eps
-        self.table = config.quantization_config.table
+        self.plan = config.quantization_config.plan
         self.activation_bits = config.quantization_config.activation_bits
 
     def rounded(self, x: np.ndarray) -> np.ndarray:
@@ -94,13 +94,13 @@ class PackedBert:
 
     def linear(self, x: np.ndarray, name: str) -> np.ndarray:
         """Of a binary input, if the layer has one; that of the feed-forward activation comes signed."""
-        entry = self.table.get(name)
+        entry = self.plan.get(name)
         if entry is None:
             return x @ self.state[f"{name}.weight"].T.astype(np.float64) + self.state[f"{name}.bias"]
-        source = entry["input"]
+        source = entry.input
         if source is None:
             x = self.rounded(x)
-        elif self.table[source]["kind"] == "linear":
+        elif self.plan[source].is_linear:
             x = self.signs(x, f"{source}.input_activation")
         packed, scale, bias = (self.state[f"{name}.{tensor}"] for tensor in ("packed_weight", "scale", "bias"))
         bits = np.unpackbits(packed, axis=1, bitorder="little")[:, : x.shape[-1]]
@@ -127,7 +127,7 @@ class PackedBert:
     def layer(self, x: np.ndarray, mask: np.ndarray, name: str) -> np.ndarray:
         x = self.attention(x, mask, f"{name}.attention")
         inner = self.linear(x, f"{name}.intermediate.dense")
-        if f"{name}.intermediate.intermediate_act_fn" in self.table:
+        if f"{name}.intermediate.intermediate_act_fn" in self.plan:
             inner = self.signs(inner, f"{name}.intermediate.intermediate_act_fn")
         else:
             inner = torch.nn.functional.gelu(torch.from_numpy(inner)).numpy()
@@ -208,7 +208,7 @@ def test_int8_word_embeddings_equal_a_float64_reference_and_pass_their_gradient_
 
 def test_int8_word_embeddings_take_no_part_in_the_progression(tiny_committed):
     config = tiny_committed("bert", StoMPPConfig(word_embeddings="int8")).config.quantization_config
-    assert config.table["bert.embeddings.word_embeddings"]["kind"] == "int8_embedding"
+    assert config.plan["bert.embeddings.word_embeddings"].kind == "int8_embedding"
     assert config.units == ["bert.encoder.layer.0", "bert.encoder.layer.1"]
 
 

@@ -18,10 +18,10 @@ from transformers import AutoModelForSequenceClassification
 import hf_stompp
 from hf_stompp import StoMPPConfig, StoMPPTrainer, StoMPPTrainingArguments, binarization_report, binarize, pack, unpack
 from hf_stompp.export import plain_torch
+from hf_stompp.model.modules import masked_modules, packed_modules
 from hf_stompp.nn import MaskedBinaryLinear, PackedBinaryActivation, PackedBinaryLinear
 from hf_stompp.nn.module import as_integers
 from hf_stompp.ops import pack_bits
-from hf_stompp.patching import masked_modules, packed_modules
 
 
 peft = pytest.importorskip("peft")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from hf_stompp.progression import ORDERS, SCHEDULES, Progression, plan_progression, plan_windows, steps_of
+from hf_stompp.training.progression import ORDERS, SCHEDULES, Progression, plan_progression, plan_windows, steps_of
 
 
 UNITS = ["layer.0", "layer.1", "layer.2"]

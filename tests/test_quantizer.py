@@ -21,6 +21,8 @@ from transformers import (
 
 from hf_stompp import StoMPPConfig, binarize, commit, pack
 from hf_stompp.config import FORMAT_VERSION
+from hf_stompp.model.checkpoint import guard_name
+from hf_stompp.model.modules import masked_modules, packed_modules
 from hf_stompp.nn import (
     MaskedBinaryActivation,
     PackedBinaryActivation,
@@ -28,8 +30,6 @@ from hf_stompp.nn import (
     PackedBinaryLinear,
     PackedInt8Embedding,
 )
-from hf_stompp.patching import masked_modules, packed_modules
-from hf_stompp.quantizer import _guard_name
 
 
 TEXT_FAMILIES = ("bert", "roberta", "distilbert", "electra", "deberta_v2", "mpnet", "modernbert")
@@ -278,7 +278,7 @@ def test_packed_file_holds_no_float_weights_of_the_encoder(packed_folder):
 
     encoder = {name: tensor for name, tensor in tensors.items() if name.startswith("bert.encoder.")}
     # What stops a process that cannot read it: see test_hub.py.
-    assert encoder.pop(_guard_name(load(packed_folder))).numel() == 0
+    assert encoder.pop(guard_name(load(packed_folder))).numel() == 0
     assert {tensor.dtype for tensor in encoder.values() if tensor.dim() > 1} == {torch.uint8}
     kinds = {name.rsplit(".", 1)[1] for name in encoder if "LayerNorm" not in name}
     assert kinds == {"packed_weight", "scale", "bias", "threshold"}
@@ -291,7 +291,7 @@ def test_config_holds_plain_json_that_gives_the_same_config_back(packed_folder, 
     assert StoMPPConfig.from_dict(saved).to_dict() == saved == config.to_dict()
     assert saved["state"] == "packed"
     assert saved["format_version"] == 1
-    assert [entry["name"] for entry in saved["modules"]] == list(config.table)
+    assert [entry["name"] for entry in saved["modules"]] == list(config.plan)
 
 
 def test_every_tensor_has_a_digest_in_every_shard(tiny_packed, tmp_path):
@@ -694,7 +694,11 @@ def test_bias_that_the_table_does_not_know_is_refused(tiny_packed, tmp_path):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("used", [{"state": "packed"}, {"modules": []}], ids=["packed", "table"])
+@pytest.mark.parametrize(
+    "used",
+    [{"state": "packed"}, {"modules": [{"name": "a", "kind": "linear", "unit": "a", "input": "a", "bias": True}]}],
+    ids=["packed", "plan"],
+)
 def test_quantizing_at_loading_takes_only_a_fresh_latent_config(tiny_model, tmp_path, used):
     tiny_model("bert").save_pretrained(tmp_path)
 

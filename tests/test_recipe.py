@@ -18,11 +18,11 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 
 from hf_stompp import StoMPPTrainingArguments, binarize, cli
 from hf_stompp.config import StoMPPConfig
-from hf_stompp.methods import METHODS, RecipeArguments
-from hf_stompp.patching import masked_modules, packed_modules
-from hf_stompp.recipe import Recipe
-from hf_stompp.stages import evaluate_model, make_trainer, run_recipe, write_card
-from hf_stompp.summary import compared_with_float, summarize, summary_table
+from hf_stompp.model.modules import masked_modules, packed_modules
+from hf_stompp.training.methods import METHODS, RecipeArguments
+from hf_stompp.training.recipe import Recipe
+from hf_stompp.training.stages import evaluate_model, make_trainer, run_recipe, write_card
+from hf_stompp.training.summary import compared_with_float, summarize, summary_table
 
 
 datasets = pytest.importorskip("datasets")

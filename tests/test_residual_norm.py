@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
 from hf_stompp import StoMPPConfig, binarization_report, pack, unpack
+from hf_stompp.model.swap import swap_out_norms
 from hf_stompp.nn import PackedResidualNorm
-from hf_stompp.patching import swap_out_norms
 
 
 BLOCKS_OF_A_LAYER = {

@@ -17,8 +17,8 @@ from torch import nn
 
 from hf_stompp import StoMPPConfig, binarize, cli, commit, pack
 from hf_stompp.cli.sensitivity import Budget, suggestion_for
-from hf_stompp.patching import masked_modules
-from hf_stompp.sensitivity import (
+from hf_stompp.model.modules import masked_modules
+from hf_stompp.model.sensitivity import (
     Cost,
     Part,
     as_options,
@@ -50,7 +50,7 @@ def test_parts_are_found_in_every_family(tiny_model: Callable, family: str) -> N
     model = tiny_model(family)
     linears = linear_names(model)
     assert set(linears) == {
-        name for name, entry in binarize(model).config.quantization_config.table.items() if entry["kind"] == "linear"
+        name for name, entry in binarize(model).config.quantization_config.plan.items() if entry.is_linear
     }
 
 
@@ -171,8 +171,8 @@ def test_command_prints_a_table_a_suggestion_that_binarize_takes_and_a_picture(
     assert suggestion["mode"] == "bnn" and suggestion["cost"] == {"keep": 3.0}
     assert sorted(pattern.replace("\\", "") for pattern in suggestion["modes"]) == sorted(worst)
     loaded = transformers.AutoModelForSequenceClassification.from_pretrained(model)
-    table = binarize(loaded, StoMPPConfig(modes=suggestion["modes"])).config.quantization_config.table
-    found = {name for name, entry in table.items() if entry["kind"] == "linear" and entry["input"] is None}
+    plan = binarize(loaded, StoMPPConfig(modes=suggestion["modes"])).config.quantization_config.plan
+    found = {name for name, entry in plan.items() if entry.is_linear and entry.input is None}
     assert found == set(worst)
     assert (tmp_path / "costs.png").stat().st_size > 5000
     assert cli.main(words) == 0

@@ -10,8 +10,8 @@ import torch
 import transformers
 from transformers import AutoModel
 
-from hf_stompp.distillation import pooled
-from hf_stompp.sentence_encoder import copy_modules, embed, modules_folder, pooling_of
+from hf_stompp.training.distillation import pooled
+from hf_stompp.training.sentence_encoder import copy_modules, embed, modules_folder, pooling_of
 
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{i}" for i in range(59))]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from hf_stompp.text import hold_out, read_lines, read_texts, split_sentences
+from hf_stompp.data.text import hold_out, read_lines, read_texts, split_sentences
 
 
 def write(path: Path, content: str | bytes) -> Path:

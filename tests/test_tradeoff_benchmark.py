@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from hf_stompp import StoMPPConfig, binarize, commit, pack
-from hf_stompp.example_inputs import example_inputs
+from hf_stompp.model.example_inputs import example_inputs
 
 
 ROOT = Path(__file__).resolve().parent.parent

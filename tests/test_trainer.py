@@ -21,10 +21,10 @@ from transformers import (
 )
 
 from hf_stompp import StoMPPConfig, StoMPPTrainer, StoMPPTrainingArguments, binarize, commit, pack, unpack
-from hf_stompp.callbacks import ProgressionCallback
+from hf_stompp.model.modules import masked_modules
 from hf_stompp.nn import MaskedBinaryActivation
 from hf_stompp.nn.mask import advance_mask_, mask_generator
-from hf_stompp.patching import masked_modules
+from hf_stompp.training.callbacks import ProgressionCallback
 
 
 # Older versions of Transformers call it gradient_checkpointing.
@@ -125,7 +125,7 @@ def test_masks_advance_once_per_optimizer_step(tmp_path: Path, accumulation: int
     trainer.train()
 
     progression = trainer.progression_callback.progression
-    units = {module: entry["unit"] for module, entry in trainer.model.config.quantization_config.table.items()}
+    units = {module: entry.unit for module, entry in trainer.model.config.quantization_config.plan.items()}
     for name in recorder.seen[0]:
         unit = units[name] if name in units else units[name.rpartition(".")[0]]
         index = progression.units.index(unit)
@@ -685,6 +685,18 @@ def test_the_model_card_tells_how_to_load_the_model(tmp_path: Path) -> None:
     assert "import hf_stompp\n" in card and "BertForSequenceClassification.from_pretrained(" in card
     assert all(f"- {tag}\n" in card for tag in ("mine", "stompp", "1-bit"))
     assert card.index("## How to load it") < card.index("## Training procedure")
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_card_of_a_packed_model_tells_its_speed_where_that_is_asked_for(asked: bool, tmp_path: Path) -> None:
+    model = commit(binarize(make_model()))
+    # Initialises the activation scales.
+    model(input_ids=torch.ones(2, 4, dtype=torch.long))
+    packed = pack(model)
+    args = StoMPPTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", card_speed=asked)
+    StoMPPTrainer(model=packed, args=args).create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert ("## Speed" in card) == asked
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

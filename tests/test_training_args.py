@@ -8,7 +8,7 @@ import pytest
 from transformers import HfArgumentParser
 
 from hf_stompp import StoMPPTrainingArguments
-from hf_stompp.progression import ORDERS, SCHEDULES
+from hf_stompp.training.progression import ORDERS, SCHEDULES
 
 
 @pytest.mark.parametrize(

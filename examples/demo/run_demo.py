@@ -23,7 +23,7 @@ from fetch_model import fetch_model
 from make_corpus import write_corpus
 from run_glue import main as run_glue
 
-from hf_stompp.methods import METHODS
+from hf_stompp.training.methods import METHODS
 
 
 # Binary activations want a higher one.

@@ -13,10 +13,10 @@ from datasets import ClassLabel, Dataset, Value, concatenate_datasets
 from transformers import PreTrainedConfig
 
 from hf_stompp import StoMPPTrainingArguments
-from hf_stompp.distillation import LABELS
-from hf_stompp.methods import RecipeArguments, option
-from hf_stompp.tables import HUB_DATASET, read_hub_splits, read_table, split_files
-from hf_stompp.text import read_texts
+from hf_stompp.data.tables import HUB_DATASET, read_hub_splits, read_table, split_files
+from hf_stompp.data.text import read_texts
+from hf_stompp.training.distillation import LABELS
+from hf_stompp.training.methods import RecipeArguments, option
 
 
 logger = logging.getLogger(__name__)

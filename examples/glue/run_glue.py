@@ -1,9 +1,9 @@
 """
 Fine-tunes a 1-bit BERT (or its float and straight-through baselines) on a GLUE task or on files of one's own.
 
-The stages are those of the library's recipe (`hf_stompp.stages`): fine-tune the float model (or take one that is),
-binarize it while it trains on, pack it, load the packed model back, and measure all of them. This script reads the
-arguments and the data, tokenizes, and says how a task is measured. `README.md` beside it has the commands.
+The stages are those of the library's recipe (`hf_stompp.training.stages`): fine-tune the float model (or take one that
+is), binarize it while it trains on, pack it, load the packed model back, and measure all of them. This script reads
+the arguments and the data, tokenizes, and says how a task is measured. `README.md` beside it has the commands.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from transformers import (
 )
 
 from hf_stompp import StoMPPTrainingArguments
-from hf_stompp.methods import RecipeArguments, option
-from hf_stompp.patching import packed_modules
-from hf_stompp.recipe import TEACHERS, Recipe, Results
-from hf_stompp.stages import card_details, evaluate_model, is_binarized, make_trainer, run_recipe, write_card
-from hf_stompp.summary import compared_with_float, summarize, summary_table
+from hf_stompp.model.modules import packed_modules
+from hf_stompp.training.methods import RecipeArguments, option
+from hf_stompp.training.recipe import TEACHERS, Recipe, Results
+from hf_stompp.training.stages import card_details, evaluate_model, is_binarized, make_trainer, run_recipe, write_card
+from hf_stompp.training.summary import compared_with_float, summarize, summary_table
 
 
 logger = logging.getLogger(__name__)

@@ -24,9 +24,9 @@ from ..benchmark import (
     instruction_limits,
     minilm,
     speedups,
-    surroundings,
     torch_threads,
 )
+from ..machine import surroundings
 from ..ops import cpu
 
 

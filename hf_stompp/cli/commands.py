@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import CHOICES
+from ..model.sensitivity import DETAILS
 from ..ops import cpu
-from ..sensitivity import DETAILS
 from .examples import SEPARATOR
 from .options import (
     add_command,

@@ -14,8 +14,8 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..hub import model_card
-from ..packing import pack, unpack
+from ..model.card import model_card
+from ..model.conversion import pack, unpack
 from .errors import CommandError
 from .models import TOKENIZER_FILES, load, local_folder, megabytes, read_config, state_of
 

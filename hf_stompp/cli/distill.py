@@ -17,18 +17,19 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModel, DataCollatorWithPadding, PreTrainedModel, Trainer, set_seed
 
-from ..binarization import binarize, config_of
-from ..distillation import LABELS, LOSSES, check_losses, check_teacher
-from ..hub import add_section
-from ..methods import RecipeArguments
-from ..progression import plan_progression
-from ..recipe import Recipe, Results, claim_output_dir
-from ..sentence_encoder import copy_modules, embed, modules_folder, pooling_of, tokenize
-from ..stages import make_trainer, pack_and_reload, train_binary, write_card
-from ..summary import bytes_when_saved, measure, summarize
-from ..tables import import_datasets
-from ..text import Text, hold_out, read_texts, split_sentences
-from ..training_args import StoMPPTrainingArguments
+from ..data.tables import import_datasets
+from ..data.text import Text, hold_out, read_texts, split_sentences
+from ..model.card import add_section
+from ..model.conversion import binarize
+from ..model.modules import config_of
+from ..training.arguments import StoMPPTrainingArguments
+from ..training.distillation import LABELS, LOSSES, check_losses, check_teacher
+from ..training.methods import RecipeArguments
+from ..training.progression import plan_progression
+from ..training.recipe import Recipe, Results, claim_output_dir
+from ..training.sentence_encoder import copy_modules, embed, modules_folder, pooling_of, tokenize
+from ..training.stages import make_trainer, pack_and_reload, train_binary, write_card
+from ..training.summary import bytes_when_saved, measure, summarize
 from .errors import CommandError, hub_errors
 from .evaluation import read_tokenizer
 from .models import megabytes, read_config, state_of

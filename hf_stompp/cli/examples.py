@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..tables import HUB_DATASET, import_datasets, read_hub_splits, read_table, split_files
+from ..data.tables import HUB_DATASET, import_datasets, read_hub_splits, read_table, split_files
 from .errors import CommandError, hub_errors
 
 

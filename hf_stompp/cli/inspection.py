@@ -14,10 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..config import StoMPPConfig
+from ..model.modules import PackedModule
+from ..model.planning import plan_modules
+from ..model.report import BinarizationReport, report
+from ..model.swap import swap_in_masked
 from ..nn import MaskedBinaryModule, RoundedEmbedding
-from ..patching import PackedModule, swap_in_masked
-from ..report import BinarizationReport, report
-from ..structure import plan_modules
 from .errors import CommandError
 from .models import empty_model, frozen_fractions, load, megabytes, read_config, state_of
 
@@ -50,7 +51,7 @@ def _planned(config: PreTrainedConfig, model: str, options: dict[str, Any]) -> t
     def plan_on(device: str) -> PreTrainedModel:
         planned = empty_model(config, model, device)
         given = None if inputs is None else {name: tensor.to(device) for name, tensor in inputs.items()}
-        stompp.modules = [{"name": name, **entry} for name, entry in plan_modules(planned, stompp, given).items()]
+        stompp.plan = plan_modules(planned, stompp, given)
         return planned
 
     try:

@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..config import QUANT_METHOD, StoMPPConfig
-from ..patching import frozen_counts, masked_modules
+from ..model.modules import frozen_counts, masked_modules
 from .errors import CommandError, hub_errors
 
 

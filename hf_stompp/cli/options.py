@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import CHOICES
-from ..tables import READERS
+from ..data.tables import READERS
 
 
 def run_of(module: str, function: str = "run") -> Callable[[argparse.Namespace], None]:

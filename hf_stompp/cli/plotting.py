@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..drawing import can_draw, png, report
-from ..dynamics import MODELS, Dynamics, read_dynamics
+from ..reports.drawing import can_draw, png, report
+from ..reports.dynamics import MODELS, Dynamics, read_dynamics
 from .errors import CommandError
 
 

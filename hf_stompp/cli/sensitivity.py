@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from ..benchmark import layer_seconds, model_seconds, packed_copy
 from ..config import CHOICES
-from ..drawing import can_draw, short_names
-from ..sensitivity import (
+from ..machine import surroundings
+from ..model.sensitivity import (
     DETAILS,
     Cost,
     as_options,
@@ -32,7 +32,7 @@ from ..sensitivity import (
     parts_of,
     suggest_modes,
 )
-from ..summary import surroundings
+from ..reports.drawing import can_draw, short_names
 from .errors import CommandError
 from .evaluation import load_classifier
 from .models import megabytes, state_of

@@ -30,14 +30,13 @@ from transformers import (
     set_seed,
 )
 
-from ..binarization import config_of
-from ..callbacks import UnitProgressCallback
-from ..methods import RecipeArguments
-from ..patching import masked_modules
-from ..recipe import Recipe
-from ..stages import auto_class, card_details, run_recipe, write_card
-from ..summary import compared_with_float, summarize
-from ..training_args import StoMPPTrainingArguments
+from ..model.modules import config_of, masked_modules
+from ..training.arguments import StoMPPTrainingArguments
+from ..training.callbacks import UnitProgressCallback
+from ..training.methods import RecipeArguments
+from ..training.recipe import Recipe
+from ..training.stages import auto_class, card_details, run_recipe, write_card
+from ..training.summary import compared_with_float, summarize
 from .errors import CommandError, hub_errors
 from .evaluation import CLASSIFIERS, read_tokenizer
 from .examples import TOKENS, Examples, read_examples

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config import CHOICES
-from ..methods import BINARY_DEFAULTS, FLOAT_DEFAULTS, METHODS, Method
-from ..tables import READERS
-from ..text import LINES
+from ..data.tables import READERS
+from ..data.text import LINES
+from ..training.methods import BINARY_DEFAULTS, FLOAT_DEFAULTS, METHODS, Method
 from .examples import PROBLEM_TYPES, SEPARATOR
 from .options import add_command, add_modes, add_word_embeddings, count, option, positive, run_of, share
 

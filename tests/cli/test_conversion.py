@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 import hf_stompp
 from hf_stompp import StoMPPConfig, binarize, cli, commit, pack
-from hf_stompp.patching import masked_modules, packed_modules
+from hf_stompp.model.modules import masked_modules, packed_modules
 
 
 def permissions_hold() -> bool:

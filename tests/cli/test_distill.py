@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, BertTokenizer
 
 from hf_stompp import StoMPPConfig, cli
-from hf_stompp.patching import masked_modules, packed_modules
+from hf_stompp.model.modules import masked_modules, packed_modules
 
 
 RUN = "import sys; from hf_stompp.cli import main; sys.exit(main())"
@@ -168,7 +168,7 @@ def test_method_embeddings_and_losses_are_those_asked_for(
     words = ["--method", "ste", "--word_embeddings", "binary", "--losses", losses, "--max_steps", 3]
     result = json.loads(printed("distill", encoder, tmp_path / "run", "--text", corpus, *SHORT, *words, "--json"))
     config: StoMPPConfig = AutoModel.from_pretrained(tmp_path / "run" / "packed").config.quantization_config
-    assert config.word_embeddings == "binary" and config.table["embeddings.word_embeddings"]["kind"] == "embedding"
+    assert config.word_embeddings == "binary" and config.plan["embeddings.word_embeddings"].kind == "embedding"
     assert result["progression"]["progression_schedule"] == "immediate" and result["method"] == "ste"
     assert result["losses"] == {"hidden_states": 0.5, "cls_embeddings": 2.0}
 

@@ -84,9 +84,9 @@ def test_model_larger_than_memory_is_inspected(printed, tmp_path):
 
 def test_latent_model_tells_what_is_frozen(tiny_model, printed, saved):
     model = binarize(tiny_model("bert"))
-    table = model.config.quantization_config.table
+    plan = model.config.quantization_config.plan
     for name, module in model.named_modules():
-        if name in table and table[name]["unit"].endswith(".0"):
+        if name in plan and plan[name].unit.endswith(".0"):
             module.commit()
             if getattr(module, "input_activation", None) is not None:
                 module.input_activation.commit()

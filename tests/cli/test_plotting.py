@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hf_stompp.dynamics import read_dynamics
+from hf_stompp.reports.dynamics import read_dynamics
 
 
 HISTORY = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "sst2_stompp_history.json"

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from hf_stompp import StoMPPConfig, binarize, cli, commit
-from hf_stompp.example_inputs import example_inputs
-from hf_stompp.patching import packed_modules
-from hf_stompp.summary import compared_with_float
+from hf_stompp.model.example_inputs import example_inputs
+from hf_stompp.model.modules import packed_modules
+from hf_stompp.training.summary import compared_with_float
 
 
 CLASSES = ["bad", "fair", "good"]

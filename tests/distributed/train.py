@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
 
 from hf_stompp import StoMPPConfig, StoMPPTrainer, StoMPPTrainingArguments, binarize
-from hf_stompp.patching import masked_modules
+from hf_stompp.model.modules import masked_modules
 
 
 class KillAfter(TrainerCallback):

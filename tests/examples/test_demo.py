@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from hf_stompp.sentence_encoder import modules_folder, pooling_of
+from hf_stompp.training.sentence_encoder import modules_folder, pooling_of
 
 
 DEMO_DIR = Path(__file__).resolve().parents[2] / "examples" / "demo"

@@ -1,0 +1,53 @@
+"""Where something was measured: the machine, and versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+
+def processor() -> dict[str, Any]:
+    """Name and vector instructions of the processor, as the system tells them."""
+    information = Path("/proc/cpuinfo")
+    fields: dict[str, str] = {}
+    if information.exists():
+        lines = information.read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+        fields = {line.split(":")[0].strip(): line.partition(":")[2].strip() for line in lines}
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    wanted = ("avx", "amx", "f16c", "fma", "popcnt", "asimd", "sve")
+    return {
+        "name": fields.get("model name") or platform.processor() or platform.machine(),
+        "family_model_stepping": [fields.get(key) for key in ("cpu family", "model", "stepping")],
+        "flags": [flag for flag in flags if flag.startswith(wanted)],
+        "cores": os.cpu_count(),
+    }
+
+
+def surroundings() -> dict[str, Any]:
+    """What a result file must say of where it was made: `machine` and `versions`."""
+    # The package is not complete yet where this module is imported.
+    import hf_stompp
+
+    found = processor()
+    return {
+        "machine": {
+            "platform": platform.platform(),
+            "cpu": found["name"],
+            "processor": found,
+            "threads": torch.get_num_threads(),
+            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "hf_stompp": hf_stompp.__version__,
+            "mkl": torch.backends.mkl.is_available(),
+            "onednn": torch.backends.mkldnn.is_available(),
+        },
+    }

@@ -1,0 +1,173 @@
+"""What is done around reading a checkpoint of a latent or packed model, and what it must hold."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from ..config import StoMPPConfig
+from ..nn import PackedBinaryActivation, PackedBinaryLinear, PackedInt8Embedding
+from ..plan import renamed
+from .modules import PackedModule, masked_modules, packed_modules
+
+
+def follow_prefix(model: nn.Module, config: StoMPPConfig) -> None:
+    """
+    Renames the modules of the plan where a base model is loaded from the checkpoint of a model with a head, or the
+    other way round: `bert.encoder...` is `encoder...` there.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    names = list(config.plan)
+    if not prefix or not names:
+        return
+    is_base, has_prefix = not hasattr(model, prefix), all(name.startswith(f"{prefix}.") for name in names)
+    if is_base and has_prefix:
+        length = len(prefix) + 1
+
+        def rename(name: str) -> str:
+            return name[length:]
+    elif not is_base and not has_prefix and hasattr(getattr(model, prefix), names[0].split(".")[0]):
+
+        def rename(name: str) -> str:
+            return f"{prefix}.{name}"
+    else:
+        return
+    if config.modes:
+        # A pattern may have held the prefix. What is left float is in no plan, so nothing is lost with its pattern.
+        modes = {name: config.mode_of(name) for name, entry in config.plan.items() if entry.is_linear}
+        config.modes = {re.escape(rename(name)): mode for name, mode in modes.items() if mode != config.mode}
+    config.plan = renamed(config.plan, rename)
+
+
+def guard_name(model: nn.Module) -> str | None:
+    """
+    Name of the empty tensor in packed files that keeps a process without hf_stompp from loading them.
+
+    It is that of a weight of the float model, whose shape it does not have. Transformers does not know the
+    quantization there, warns, and would leave every packed weight random; a tensor of another shape is what it raises
+    for.
+    """
+    names = (name for name, module in packed_modules(model).items() if not isinstance(module, PackedBinaryActivation))
+    return next((f"{name}.weight" for name in names), None)
+
+
+def refuse_packed(files: Iterable[str]) -> None:
+    """
+    Refuses to load a latent model from packed files; the guard in them would do so without an explanation.
+
+    Raises:
+        ValueError: names the first packed tensor.
+    """
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            name = next((key for key in handle.keys() if key.endswith(".packed_weight")), None)
+        if name is not None:
+            raise ValueError(
+                f"{file} holds the packed tensor {name!r}, but its config.json says 'latent': they are not of one "
+                "model; download or copy the folder again"
+            )
+
+
+def expect_guard(model: nn.Module) -> None:
+    """Keeps the empty tensor of packed files out of the list of unexpected ones."""
+    name = guard_name(model)
+    if name is not None:
+        holder: Any = model
+        # The file may be that of a model with a head, or without.
+        inside = name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
+        known = holder._keys_to_ignore_on_load_unexpected or ()
+        holder._keys_to_ignore_on_load_unexpected = {*known, rf"(^|\.){re.escape(inside)}$"}
+
+
+def skip_initialization(model: nn.Module) -> None:
+    """Keeps `_init_weights` off the parents of packed modules: some models initialise their children there."""
+    modules = dict(model.named_modules())
+    for name, module in packed_modules(model).items():
+        parent: Any = modules[name.rpartition(".")[0]]
+        # Its own buffers that are not saved are computed there.
+        if not parent._non_persistent_buffers_set:
+            parent._is_hf_initialized = True
+        holder: Any = module
+        holder._is_hf_initialized = True
+
+
+def check_loaded(model: nn.Module) -> None:
+    """
+    Checks that the checkpoint held every tensor of the encoder: what it does not hold would be uninitialised memory.
+
+    Raises:
+        ValueError: names the missing tensors, or a value that no packed model has.
+    """
+    base = getattr(model, "base_model_prefix", "")
+    inside = f"{base}." if base and hasattr(model, base) else ""
+    ours = tuple(f"{name}." for name in [*masked_modules(model), *packed_modules(model)])
+    persistent = model.state_dict(keep_vars=True)
+    names = [name for name in persistent if name.startswith(inside) or name.startswith(ours)]
+    missing = [name for name in names if not getattr(persistent[name], "_is_hf_initialized", False)]
+    if missing:
+        offloaded = _offloaded(model)
+        missing = [name for name in missing if name not in offloaded]
+    pooler = {name for name in names if "pooler" in name.split(".")}
+    if pooler <= set(missing):
+        # A head may be new, and the pooler is a part of one; half a pooler is damage.
+        missing = [name for name in missing if name not in pooler]
+    if missing:
+        raise ValueError(
+            f"the checkpoint lacks {len(missing)} tensors of {type(model).__name__}, the first of them "
+            f"{missing[0]!r}: it is incomplete or was written for another model class; download or copy it again"
+        )
+    for name, module in packed_modules(model).items():
+        _check_packed(name, module)
+
+
+def _offloaded(model: nn.Module) -> set[str]:
+    """Names of the tensors that accelerate has on disk or elsewhere, and fetches for each call."""
+    names: set[str] = set()
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", (hook,)):
+            names.update(getattr(part, "weights_map", None) or ())
+    return names
+
+
+def check_shapes(model: nn.Module, shapes: dict[str, torch.Size]) -> None:
+    """
+    Checks the shapes of what was binarized: not every version of Transformers does so for buffers.
+
+    Raises:
+        ValueError: names the first tensor of another shape.
+    """
+    ours = tuple(f"{name}." for name in [*masked_modules(model), *packed_modules(model)])
+    for name, tensor in model.state_dict().items():
+        if name.startswith(ours) and tensor.shape != shapes.get(name):
+            raise ValueError(
+                f"tensor {name!r} has shape {tuple(tensor.shape)}, expected {tuple(shapes.get(name, ()))}: the "
+                "checkpoint is damaged or was written for another model"
+            )
+
+
+def _check_packed(name: str, module: PackedModule) -> None:
+    for tensor_name, tensor in module.named_buffers(recurse=False):
+        if tensor.is_meta:
+            # Several layers read one threshold, and none of them is what accelerate would fetch it for.
+            raise ValueError(
+                f"tensor {name + '.' + tensor_name!r} is offloaded, which packed layers do not work with: load the "
+                "model with offload_buffers=False, the default; parameters may be offloaded"
+            )
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"tensor {name + '.' + tensor_name!r} holds NaN or infinity: the checkpoint is damaged")
+    if isinstance(module, PackedBinaryActivation | PackedInt8Embedding):
+        return
+    columns = module.in_features if isinstance(module, PackedBinaryLinear) else module.embedding_dim
+    whole, rest = divmod(columns, 8)
+    tail = module.packed_weight[:, whole:]
+    if tail.numel() and bool((tail[:, 0] >> rest).any() or tail[:, 1:].any()):
+        raise ValueError(
+            f"tensor {name + '.packed_weight'!r} has bits beyond its {columns} columns: the checkpoint is damaged or "
+            f"of another format"
+        )

@@ -1,0 +1,407 @@
+"""Finds what to binarize in an encoder: its stack of layers, their order of depth, and what reads which tensor."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from ..config import StoMPPConfig, matches
+from ..plan import EMBEDDING_KINDS, Plan, PlannedModule, sublayer_unit
+from .example_inputs import example_inputs
+
+
+logger = logging.getLogger(__name__)
+
+AMBIGUOUS_SHARE = 0.1
+"""A second stack of layers with this share of the first one's weights makes the choice ambiguous."""
+
+
+def is_excluded(name: str, patterns: list[str]) -> bool:
+    """Whether a module's name has whole dot-separated parts that match one of the regular expressions."""
+    return any(matches(name, pattern) for pattern in patterns)
+
+
+def _linear_weights(module: nn.Module) -> int:
+    return sum(m.weight.numel() for m in module.modules() if type(m) is nn.Linear)
+
+
+def _refuse_other_layers(model: nn.Module) -> None:
+    """Says so where most weights lie in layers of another kind, which no choice of a stack would make binary."""
+    weights = Counter[str]()
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.dim() > 1 and not isinstance(module, nn.Embedding):
+            weights[type(module).__name__] += weight.numel()
+    kinds = [kind for kind, _ in weights.most_common() if kind != "Linear"]
+    if kinds and weights[kinds[0]] > weights["Linear"]:
+        raise ValueError(
+            f"{type(model).__name__} cannot be binarized: its layers are {kinds[0]}, and only nn.Linear becomes "
+            "binary. Choose a Transformer encoder such as BERT, RoBERTa or ViT"
+        )
+
+
+def find_layer_stack(model: nn.Module, layer_stack: str | None = None) -> tuple[str, list[nn.Module]]:
+    """
+    The encoder's stack of layers: the outermost `nn.ModuleList` of modules of one class that hold linear layers.
+
+    Args:
+        model (`nn.Module`).
+        layer_stack (`str`, *optional*): its name, where it is not to be searched.
+
+    Returns:
+        `tuple(str, list[nn.Module])`: name and layers, from input to output.
+
+    Raises:
+        ValueError: there is none, or there are several of similar size, or `layer_stack` names none.
+    """
+    if layer_stack is not None:
+        modules = dict(model.named_modules())
+        stack = modules.get(layer_stack)
+        if not isinstance(stack, nn.ModuleList | nn.Sequential) or len(stack) == 0:
+            lists = [name for name, m in modules.items() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m)]
+            raise ValueError(
+                f"StoMPPConfig.layer_stack={layer_stack!r} names no list of layers in {type(model).__name__}; its "
+                f"lists: {lists}"
+            )
+        return layer_stack, list(stack)
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside_another = any(name.startswith(f"{other}.") for other in found)
+        if not isinstance(module, nn.ModuleList) or len(module) == 0 or inside_another:
+            continue
+        if len({type(layer) for layer in module}) == 1 and all(_linear_weights(layer) for layer in module):
+            found[name] = module
+    if not found:
+        _refuse_other_layers(model)
+        raise ValueError(
+            f"{type(model).__name__} has no stack of layers: no nn.ModuleList of modules of one class that hold "
+            "nn.Linear. If the layers are kept elsewhere, name their list in StoMPPConfig(layer_stack=...)"
+        )
+    by_size = sorted(found, key=lambda name: _linear_weights(found[name]), reverse=True)
+    if len(by_size) > 1 and _linear_weights(found[by_size[1]]) >= AMBIGUOUS_SHARE * _linear_weights(found[by_size[0]]):
+        raise ValueError(
+            f"{type(model).__name__} has several stacks of layers, {by_size}: name the one to binarize in "
+            "StoMPPConfig(layer_stack=...)"
+        )
+    return by_size[0], list(found[by_size[0]])
+
+
+class _Trace(TorchFunctionMode):
+    """What one forward pass did with the linear layers of a stack, and with the tensors they put out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_calls: dict[str, int] = {}
+        # What each of them read first, and how often that tensor had been written in place by then.
+        self.reads: dict[str, tuple[Tensor, int] | None] = {}
+        # Outputs of linear layers and of what may be activation functions. Keeping a tensor keeps its identity from
+        # being reused.
+        self.outputs: dict[str, list[Tensor]] = {}
+        self.readers: dict[int, set[str]] = {}
+        self.functions: set[str] = set()
+        self.running: list[str] = [""]
+
+    def start(self, name: str) -> None:
+        """A linear layer or an activation function begins."""
+        self.running.append(name)
+
+    def end(self, name: str, output: Any) -> None:
+        """It ends; from now on it is recorded who reads its output."""
+        self.running.pop()
+        if isinstance(output, Tensor):
+            self.outputs.setdefault(name, []).append(output)
+            self.readers.setdefault(id(output), set())
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, Tensor) and id(value) in self.readers:
+                self.readers[id(value)].add(self.running[-1])
+        return func(*args, **(kwargs or {}))
+
+    def only_read_by(self, name: str, readers: set[str]) -> bool:
+        """Whether a module ran once, and its output was read, but by none except `readers`."""
+        outputs = self.outputs.get(name, [])
+        found = [self.readers[id(output)] for output in outputs]
+        return len(found) == 1 and bool(found[0]) and found[0] <= readers
+
+
+def _first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+
+
+@torch.no_grad()
+def _trace(model: nn.Module, stack: dict[str, nn.Module], inputs: Mapping[str, Any]) -> _Trace:
+    trace = _Trace()
+
+    def on_layer(name: str) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            trace.layer_calls[name] = trace.layer_calls.get(name, 0) + 1
+
+        return hook
+
+    def before(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            trace.start(name)
+            tensor = _first_tensor(args, kwargs)
+            trace.reads.setdefault(
+                name, None if tensor is None else (tensor, 0 if tensor.is_inference() else tensor._version)
+            )
+
+        return hook
+
+    def after(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            trace.end(name, output)
+
+        return hook
+
+    with ExitStack() as hooks:
+        for layer_name, layer in stack.items():
+            hooks.callback(layer.register_forward_pre_hook(on_layer(layer_name)).remove)
+            for name, module in layer.named_modules(prefix=layer_name):
+                if _may_be_activation_function(module):
+                    trace.functions.add(name)
+                if name in trace.functions or type(module) is nn.Linear:
+                    hooks.callback(module.register_forward_pre_hook(before(name), with_kwargs=True).remove)
+                    hooks.callback(module.register_forward_hook(after(name)).remove)
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        try:
+            with trace:
+                model(**inputs)
+        except Exception as error:
+            shapes = {name: list(getattr(value, "shape", [])) for name, value in inputs.items()}
+            raise ValueError(
+                f"{type(model).__name__} fails on the example that shows which layers read the same tensor, {shapes}: "
+                f"{type(error).__name__}: {error}. Pass one that it takes, a dict of its forward "
+                "arguments: binarize(model, config, example_inputs={...}) or StoMPPConfig(example_inputs={...})"
+            ) from error
+        finally:
+            for module, training in modes.items():
+                module.training = training
+    return trace
+
+
+def _may_be_activation_function(module: nn.Module) -> bool:
+    """A module without tensors or children that acts on each element alone, whatever its neighbours."""
+    if (
+        isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd)
+        or any(True for _ in module.children())
+        or module.state_dict()
+    ):
+        return False
+    probe = torch.linspace(-2.0, 2.0, 6)
+    try:
+        output = module(probe)
+        alone = torch.stack([module(value.reshape(1)) for value in probe]).flatten()
+    # A module that cannot take a vector is no activation function, whatever it raises.
+    except Exception:
+        return False
+    return isinstance(output, Tensor) and output.shape == probe.shape and torch.allclose(output, alone, atol=1e-6)
+
+
+def _sublayer_units(layer_name: str, linears: list[str]) -> dict[str, str]:
+    """The first child of the layer that runs a linear layer is the attention, the rest the feed-forward."""
+    children = {name: name[len(layer_name) + 1 :].split(".")[0] for name in linears}
+    attention = children[linears[0]]
+    rest = list(dict.fromkeys(child for child in children.values() if child != attention))
+    return {
+        name: sublayer_unit(layer_name, [attention] if child == attention else rest)
+        for name, child in children.items()
+    }
+
+
+def plan_modules(model: nn.Module, config: StoMPPConfig, inputs: Mapping[str, Any] | None = None) -> Plan:
+    """
+    Plans what [`binarize`] replaces, in order of depth.
+
+    One forward pass in evaluation mode tells which linear layers read the same tensor (they share a binary activation:
+    the first one's entry names itself as `input`, the others' name the first), and which read the output of an
+    activation function (their entries name it, and it gets an entry of its own).
+
+    Args:
+        model (`nn.Module`): a float model.
+        config (`StoMPPConfig`).
+        inputs (`Mapping[str, Any]`, *optional*): forward arguments to trace with; from [`example_inputs`] when not
+            given.
+
+    Returns:
+        `dict[str, PlannedModule]`: by name.
+
+    Raises:
+        ValueError: no stack, an ambiguous one, layers that are shared, a tied weight, `modes` that match nothing or
+            contradict each other, or nothing left to binarize.
+    """
+    stack_name, layers = find_layer_stack(model, config.layer_stack)
+    stack = {f"{stack_name}.{i}": layer for i, layer in enumerate(layers)}
+    trace = _trace(model, stack, example_inputs(model) if inputs is None else inputs)
+    shared = [name for name, calls in trace.layer_calls.items() if calls > 1]
+    if shared or len({id(layer) for layer in layers}) < len(layers):
+        raise ValueError(
+            f"{type(model).__name__} shares its layers: {shared or [stack_name]} run more than once in a forward "
+            f"pass, so there is no depth "
+            "for a progression to follow, and one weight would be frozen for several depths at once. Models with "
+            "shared layers "
+            "(ALBERT with num_hidden_layers > num_hidden_groups) are not supported: choose one such as BERT or RoBERTa"
+        )
+    _check_modes(stack, config)
+    _warn_of_idle_layers(stack, config, trace)
+    plan: Plan = {}
+    if config.word_embeddings != "float":
+        plan.update(_plan_embedding(model, EMBEDDING_KINDS[config.word_embeddings]))
+    for layer_name, layer in stack.items():
+        plan.update(_plan_layer(layer_name, layer, config, trace))
+    if not any(entry.is_linear for entry in plan.values()):
+        raise ValueError(
+            f"nothing to binarize in {type(model).__name__}: every linear layer of {stack_name} is float by "
+            f"modules_to_not_convert={config.modules_to_not_convert} or modes={config.modes}, or does not run on the "
+            "example input"
+        )
+    check_not_tied(model, plan)
+    return plan
+
+
+def _check_modes(stack: Mapping[str, nn.Module], config: StoMPPConfig) -> None:
+    linears = [
+        name
+        for layer_name, layer in stack.items()
+        for name, module in layer.named_modules(prefix=layer_name)
+        if type(module) is nn.Linear
+    ]
+    for pattern, mode in (config.modes or {}).items():
+        found = [name for name in linears if matches(name, pattern)]
+        if not found:
+            raise ValueError(
+                f"StoMPPConfig.modes: {pattern!r} matches no linear layer of the encoder; their names are like "
+                f"{linears[0]!r}"
+            )
+        kept = [name for name in found if is_excluded(name, config.modules_to_not_convert)]
+        if kept and mode != "float":
+            raise ValueError(
+                f"StoMPPConfig.modes: {pattern!r} makes {kept[0]!r} {mode}, and modules_to_not_convert leaves it "
+                "float; change one of them"
+            )
+
+
+def _warn_of_idle_layers(stack: Mapping[str, nn.Module], config: StoMPPConfig, trace: _Trace) -> None:
+    idle = [
+        name
+        for layer_name, layer in stack.items()
+        for name, module in layer.named_modules(prefix=layer_name)
+        if type(module) is nn.Linear
+        and name not in trace.reads
+        and not is_excluded(name, config.modules_to_not_convert)
+        and config.mode_of(name) != "float"
+    ]
+    if idle:
+        logger.warning(
+            "%d linear layers stay float, because they do not run on the example input: %s%s. They need another "
+            "(binarize(model, config, example_inputs={...})), or the model reads their weights without calling them.",
+            len(idle),
+            ", ".join(idle[:3]),
+            ", ..." if len(idle) > 3 else "",
+        )
+
+
+def _plan_embedding(model: nn.Module, kind: str) -> Plan:
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    name = next((name for name, module in model.named_modules() if module is embedding), None)
+    if name is None or type(embedding) is not nn.Embedding:
+        raise ValueError(
+            f"word_embeddings: the input embeddings of {type(model).__name__} are {type(embedding).__name__}, "
+            "not nn.Embedding; set word_embeddings='float'"
+        )
+    return {name: PlannedModule(name, kind, unit=name)}
+
+
+def _plan_layer(layer_name: str, layer: nn.Module, config: StoMPPConfig, trace: _Trace) -> Plan:
+    linears: dict[str, nn.Module] = {
+        name: module
+        for name, module in layer.named_modules(prefix=layer_name)
+        if type(module) is nn.Linear
+        and not is_excluded(name, config.modules_to_not_convert)
+        and config.mode_of(name) != "float"
+    }
+    # Execution order is depth order. What did not run has no place in it, and could not be packed: its input would
+    # never have got a scale.
+    names = [name for name in trace.reads if name in linears]
+    if not names:
+        return {}
+    if config.unit == "layer":
+        units = dict.fromkeys(names, layer_name)
+    elif config.unit == "sublayer":
+        units = _sublayer_units(layer_name, names)
+    else:
+        units = {name: name for name in names}
+    plan: Plan = {}
+    for name in names:
+        source = None if config.mode_of(name) == "bwn" else _input_of(name, linears, plan, trace, config)
+        if source is not None and source not in plan and source != name:
+            plan[source] = PlannedModule(source, "activation", units[name], _producer_of(source, plan, trace))
+        plan[name] = PlannedModule(name, "linear", units[name], source, linears[name].bias is not None)
+    return plan
+
+
+def _input_of(name: str, linears: Mapping[str, Any], plan: Plan, trace: _Trace, config: StoMPPConfig) -> str:
+    """What binarizes the input of a linear layer: an activation function, another linear layer's input, its own."""
+    read = trace.reads.get(name)
+    if read is None:
+        return name
+    for function in trace.functions:
+        if is_excluded(function, config.modules_to_not_convert):
+            continue
+        outputs = trace.outputs.get(function, [])
+        # Dropout would be one more reader, also where it passes its input on.
+        if outputs and outputs[0] is read[0] and trace.only_read_by(function, set(linears)):
+            return function
+    for other, entry in plan.items():
+        if entry.is_linear and entry.input == other and _same(trace.reads.get(other), read):
+            return other
+    return name
+
+
+def _same(one: tuple[Tensor, int] | None, other: tuple[Tensor, int]) -> bool:
+    """Whether two reads are of one tensor that nothing wrote to in between."""
+    return one is not None and one[0] is other[0] and one[1] == other[1]
+
+
+def _producer_of(function: str, plan: Plan, trace: _Trace) -> str | None:
+    """The linear layer whose output an activation function reads, and nothing else does."""
+    read = trace.reads.get(function)
+    for name, entry in plan.items():
+        outputs = trace.outputs.get(name, [])
+        if entry.is_linear and outputs and read is not None and outputs[0] is read[0]:
+            return name if trace.only_read_by(name, {function}) else None
+    return None
+
+
+def check_not_tied(model: nn.Module, plan: Plan) -> None:
+    """
+    Checks that no weight of the plan is that of another module as well.
+
+    Raises:
+        ValueError: one is; names it.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, entry in plan.items():
+        if entry.is_activation:
+            continue
+        aliases = [other for other in names[id(parameters[f"{name}.weight"])] if other != f"{name}.weight"]
+        if aliases:
+            what = (
+                "set word_embeddings='float'"
+                if entry.kind in EMBEDDING_KINDS.values()
+                else f"add {name!r} to modules_to_not_convert"
+            )
+            raise ValueError(f"{name}.weight is tied to {aliases}; a tied weight is never binarized: {what}")

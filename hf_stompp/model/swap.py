@@ -1,0 +1,276 @@
+"""Swaps modules by the plan. Knows nothing of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import StoMPPConfig
+from ..nn import (
+    MaskedBinaryActivation,
+    MaskedBinaryEmbedding,
+    MaskedBinaryLinear,
+    MaskedBinaryModule,
+    PackedBinaryActivation,
+    PackedBinaryEmbedding,
+    PackedBinaryLinear,
+    PackedEmbedding,
+    PackedInt8Embedding,
+    PackedResidualNorm,
+    RoundedEmbedding,
+)
+from ..nn.module import BinaryInputModule
+from ..nn.residual_norm import is_residual_norm
+from ..ops import unpack_signs
+from .cautions import attend, watch
+from .modules import packed_modules
+
+
+EMBEDDINGS: dict[str, type[PackedEmbedding]] = {
+    "embedding": PackedBinaryEmbedding,
+    "int8_embedding": PackedInt8Embedding,
+}
+"""What a packed model has in the place of the word embeddings, by the kind that the plan says."""
+
+
+def check_fits(model: nn.Module, config: StoMPPConfig, kinds: dict[str, tuple[type[nn.Module], ...]]) -> None:
+    """
+    Checks that a model has the modules that the config says are replaced.
+
+    Raises:
+        ValueError: no plan, or a module is missing or of another kind; names it.
+    """
+    if not config.plan:
+        raise ValueError(
+            "this checkpoint's quantization_config has no table of modules: it was not written by binarize() or pack()"
+        )
+    found = dict(model.named_modules())
+    for name, entry in config.plan.items():
+        module, expected = found.get(name), kinds[entry.kind]
+        if not isinstance(module, expected):
+            what = "no such module" if module is None else f"a {type(module).__name__}"
+            raise ValueError(
+                f"{name}: quantization_config.modules says it is a {expected[0].__name__}, but {type(model).__name__} "
+                f"has {what} there; load the checkpoint with the model class that wrote it"
+            )
+        if entry.is_linear and not entry.bias and getattr(module, "bias", None) is not None:
+            raise ValueError(
+                f"{name}: quantization_config.modules says it has no bias, but in {type(model).__name__} it has "
+                "one; load the checkpoint with the model class that wrote it"
+            )
+
+
+def _wire_inputs(model: nn.Module, config: StoMPPConfig, make: Callable[[nn.Module], nn.Module]) -> None:
+    """Gives every linear layer the module that binarizes its input, made with `make(linear)` where it is its own."""
+    modules = dict(model.named_modules())
+    for name, entry in config.plan.items():
+        source = entry.input
+        if source is None:
+            continue
+        if entry.is_activation:
+            producer, activation = modules[source], modules[name]
+            if isinstance(producer, BinaryInputModule):
+                producer.put_out_signs_of(activation)
+            continue
+        linear: Any = modules[name]
+        if source == name:
+            linear.set_input_activation(make(linear), owned=True)
+        elif isinstance(modules[source], MaskedBinaryActivation | PackedBinaryActivation):
+            linear.set_input_activation(modules[source], owned=False, upstream=True)
+        else:
+            linear.set_input_activation(modules[source].input_activation, owned=False)
+
+
+def _features(config: StoMPPConfig, name: str, modules: dict[str, nn.Module]) -> int:
+    """Size of the tensor that an activation puts out: what its reader takes in."""
+    reader = next(entry for entry in config.plan.values() if entry.is_linear and entry.input == name)
+    linear: Any = modules[reader.name]
+    return int(linear.in_features)
+
+
+def swap_in_masked(model: nn.Module, config: StoMPPConfig) -> None:
+    """
+    Replaces what the plan names by masked modules, in place. Weights are kept, not copied.
+
+    Args:
+        model (`nn.Module`): a float model, on any device (`meta` included).
+        config (`StoMPPConfig`): with its plan.
+
+    Raises:
+        ValueError: see [`check_fits`].
+    """
+    kinds: dict[str, tuple[type[nn.Module], ...]] = {"linear": (nn.Linear,), "activation": (nn.Module,)}
+    check_fits(model, config, {**kinds, "embedding": (nn.Embedding,), "int8_embedding": (nn.Embedding,)})
+    modules = dict(model.named_modules())
+    settings: dict[str, Any] = {
+        "clip": config.weight_clip,
+        "surrogate": config.surrogate,
+        "window": config.weight_window,
+    }
+
+    def activation(features: int, device: torch.device, function: nn.Module | None = None) -> MaskedBinaryActivation:
+        return MaskedBinaryActivation(
+            features,
+            activation=function,
+            levels=config.feed_forward_levels if function is not None else "signed",
+            clip=config.activation_clip,
+            surrogate=config.surrogate,
+            window=config.activation_window,
+            scale=config.activation_scale,
+            initial_scale=config.initial_activation_scale,
+            shift=config.activation_shift,
+            device=device,
+        )
+
+    device = next(model.parameters()).device
+    for name, entry in config.plan.items():
+        old: Any = modules[name]
+        new: MaskedBinaryModule | RoundedEmbedding
+        if entry.is_linear:
+            place = {"device": old.weight.device, "dtype": old.weight.dtype}
+            new = MaskedBinaryLinear(
+                old.in_features,
+                old.out_features,
+                entry.bias,
+                scale=config.weight_scale,
+                center=config.weight_center,
+                activation_bits=None if entry.reads_bits else config.activation_bits,
+                **settings,
+                **place,
+            )
+            new.weight = old.weight
+            if old.bias is not None:
+                new.bias = old.bias
+        elif entry.kind == "embedding":
+            place = {"device": old.weight.device, "dtype": old.weight.dtype}
+            new = MaskedBinaryEmbedding(old.num_embeddings, old.embedding_dim, old.padding_idx, **settings, **place)
+            new.weight = old.weight
+        elif entry.kind == "int8_embedding":
+            new = RoundedEmbedding.of(old)
+        else:
+            new = activation(_features(config, name, modules), device, old)
+        new.train(old.training)
+        model.set_submodule(name, new)
+
+    def input_activation(linear: nn.Module) -> nn.Module:
+        new = activation(int(linear.in_features), linear.weight.device)  # type: ignore[arg-type]
+        return new.train(linear.training)
+
+    _wire_inputs(model, config, input_activation)
+    watch(model)
+
+
+def swap_in_packed(model: nn.Module, config: StoMPPConfig, dtype: torch.dtype | None = None) -> None:
+    """
+    Replaces what the plan names by packed modules without values, in place.
+
+    Args:
+        model (`nn.Module`): a float or a latent model, on any device (`meta` included).
+        config (`StoMPPConfig`): with its plan.
+        dtype (`torch.dtype`, *optional*): of the word embeddings' output, where they are packed; their own when not
+            given.
+
+    Raises:
+        ValueError: see [`check_fits`].
+    """
+    check_fits(
+        model,
+        config,
+        {
+            "linear": (nn.Linear, MaskedBinaryLinear),
+            "activation": (nn.Module,),
+            "embedding": (nn.Embedding, MaskedBinaryEmbedding),
+            "int8_embedding": (nn.Embedding,),
+        },
+    )
+    modules = dict(model.named_modules())
+    device = next(model.parameters()).device
+    for name, entry in config.plan.items():
+        old: Any = modules[name]
+        new: nn.Module
+        if entry.is_linear:
+            new = PackedBinaryLinear(
+                old.in_features,
+                old.out_features,
+                entry.bias,
+                binary_input=entry.reads_bits,
+                activation_bits=None if entry.reads_bits else config.activation_bits,
+                device=old.weight.device,
+            )
+        elif entry.kind in EMBEDDINGS:
+            place = {"device": old.weight.device, "dtype": dtype or old.weight.dtype}
+            new = EMBEDDINGS[entry.kind](old.num_embeddings, old.embedding_dim, old.padding_idx, **place)
+        else:
+            function = old.activation if isinstance(old, MaskedBinaryActivation) else old
+            new = PackedBinaryActivation(_features(config, name, modules), function, device=device)
+        new.train(old.training)
+        model.set_submodule(name, new)
+
+    def input_activation(linear: nn.Module) -> nn.Module:
+        new = PackedBinaryActivation(int(linear.in_features), device=linear.scale.device)  # type: ignore[arg-type]
+        return new.train(linear.training)
+
+    _wire_inputs(model, config, input_activation)
+    _swap_in_norms(model, config)
+    attend(model)
+
+
+def _swap_in_norms(model: nn.Module, config: StoMPPConfig) -> None:
+    """
+    Replaces the blocks of sum and LayerNorm behind packed layers, and tells each what reads it: in order of depth, the
+    next layer that binarizes its input.
+    """
+    modules = dict(model.named_modules())
+    linears = [name for name, entry in config.plan.items() if entry.is_linear]
+    for index, name in enumerate(linears):
+        block_name, _, child = name.rpartition(".")
+        if not block_name or child != "dense" or not is_residual_norm(modules[block_name]):
+            continue
+        block = PackedResidualNorm(modules[block_name])
+        behind: list[Any] = [modules[other] for other in linears[index + 1 :]]
+        reader = next((linear for linear in behind if linear.binarizes_input), None)
+        if reader is not None and reader.in_features == modules[name].out_features:
+            block.followed_by(reader.input_activation)
+        model.set_submodule(block_name, block)
+
+
+def swap_out_norms(model: nn.Module) -> None:
+    """Gives a model its own blocks back in the place of [`PackedResidualNorm`]."""
+    blocks = {name: module for name, module in model.named_modules() if isinstance(module, PackedResidualNorm)}
+    for name, block in blocks.items():
+        model.set_submodule(name, block.restored())
+
+
+@torch.no_grad()
+def swap_in_float(model: nn.Module, config: StoMPPConfig) -> None:
+    """
+    Replaces packed modules by float ones of the same values, and gives the activation functions back, in place.
+
+    Args:
+        model (`nn.Module`): a packed model.
+        config (`StoMPPConfig`): with its plan, which is told of biases that folding added.
+    """
+    packed = packed_modules(model)
+    for name, entry in list(config.plan.items()):
+        module: Any = packed[name]
+        new: nn.Module
+        if entry.is_linear:
+            device = module.packed_weight.device
+            new = nn.Linear(module.in_features, module.out_features, module.bias is not None, device=device)
+            new.weight.copy_(unpack_signs(module.packed_weight, module.in_features) * module.scale.unsqueeze(-1))
+            if module.bias is not None:
+                new.bias.copy_(module.bias)
+            # Folding gave a bias to layers that had none.
+            config.plan[name] = replace(entry, bias=module.bias is not None)
+        elif entry.kind in EMBEDDINGS:
+            rows = torch.arange(module.num_embeddings, device=module.scale.device)
+            new = nn.Embedding.from_pretrained(module(rows), freeze=False)
+            new.padding_idx = module.padding_idx
+        else:
+            new = module.activation
+        model.set_submodule(name, new)
+    swap_out_norms(model)

@@ -1,0 +1,1 @@
+"""What a training run logged, as series and as pictures."""

@@ -1,0 +1,1 @@
+"""Training a binary model: the progression, the Trainer, distillation, and the recipe that has all stages."""

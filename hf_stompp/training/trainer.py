@@ -1,0 +1,442 @@
+"""`StoMPPTrainer`: the Transformers Trainer with a progression."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from ..model.integrity import checkpoint_files, last_whole_checkpoint, tensor_digest, verify_files
+from ..model.modules import config_of, frozen_counts, fully_binary, masked_modules, packed_modules
+from ..nn import MaskedBinaryActivation
+from .arguments import StoMPPTrainingArguments
+from .callbacks import ProgressionCallback, UnitProgressCallback, refuse_another
+from .distilling import DistillingTrainer
+from .freezing import check_settings, initialize_activations
+from .labels import check_training_set
+from .progression import Progression, plan_progression
+from .pushing import PushingTrainer
+from .sampling import ReproducibleGrouping
+
+
+def _activation_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Scales, shifts and thresholds that are learned, by name."""
+    return {
+        f"{prefix}.{name}": parameter
+        for prefix, module in masked_modules(model).items()
+        if isinstance(module, MaskedBinaryActivation)
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+
+
+class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, PushingTrainer):
+    """
+    Trains a binarized model: once per optimizer step the masks advance, and everything that is reported is the fully
+    binary network.
+
+    Takes the arguments of [`~transformers.Trainer`], with `args` a [`StoMPPTrainingArguments`] and a model from
+    [`binarize`]. A packed model is accepted for `evaluate` and `predict`.
+
+    - `evaluate` reports `eval_*` of the fully binary network, and until it is committed `eval_mixed_*` of the network
+      in training.
+    - no checkpoint from before the network is committed counts as the best, so early stopping waits for that too.
+    - `train_sampling_strategy="group_by_length"` gives an order that a resumed run repeats.
+    - logs carry `frozen_fraction/all` (share of all binary entries) and `frozen_fraction/<unit>`.
+    - with a `teacher`, training minimises `args.distillation_losses`: no labels are needed unless these name them.
+      Evaluation reports the model's own loss as ever, and the distillation loss where there are no labels.
+
+    Args:
+        teacher (`PreTrainedModel`, *optional*):
+            A float model that the binary one learns from: same tokenizer, classes and, for losses of hidden states or
+            attentions, same layers. It is put into evaluation mode, gets no gradient, and is in no checkpoint.
+        args, kwargs: those of [`~transformers.Trainer`].
+
+    Raises:
+        ValueError: the model is not binarized, the teacher does not fit it, the run would use nn.DataParallel, FSDP or
+            DeepSpeed, or `activation_learning_rate` meets an optimizer that was passed.
+    """
+
+    model: PreTrainedModel
+    args: StoMPPTrainingArguments
+
+    # BERT's classification loss ignores num_items_in_batch, and Trainer would not divide by the accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    def __init__(self, *args: Any, teacher: PreTrainedModel | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False
+        self._refuse_unsupported()
+        config_of(self.model)
+        self.set_teacher(teacher)
+        if any(isinstance(callback, ProgressionCallback) for callback in self.callback_handler.callbacks):
+            raise ValueError(
+                "StoMPPTrainer has a ProgressionCallback of its own: leave yours out, and give its settings as "
+                "arguments, StoMPPTrainingArguments(progression_tail=..., ...)"
+            )
+        self.progression_callback = ProgressionCallback(trainer=self)
+        self.add_callback(self.progression_callback)
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(UnitProgressCallback(self))
+        self._saved_progression: dict[str, Any] | None = None
+
+    def _refuse_unsupported(self) -> None:
+        if not isinstance(self.args, StoMPPTrainingArguments):
+            raise ValueError(f"StoMPPTrainer takes args=StoMPPTrainingArguments(...), got {type(self.args).__name__}")
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "StoMPPTrainer does not run under FSDP or DeepSpeed: they flatten or shard the weights that the "
+                "masks belong to. Use DistributedDataParallel: accelerate launch --multi_gpu"
+            )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"StoMPPTrainer does not run under nn.DataParallel ({self.args.n_gpu} GPUs are visible): its "
+                "replicas lose what the first batch initialises. Use accelerate launch, or CUDA_VISIBLE_DEVICES=0"
+            )
+        if self.args.world_size > 1 and config_of(self.model).surrogate == "none":
+            if self.args.ddp_find_unused_parameters is False:
+                raise ValueError(
+                    "StoMPPConfig(surrogate='none') needs ddp_find_unused_parameters=True: weights of committed "
+                    "layers get no gradient, and DistributedDataParallel would wait for one"
+                )
+            # Transformers leaves it off with activation checkpointing.
+            self.args.ddp_find_unused_parameters = True
+        if self.args.activation_learning_rate is not None and self.optimizer is not None:
+            raise ValueError(
+                "activation_learning_rate is for the optimizer that StoMPPTrainer makes: leave it out, and give the "
+                "one that you pass a group for scales, shifts and thresholds"
+            )
+
+    def plan(self, total_steps: int) -> Progression:
+        """
+        The progression of this run.
+
+        Args:
+            total_steps (`int`): optimizer steps.
+
+        Returns:
+            `Progression`: the frozen fraction of each unit at each step.
+
+        Raises:
+            ValueError: the schedule cannot finish, nothing would be trained, or a resumed run has another progression.
+        """
+        args = self.args
+        config = config_of(self.model)
+        progression = plan_progression(
+            config.units,
+            total_steps,
+            order=args.progression_order,
+            schedule=args.progression_schedule,
+            warmup=args.progression_warmup,
+            tail=args.progression_tail,
+            overlap=args.progression_overlap,
+            refresh_period=args.refresh_period,
+            seed=args.seed if args.mask_seed is None else args.mask_seed,
+        )
+        check_settings(config, progression, args.train_committed)
+        if self._saved_progression is not None:
+            refuse_another(progression, self._saved_progression)
+        return progression
+
+    def seeds(self) -> dict[str, int | None]:
+        """Seeds that a resumed run must share with the one that it goes on with."""
+        return {"seed": self.args.seed, "data_seed": self.args.data_seed}
+
+    def _load_callback_state(self) -> None:
+        super()._load_callback_state()
+        # Callbacks restored from a checkpoint are new objects.
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ProgressionCallback):
+                callback.trainer, self.progression_callback = self, callback
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """
+        Trains as [`~transformers.Trainer`] does, with its arguments. A run that starts at step 0 starts with empty
+        masks.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): a checkpoint; True for the last one in
+                `args.output_dir` that was written to its end.
+            args, kwargs: further ones of [`~transformers.Trainer.train`].
+
+        Returns:
+            `TrainOutput`: the number of steps, the mean loss and the metrics.
+
+        Raises:
+            ValueError: the model is packed, the training set is empty or has a label out of range, the schedule cannot
+                finish, there is no checkpoint, or it belongs to a run with other settings.
+            RuntimeError: the ranks hold different freeze masks.
+        """
+        # Else the model is made by the call below.
+        if self.model_init is None:
+            self._check_before_training(self.model)
+        self._saved_progression = None
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir or ".")
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"{self.args.output_dir} holds no checkpoint to resume from: drop resume_from_checkpoint"
+                )
+        with self._room_for_compilations():
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _room_for_compilations(self) -> Any:
+        """A unit that commits without a gradient runs other code from then on: one compilation more for each."""
+        if not self.args.torch_compile or self.model is None or config_of(self.model).surrogate != "none":
+            return nullcontext()
+        dynamo: Any = torch._dynamo.config
+        return dynamo.patch(recompile_limit=max(dynamo.recompile_limit, len(config_of(self.model).units) + 8))
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """The model of `model_init`, for each trial of a hyperparameter search a new one."""
+        model = super().call_model_init(trial)
+        # Transformers makes a first one to find out about it: it may be there to be evaluated.
+        if getattr(self, "is_in_train", False):
+            self._check_before_training(model)
+            self.fit_to_teacher(cast(Any, model))
+        return model
+
+    def _check_before_training(self, model: Any) -> None:
+        """
+        Checks model and training set before the first step.
+
+        Raises:
+            ValueError: the model is packed, or see [`check_training_set`].
+        """
+        if packed_modules(model):
+            raise ValueError(
+                "a packed model cannot be trained, only evaluated; train the latent model, or unpack(model)"
+            )
+        check_training_set(self.train_dataset, model, answered=self.learns_from_teacher_alone)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Trainer looks for the end of training only after a step: a finished run that is resumed would take one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    # --- masks -----------------------------------------------------------------------------------------------------
+
+    def check_same_masks(self) -> None:
+        """
+        Checks that every rank holds the same masks.
+
+        Raises:
+            RuntimeError: they differ; names the first mask that does.
+        """
+        if self.args.world_size == 1:
+            return
+        masks = {name: module.freeze_mask for name, module in masked_modules(self.model).items()}
+        digests = "".join(tensor_digest(mask) for mask in masks.values())
+        mine = torch.tensor(list(digests.encode()), dtype=torch.uint8, device=self.args.device)
+        everyone = self.accelerator.gather(mine.unsqueeze(0))
+        same = (everyone == everyone[0]).all(dim=0).view(len(masks), -1).all(dim=1)
+        if not bool(same.all()):
+            name = list(masks)[int((~same).nonzero()[0])]
+            raise RuntimeError(
+                f"the ranks hold different freeze masks, {name}.freeze_mask among them: start all ranks with the same "
+                "seed and mask_seed, and from the same checkpoint"
+            )
+
+    def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        # Each rank draws its own equal masks; broadcasting them would send a byte a weight before every forward pass.
+        names = [f"{name}.freeze_mask" for name in masked_modules(self.model)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, names)
+        return super()._wrap_model(model, *args, **kwargs)
+
+    def _initialize_activations(self, inputs: dict[str, Any]) -> None:
+        def reduce(statistic: Tensor) -> Tensor:
+            return self.accelerator.reduce(statistic, reduction="sum")
+
+        if self.teacher is not None:
+            # They may be no classes.
+            inputs = self.without_labels(inputs)
+        with self.compute_loss_context_manager():
+            initialize_activations(self.model, self._prepare_inputs(inputs), reduce)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        if self.state.global_step == 0:
+            self._initialize_activations(inputs)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        ours = _activation_parameters(model)
+        return [name for name in super().get_decay_parameter_names(model) if name not in ours]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """
+        The optimizer of [`~transformers.Trainer.create_optimizer`], in which scales, shifts and thresholds of binary
+        activations have a group of their own if `args.activation_learning_rate` is given.
+
+        Args:
+            model (`nn.Module`, *optional*): the trainer's when not given.
+
+        Returns:
+            `torch.optim.Optimizer`.
+
+        Raises:
+            ValueError: that optimizer makes groups of its own.
+        """
+        rate, is_new = self.args.activation_learning_rate, self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if rate is None or not is_new:
+            return optimizer
+        named = _activation_parameters(self.model if model is None else model)
+        ours = {id(parameter): parameter for parameter in named.values() if parameter.requires_grad}
+        found = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if not ours.keys() <= found:
+            raise ValueError(
+                f"activation_learning_rate does not go with {type(optimizer).__name__}, which groups parameters in "
+                "its own way: leave it out, or choose another optim"
+            )
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ours]
+        if ours:
+            optimizer.add_param_group({"params": list(ours.values()), "lr": rate, "weight_decay": 0.0})
+        return optimizer
+
+    # --- evaluation ------------------------------------------------------------------------------------------------
+
+    @property
+    def is_committed(self) -> bool:
+        """Whether every mask is full (a packed model's are)."""
+        return all(module.committed for module in masked_modules(self.model).values())
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        self._initialize_from(dataloader)
+        with fully_binary(self.model):
+            return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    def _initialize_from(self, dataloader: Any) -> None:
+        modules = masked_modules(self.model).values()
+        if any(isinstance(m, MaskedBinaryActivation) and not m.initialized for m in modules):
+            self._initialize_activations(next(iter(dataloader)))
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """
+        Evaluates the fully binary network (every mask full), and until it is committed, with `eval_mixed`, also the
+        network as it is in training. The masks are as before afterwards.
+
+        Args:
+            eval_dataset (`Dataset` or `dict[str, Dataset]`, *optional*):
+                Instead of the trainer's. For a dict, the network in training is left out.
+            ignore_keys (`list[str]`, *optional*):
+                Outputs of the model that are no predictions.
+            metric_key_prefix (`str`, *optional*, defaults to `"eval"`):
+                The measures are called `<prefix>_accuracy` and so on, those of the network in training
+                `<prefix>_mixed_accuracy`.
+
+        Returns:
+            `dict[str, float]`: the measures of `compute_metrics`, the loss and times in seconds.
+        """
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if self.is_committed or not self.args.eval_mixed or isinstance(dataset, dict):
+            return metrics
+        # Past the override above: the network as it is in training.
+        mixed = super().evaluation_loop(
+            self.get_eval_dataloader(eval_dataset),
+            description="Evaluation (mixed)",
+            prediction_loss_only=True if self.compute_metrics is None else None,
+            ignore_keys=ignore_keys,
+            metric_key_prefix=f"{metric_key_prefix}_mixed",
+        )
+        mixed_metrics = mixed.metrics or {}
+        self.log(dict(mixed_metrics))
+        return metrics | mixed_metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        return self.is_committed and super()._determine_best_metric(metrics, trial)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self._frozen_fractions()
+        super().log(logs, start_time)
+
+    def _frozen_fractions(self) -> dict[str, float]:
+        counts = frozen_counts(self.model, config_of(self.model))
+        frozen, entries = (sum(column) for column in zip(*counts.values(), strict=True))
+        units = {f"frozen_fraction/{unit}": count / size for unit, (count, size) in counts.items()}
+        # Under no name that begins another's: MLflow's file store keeps a metric in a file of that name.
+        return {"frozen_fraction/all": frozen / entries} | units
+
+    # --- checkpoints -----------------------------------------------------------------------------------------------
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._check_checkpoint(Path(resume_from_checkpoint))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _check_checkpoint(self, folder: Path) -> None:
+        """
+        Checks a checkpoint before anything is loaded from it.
+
+        Raises:
+            ValueError: it is damaged, incomplete, of another config, or was not written by this Trainer.
+        """
+        names = verify_files(checkpoint_files(folder))
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
+        missing = [name for name in self.model.state_dict() if name not in names and name not in tied]
+        if missing:
+            raise ValueError(
+                f"{folder}: the checkpoint lacks {len(missing)} tensors, the first of them {missing[0]!r}; use "
+                f"another one"
+            )
+        saved = _read_json(folder / "config.json").get("quantization_config", {})
+        mine = json.loads(config_of(self.model).to_json_string())
+        changed = sorted(name for name in mine if mine[name] != saved.get(name))
+        if changed:
+            raise ValueError(
+                f"{folder}: the checkpoint was trained with another StoMPPConfig; resume with the one it was started "
+                "with. Fields that differ, saved -> now: "
+                + "; ".join(f"{name}: {saved.get(name)!r} -> {mine[name]!r}" for name in changed)
+            )
+        callback = _read_json(folder / "trainer_state.json").get("stateful_callbacks", {})
+        attributes = callback.get(ProgressionCallback.__name__, {}).get("attributes", {})
+        seeds = attributes.get("seeds", self.seeds())
+        if seeds != self.seeds():
+            raise ValueError(
+                f"{folder}: the checkpoint was trained with other seeds, which order the data; resume with those it "
+                f"was started with. Saved -> now: {seeds} -> {self.seeds()}"
+            )
+        self._saved_progression = attributes.get("progression")
+        if self._saved_progression is None:
+            raise ValueError(
+                f"{folder}/trainer_state.json holds no progression: the checkpoint was not written by StoMPPTrainer"
+            )
+
+    # --- the model card --------------------------------------------------------------------------------------------
+
+    def progression_settings(self) -> dict[str, Any]:
+        """Settings of the progression that the model was trained with; nothing for a trainer that never trained."""
+        progression = self.progression_callback.progression
+        if progression is None:
+            return {}
+        names = [
+            *("progression_order", "progression_schedule", "progression_warmup", "progression_tail"),
+            *("progression_overlap", "refresh_period", "train_committed"),
+        ]
+        settings = {name: getattr(self.args, name) for name in names}
+        settings |= {"mask_seed": progression.seed, "units": len(progression.units)}
+        return {
+            **settings,
+            **self.distillation_settings(),
+            "optimizer steps": progression.total_steps,
+            "fully binary from step": progression.committed_step,
+        }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): the checkpoint is incomplete; use another one") from error
