@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .config import StoMPPConfig
 from .model.adapters import register_lora
 from .model.conversion import binarization_report, binarize, commit, pack, unpack
+from .version import __version__
 
 
 if TYPE_CHECKING:
@@ -20,14 +21,13 @@ if TYPE_CHECKING:
     from .training.trainer import StoMPPTrainer
 
 
-__version__ = "0.1.0.dev0"
-
 __all__ = [
     "MaskScheduler",
     "ProgressionCallback",
     "StoMPPConfig",
     "StoMPPTrainer",
     "StoMPPTrainingArguments",
+    "__version__",
     "binarization_report",
     "binarize",
     "commit",

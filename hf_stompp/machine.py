@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import transformers
 
+from .version import __version__
+
 
 def processor() -> dict[str, Any]:
     """Name and vector instructions of the processor, as the system tells them."""
@@ -30,9 +32,6 @@ def processor() -> dict[str, Any]:
 
 def surroundings() -> dict[str, Any]:
     """What a result file must say of where it was made: `machine` and `versions`."""
-    # The package is not complete yet where this module is imported.
-    import hf_stompp
-
     found = processor()
     return {
         "machine": {
@@ -46,7 +45,7 @@ def surroundings() -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "hf_stompp": hf_stompp.__version__,
+            "hf_stompp": __version__,
             "mkl": torch.backends.mkl.is_available(),
             "onednn": torch.backends.mkldnn.is_available(),
         },

@@ -32,7 +32,7 @@ def test_info_says_of_every_kernel_that_it_runs_or_why_it_does_not(capsys: pytes
     info = json.loads(capsys.readouterr().out)["cpu"]
     native = cpu.native_kernels()
     for kernel in cpu.KERNELS:
-        reason = native.unavailable(kernel) or "can run here, but another is faster"
+        reason = native.unavailable(kernel) or "can run here, but another is preferred"
         runs = kernel in (native.chosen(1), native.chosen(1 << 20))
         assert info["why_not"].get(kernel) == (None if runs else reason)
     assert info["runs"] and info["why_reference"] is None and Path(info["library"]).is_file()

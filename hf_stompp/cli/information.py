@@ -10,9 +10,8 @@ import accelerate
 import torch
 import transformers
 
-import hf_stompp
-
 from ..ops import build, cpu, cuda
+from ..version import __version__
 
 
 def information() -> dict[str, Any]:
@@ -24,7 +23,7 @@ def information() -> dict[str, Any]:
         compiler = str(error)
     return {
         "versions": {
-            "hf_stompp": hf_stompp.__version__,
+            "hf_stompp": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "accelerate": accelerate.__version__,
@@ -68,7 +67,7 @@ def _why_not(native: cpu.NativeKernels, kernel: str) -> str | None:
     """Why a kernel does not run; None if it does."""
     reason = native.unavailable(kernel)
     if reason is None and kernel not in (native.chosen(1), native.chosen(1 << 20)):
-        reason = "can run here, but " + (f"HF_STOMPP_CPU={native.kernel}" if native.kernel else "another is faster")
+        reason = "can run here, but " + (f"HF_STOMPP_CPU={native.kernel}" if native.kernel else "another is preferred")
     return reason
 
 

@@ -17,7 +17,9 @@ from transformers import PreTrainedModel
 from transformers.modelcard import TASK_TAG_TO_NAME_MAPPING, TrainingSummary, make_markdown_table
 
 from ..config import StoMPPConfig
+from ..machine import processor
 from ..reports.dynamics import NO_MEASURES
+from ..version import __version__
 from .modules import packed_modules
 from .report import BinarizationReport, report
 
@@ -251,16 +253,10 @@ def model_card(
             ("hyperparameter", "value"), ((summary.hyperparameters if summary else None) or {}).items()
         ),
         training_table=make_markdown_table(summary.eval_lines) if summary else "",
-        versions=f"- hf_stompp {_version()}\n- Transformers {transformers.__version__}\n- PyTorch {torch.__version__}",
+        versions=f"- hf_stompp {__version__}\n- Transformers {transformers.__version__}\n"
+        f"- PyTorch {torch.__version__}",
         citation=CITATION,
     )
-
-
-def _version() -> str:
-    # The package is not complete yet where this module is imported.
-    import hf_stompp
-
-    return hf_stompp.__version__
 
 
 def _several(value: Any) -> list[str]:
@@ -362,9 +358,6 @@ def _speed_table(speed: Sequence[Mapping[str, Any]]) -> str:
 
 def _machine(model: PreTrainedModel) -> str:
     """Where the model runs, in words."""
-    # The package is not complete yet where this module is imported.
-    from ..machine import processor
-
     dtype = str(model.dtype).removeprefix("torch.")
     if model.device.type == "cuda":
         return f"{torch.cuda.get_device_name(model.device)}, {dtype}"
