@@ -115,7 +115,9 @@ def test_three_ways_to_train_end_in_the_same_weights(
     assert same(model, own.model)
 
 
-@pytest.mark.parametrize("start", ["binarized", "loaded", "unpacked", "compiled", "head alone"])
+@pytest.mark.parametrize(
+    "start", ["binarized", "loaded", "unpacked", pytest.param("compiled", marks=pytest.mark.slow), "head alone"]
+)
 def test_training_that_nothing_advances_the_masks_of_is_told_once(
     latent: Callable, dataset: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture, start: str
 ) -> None:
@@ -423,6 +425,7 @@ def two_processes(rank: int, port: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_a_loop_in_several_processes_is_refused(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -89,6 +89,7 @@ def test_whole_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
         assert heading in printed
 
 
+@pytest.mark.slow
 def test_cpu_is_for_trials_alone(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, str(BENCHMARK), "--device", "cpu"], capture_output=True, text=True)
     assert result.returncode == 2 and "--quick" in result.stderr

@@ -271,6 +271,7 @@ def test_loss_and_gradients_on_bits_are_those_of_float64(committed: int, setting
             torch.testing.assert_close(found.grad.double(), expected.grad, rtol=1e-3, atol=1e-4 * scale + 1e-9)
 
 
+@pytest.mark.slow
 def test_compiled_training_equals_eager_as_units_commit() -> None:
     torch._dynamo.reset()
     eager, compiled = (initialized(make_model(hidden_dropout_prob=0.0)) for _ in range(2))

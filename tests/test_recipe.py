@@ -197,6 +197,7 @@ class TestMethods:
 
 
 class TestStages:
+    @pytest.mark.slow
     def test_the_float_stage_is_what_a_float_run_does(
         self, recipe: Callable, tiny_model: Callable, tmp_path: Path
     ) -> None:
@@ -282,6 +283,7 @@ class KillAfter(transformers.TrainerCallback):
 
 
 class TestRestart:
+    @pytest.mark.slow
     @pytest.mark.parametrize("stage", ["float", "cut"])
     @pytest.mark.parametrize("method", ["stompp", "ste"])
     def test_a_run_killed_within_an_epoch_gives_the_same_weights_when_started_again(
@@ -299,6 +301,7 @@ class TestRestart:
         for folder in ("float", ".", "packed"):
             assert_equal(weights(tmp_path / "whole" / folder), weights(tmp_path / "cut" / folder))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("method", ["float", "stompp_ste"])
     def test_a_run_killed_after_its_last_step_takes_no_more(
         self, method: str, recipe: Callable, tiny_model: Callable, tmp_path: Path

@@ -176,6 +176,7 @@ def test_compiled_bert_packs_each_tensor_once(tiny_packed, tiny_inputs, fused, c
     assert bits == [torch.uint8 if on else torch.float32] * 3
 
 
+@pytest.mark.slow
 def test_compiled_fused_model_takes_other_batches_without_a_recompilation(
     tiny_packed, tiny_inputs, fused, compiled, graphs
 ) -> None:

@@ -153,6 +153,7 @@ def examples(folder: Path, count: int) -> Path:
     return folder / "dev.csv"
 
 
+@pytest.mark.slow
 def test_command_prints_a_table_a_suggestion_that_binarize_takes_and_a_picture(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -187,6 +188,7 @@ def test_command_prints_a_table_a_suggestion_that_binarize_takes_and_a_picture(
         assert "--keep needs the costs of single layers in both modes" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_suggestion_for_a_number_of_bytes_makes_a_file_that_fits(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -431,6 +431,7 @@ def test_resuming_with_another_seed_of_the_data_is_refused(
         make_trainer(tmp_path, **started_with, **changed).train(resume_from_checkpoint=str(checkpoint))
 
 
+@pytest.mark.slow
 def test_callbacks_restored_from_a_checkpoint_go_on_like_those_that_were_not(tmp_path: Path) -> None:
     whole = make_trainer(tmp_path / "whole")
     whole.train()
@@ -526,6 +527,7 @@ def test_a_checkpoint_of_another_trainer_is_refused(tmp_path: Path) -> None:
         make_trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))
 
 
+@pytest.mark.slow
 def test_gamma_and_beta_of_an_old_checkpoint_survive_resuming(tmp_path: Path) -> None:
     old = tmp_path / "old"
     make_model().save_pretrained(old)
@@ -581,7 +583,7 @@ def test_accumulated_micro_batches_give_the_loss_of_one_batch(tmp_path: Path) ->
         {"bf16": True},
         {CHECKPOINTING: True},
         {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}},
-        {"torch_compile": True, "torch_compile_backend": "eager"},
+        pytest.param({"torch_compile": True, "torch_compile_backend": "eager"}, marks=pytest.mark.slow),
         {"optim": "sgd"},
         {"max_grad_norm": 0.0},
     ],
@@ -599,6 +601,7 @@ def test_trains_to_a_packable_model_with(tmp_path: Path, arguments: dict[str, An
     )
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_changes_no_weight(tmp_path: Path) -> None:
     states = []
     for name, arguments in {"plain": {}, "checkpointed": {CHECKPOINTING: True}}.items():
@@ -608,6 +611,7 @@ def test_activation_checkpointing_changes_no_weight(tmp_path: Path) -> None:
     assert_same_state(*states)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_not_recompiled_as_masks_grow(tmp_path: Path) -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
@@ -640,6 +644,7 @@ class FailsOnLargeBatches(BertForSequenceClassification):
         return super().forward(input_ids=input_ids, labels=labels, **kwargs)
 
 
+@pytest.mark.slow
 def test_auto_find_batch_size_starts_again_with_empty_masks(tmp_path: Path) -> None:
     model = binarize(FailsOnLargeBatches(make_model().config), StoMPPConfig())
     recorder = Recorder(masks_of)
@@ -662,6 +667,7 @@ def test_a_packed_model_is_evaluated_but_not_trained(tmp_path: Path) -> None:
         packed.train()
 
 
+@pytest.mark.slow
 def test_an_unpacked_model_trains_on(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, max_steps=6)
     trainer.train()
@@ -762,6 +768,7 @@ def test_freezing_everything_without_a_gradient_is_refused(tmp_path: Path) -> No
         make_trainer(tmp_path, "none", progression_schedule="immediate").train()
 
 
+@pytest.mark.slow
 def test_a_failed_resume_leaves_the_checkpoints(tmp_path: Path) -> None:
     checkpoint = saved_run(tmp_path)
     copied = tmp_path / "copy"

@@ -17,6 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from ..model.integrity import checkpoint_files, last_whole_checkpoint, tensor_digest, verify_files
 from ..model.modules import config_of, frozen_counts, fully_binary, masked_modules, packed_modules
 from ..nn import MaskedBinaryActivation
+from ..reports.dynamics import ALL_UNITS, FRACTION_PREFIX
 from .arguments import StoMPPTrainingArguments
 from .callbacks import ProgressionCallback, UnitProgressCallback, refuse_another
 from .distilling import DistillingTrainer
@@ -366,9 +367,9 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, PushingTrainer):
     def _frozen_fractions(self) -> dict[str, float]:
         counts = frozen_counts(self.model, config_of(self.model))
         frozen, entries = (sum(column) for column in zip(*counts.values(), strict=True))
-        units = {f"frozen_fraction/{unit}": count / size for unit, (count, size) in counts.items()}
+        units = {f"{FRACTION_PREFIX}{unit}": count / size for unit, (count, size) in counts.items()}
         # Under no name that begins another's: MLflow's file store keeps a metric in a file of that name.
-        return {"frozen_fraction/all": frozen / entries} | units
+        return {f"{FRACTION_PREFIX}{ALL_UNITS}": frozen / entries} | units
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
 

@@ -185,6 +185,7 @@ def test_texts_are_cut_into_sentences_and_to_a_number_and_a_length(
     assert result["examples"] == {"train": 20, "validation": 20}
 
 
+@pytest.mark.slow
 def test_a_latent_encoder_goes_on_with_pairs_and_stays_binary(
     encoder: str, corpus: str, tmp_path: Path, printed: Callable
 ) -> None:

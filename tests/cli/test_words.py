@@ -87,6 +87,7 @@ def pieces(tags: list[str]) -> set[tuple[int, int, str]]:
     return {(found.start(), found.end() - 1, "ODD") for found in re.finditer("BI*", letters)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
 def test_tags_are_learned_measured_and_packed(
     encoder: str, files: Callable, tmp_path: Path, printed: Callable, suffix: str

@@ -129,7 +129,7 @@ def write_sst2(folder: Path, **labels: list[int]) -> None:
 def check_common_fields(summary: dict[str, Any], output_dir: Path) -> None:
     assert json.loads((output_dir / "summary.json").read_text(encoding="utf-8")) == summary
     assert set(summary) >= {"task", "method", "seed", "model", "mode", "config", "progression", "examples", "steps"}
-    assert set(summary["versions"]) == {"torch", "transformers", "hf_stompp", "python"}
+    assert {"torch", "transformers", "hf_stompp", "python"} <= set(summary["versions"])
     assert set(summary["machine"]) == {"platform", "cpu", "threads", "accelerator"}
     assert summary["milliseconds_per_batch"]["batch_size"] == 8
     assert summary["command"].startswith("run_glue.py --model_name_or_path")
@@ -258,6 +258,7 @@ def test_example_configs_are_understood(run_glue, file):
     assert not Path(model_args.model_name_or_path).is_absolute()
 
 
+@pytest.mark.slow
 def test_unlabelled_texts_are_answered_by_the_teacher(run_glue, arguments, own_files, tmp_path):
     run_glue.main(arguments("do_train", method="float", **own_files))
     start = {**own_files, "model_name_or_path": tmp_path / "output", "method": "ste", "max_steps": -1}
