@@ -203,7 +203,7 @@ def training_arguments(arguments: argparse.Namespace, asked: RecipeArguments, fo
     """The Trainer's arguments: those of the command, then those of the method."""
     is_float = asked.method == "float"
     rate = arguments.float_learning_rate if is_float else arguments.learning_rate
-    given = {"num_train_epochs": arguments.epochs, "learning_rate": rate}
+    given = {"num_train_epochs": arguments.epochs, "learning_rate": rate, "distillation_losses": arguments.losses}
     given = {name: value for name, value in given.items() if value is not None}
     args = StoMPPTrainingArguments(
         output_dir=str(folder),
@@ -254,6 +254,11 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     if asked.teacher == "float" and not (knows_classes or arguments.float_epochs):
         # Its head may have been trained for other classes.
         asked.teacher = "none"
+    if arguments.losses is not None and asked.teacher == "none":
+        raise CommandError(
+            "--losses say what is learned from a teacher, and there is none: give --float_epochs or --teacher MODEL, "
+            "or drop --losses"
+        )
     of_words = problem_type == TOKENS
     train_set, validation_set = (
         tokenized(examples, model_labels(examples, model.config, problem_type), tokenizer, length, of_words)

@@ -9,6 +9,7 @@ from typing import Any
 from ..config import CHOICES
 from ..data.tables import READERS
 from ..data.text import LINES
+from ..training.distillation import DEFAULT_LOSSES, LABELS, LOSSES
 from ..training.methods import BINARY_DEFAULTS, FLOAT_DEFAULTS, METHODS, Method
 from .examples import PROBLEM_TYPES, SEPARATOR
 from .options import add_command, add_modes, add_word_embeddings, count, option, positive, run_of, share
@@ -22,6 +23,11 @@ def _add_method(how: Any, methods: Mapping[str, Method], default: str) -> None:
         "--mode", choices=CHOICES["mode"], help="bnn (default): 1-bit weights and activations; bwn: weights"
     )
     add_modes(how)
+
+
+def _add_losses(how: Any, default: str) -> None:
+    """What is learned from the teacher."""
+    option(how, "--losses", metavar="JSON", help=f"a weight for each loss: {', '.join(LOSSES)} (default: {default})")
 
 
 def _add_machine(how: Any) -> None:
@@ -82,6 +88,7 @@ def add_train(commands: Any) -> None:
         help="what to distil from: float (default): the float model that is binarized, if its head is trained; none; "
         "or a folder or name of a model that was fine-tuned on this task",
     )
+    _add_losses(how, f"{' and '.join(DEFAULT_LOSSES)}, each 1; {LABELS} is the task's own")
     epochs, rate = BINARY_DEFAULTS["num_train_epochs"], BINARY_DEFAULTS["learning_rate"]
     how.add_argument("--epochs", type=positive, metavar="N", help=f"of training (default: {epochs:g})")
     option(how, "--float_epochs", type=positive, metavar="N", help="of fine-tuning in float before (default: none)")
@@ -147,13 +154,7 @@ def add_distill(commands: Any) -> None:
     _add_method(how, methods, "stompp_ste, and ste with --student")
     option(how, "--student", metavar="LATENT", help="go on from OUTPUT/latent of an earlier run (default: from MODEL)")
     add_word_embeddings(how)
-    option(
-        how,
-        "--losses",
-        metavar="JSON",
-        help="a weight for each loss (default: normalized_hidden_states, and mean_embeddings or cls_embeddings for a "
-        "sentence encoder, each 1)",
-    )
+    _add_losses(how, "normalized_hidden_states, and mean_embeddings or cls_embeddings for a sentence encoder, each 1")
     length = how.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=positive, default=1.0, metavar="N", help="of training (default: 1)")
     option(length, "--max_steps", type=count, metavar="N", help="optimizer steps instead")

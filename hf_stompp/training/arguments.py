@@ -9,12 +9,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from .distillation import LABELS, LOSSES, check_losses
+from .distillation import DEFAULT_LOSSES, LABELS, LOSSES, check_losses
 from .progression import ORDERS, SCHEDULES, steps_of
-
-
-DEFAULT_LOSSES = {"logits": 1.0, "normalized_hidden_states": 1.0}
-"""What a student learns from its teacher unless told otherwise."""
 
 
 @dataclass

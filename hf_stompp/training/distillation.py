@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from ..config import StoMPPConfig
+
+
+if TYPE_CHECKING:
+    # The command line reads the tables here for its --help.
+    from transformers import PreTrainedModel
 
 
 def logits_loss(
@@ -180,6 +184,9 @@ LOSSES: dict[str, Callable[[Any, Any, Comparison], Tensor]] = {
 Distillation loss by name: `(student's outputs, teacher's outputs, comparison) -> loss ()`. The outputs are those of a
 Transformers model.
 """
+
+DEFAULT_LOSSES = {"logits": 1.0, "normalized_hidden_states": 1.0}
+"""What a student learns from its teacher unless told otherwise."""
 
 LABELS = "labels"
 """Name of the model's own loss, on the labels, beside those of [`LOSSES`]."""

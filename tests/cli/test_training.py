@@ -116,6 +116,20 @@ def test_json_is_all_that_is_printed(float_model: str, files: list[str], tmp_pat
     assert result["bytes"]["packed"] < result["bytes"]["float"]
 
 
+def test_losses_are_those_asked_for(
+    float_model: str, files: list[str], tmp_path: Path, printed: Callable, refused: Callable
+) -> None:
+    losses = {"logits": 0.5, "attentions": 2.0}
+    words = [float_model, tmp_path / "run", *files, *SHORT, "--epochs", 3, "--losses", json.dumps(losses)]
+    printed("train", *words, "--float_epochs", 1)
+    settings = json.loads((tmp_path / "run" / "run_settings.json").read_text())
+    assert settings["progression"]["distillation_losses"] == losses
+    words[1] = tmp_path / "other"
+    assert "there is none: give --float_epochs" in refused("train", *words, "--teacher", "none")
+    assert "is no JSON" in refused("train", *words[:-1], "{logits", "--float_epochs", 1)
+    assert not words[1].exists()
+
+
 def test_method_says_gradient_and_schedule(
     float_model: str, files: list[str], tmp_path: Path, printed: Callable
 ) -> None:
