@@ -1,4 +1,4 @@
-"""Native libraries: where those that are built on first use are kept, and how they come there."""
+"""Native libraries: where those that are built on first use are kept, how they come there, and what they are given."""
 
 from __future__ import annotations
 
@@ -7,8 +7,24 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import torch
 from filelock import FileLock
+from torch import Tensor
+
+
+# enum hf_stompp_dtype; and enum hf_stompp_cuda_dtype, which has the floats alone.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
+
+
+def field(value: Any) -> Any:
+    """A value as a field of a record, which has 64 bits: the address of a dense tensor, the number of a dtype."""
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    if isinstance(value, torch.dtype):
+        return DTYPES[value]
+    return 0 if value is None else value
 
 
 def cache_folder() -> Path:
