@@ -42,6 +42,8 @@ class Operator:
         result = self.meta(*arguments)
         kernels = find_kernels(arguments[0])
         if kernels is None or entry is None or (self.takes is not None and not self.takes(*arguments)):
+            # Its memory is free again while the reference runs.
+            del result
             return self.reference(*arguments)
         return entry(kernels, result, *arguments)
 
