@@ -168,7 +168,7 @@ def _on_cpu(kernels: NativeKernels, result: tuple[Tensor, ...], *arguments: Any)
     outputs = passes, upper, None, output, None
     number = SURROGATES[surrogate].number
     record = value, pre_activation, value.dtype, mask, *levels, number, rows, features, *outputs
-    kernels.call("masked_activation", _CPU_RECORD, *record)
+    kernels.call(kernels.native.hf_stompp_masked_activation, _CPU_RECORD, *record)
     return result
 
 
@@ -178,7 +178,7 @@ def _grad_on_cpu(
     rows, features = grad.shape[:-1].numel(), grad.shape[-1]
     levels = (None,) * 6
     record = None, None, grad.dtype, mask, *levels, 0, rows, features, passes, upper, grad, *result
-    kernels.call("masked_activation", _CPU_RECORD, *record)
+    kernels.call(kernels.native.hf_stompp_masked_activation, _CPU_RECORD, *record)
     return result
 
 

@@ -8,14 +8,14 @@ import platform
 import struct
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import build
-from .native import check_origin, field, open_or_build
+from .native import call, check_origin, open_or_build
 
 
 ABI_VERSION = 4
@@ -122,12 +122,9 @@ class NativeKernels:
         """Whether the library was built with OpenMP."""
         return bool(self.native.hf_stompp_has_threads())
 
-    def call(self, function: str, layout: struct.Struct, *fields: Any) -> None:
-        """Runs `hf_stompp_<function>` on a record of kernel, threads, and [`~hf_stompp.ops.native.field`]s."""
-        # Names, so that a copy made here lives until the call returns.
-        dense = [value.contiguous() if isinstance(value, Tensor) else value for value in fields]
-        record = layout.pack(self.number, torch.get_num_threads(), *map(field, dense))
-        check_status(getattr(self.native, f"hf_stompp_{function}")(record))
+    def call(self, function: Callable[[bytes], int], layout: struct.Struct, *fields: Any) -> None:
+        """Calls a function of the library on kernel, threads, and these fields, see [`~hf_stompp.ops.native.call`]."""
+        check_status(call(function, layout, (self.number, torch.get_num_threads(), *fields)))
 
 
 def check_status(status: int) -> None:

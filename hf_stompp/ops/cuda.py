@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import build, eight_bit
-from .native import check_origin, field, open_or_build
+from .native import call, check_origin, open_or_build
 
 
 logger = logging.getLogger(__name__)
@@ -158,12 +158,9 @@ class NativeKernels:
         index = self.native.hf_stompp_cuda_chosen(self.index, rows, in_features, out_features)
         return None if index < 0 else KERNELS[index]
 
-    def call(self, function: str, layout: struct.Struct, place: torch.device, *fields: Any) -> None:
-        """Runs `hf_stompp_cuda_<function>` on a record of device, stream, and [`~hf_stompp.ops.native.field`]s."""
-        # Names, so that a copy made here lives until the call returns.
-        dense = [value.contiguous() if isinstance(value, Tensor) else value for value in fields]
-        record = layout.pack(self.index, self._stream(place), *map(field, dense))
-        self._check(getattr(self.native, f"hf_stompp_cuda_{function}")(record))
+    def call(self, function: Callable[[bytes], int], layout: struct.Struct, place: torch.device, *fields: Any) -> None:
+        """Calls a function of the library on device, stream, and these fields, see [`~hf_stompp.ops.native.call`]."""
+        self._check(call(function, layout, (self.index, self._stream(place), *fields)))
 
     def _check(self, status: int) -> None:
         if status != 0:

@@ -77,7 +77,7 @@ def _sign_product_on_cpu(
     kernels: NativeKernels, output: Tensor, packed_weight: Tensor, in_features: int, vector: Tensor, transposed: bool
 ) -> Tensor:
     record = packed_weight, packed_weight.shape[0], in_features, transposed, vector, output
-    kernels.call("sign_product", _CPU_RECORD, *record)
+    kernels.call(kernels.native.hf_stompp_sign_product, _CPU_RECORD, *record)
     return output
 
 
@@ -89,7 +89,7 @@ def _sign_product_on_cuda(on: cuda.Device, output: Tensor, *arguments: Any) -> T
 
     def launch(native: cuda.NativeKernels) -> Tensor:
         record = packed_weight, packed_weight.shape[0], in_features, transposed, vector, output
-        native.call("sign_product", _CUDA_PRODUCT, vector.device, *record)
+        native.call(native.native.hf_stompp_cuda_sign_product, _CUDA_PRODUCT, vector.device, *record)
         return output
 
     return on.attempt(launch, lambda: sign_product(*arguments))
@@ -199,7 +199,7 @@ def _fold_on_cuda(on: cuda.Device, result: tuple[Tensor, Tensor], *levels: Any) 
         floats = [None if level is None else level.float() for level in (row_scale, offset, amplitude, bias)]
         sizes = packed_weight.shape[0], in_features
         record = packed_weight, *sizes, *floats[:2], offset.dim(), *floats[2:], *result
-        native.call("fold", _CUDA_FOLDING, packed_weight.device, *record)
+        native.call(native.native.hf_stompp_cuda_fold, _CUDA_FOLDING, packed_weight.device, *record)
         return result
 
     def product(*arguments: Any) -> Tensor:

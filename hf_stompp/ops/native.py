@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,31 @@ from torch import Tensor
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 
 
-def field(value: Any) -> Any:
-    """A value as a field of a record, which has 64 bits: the address of a dense tensor, the number of a dtype."""
-    if isinstance(value, Tensor):
-        return value.data_ptr()
-    if isinstance(value, torch.dtype):
-        return DTYPES[value]
-    return 0 if value is None else value
+_NUMBERS: dict[Any, int] = {None: 0, **DTYPES}
+
+
+def call(function: Callable[[bytes], int], layout: struct.Struct, fields: Iterable[Any]) -> int:
+    """
+    Calls a function of a library on a record, whose fields have 64 bits.
+
+    Args:
+        function (`Callable`).
+        layout (`struct.Struct`): of the record.
+        fields: numbers; dtypes, which have one; tensors, for the address of their elements (of a copy, where they are
+            not dense); None for the address NULL.
+
+    Returns:
+        `int`: the status.
+    """
+    numbers, dense = [], []
+    for value in fields:
+        if isinstance(value, Tensor):
+            # A copy must live until the call returns.
+            dense.append(value.contiguous())
+            numbers.append(dense[-1].data_ptr())
+        else:
+            numbers.append(_NUMBERS.get(value, value))
+    return function(layout.pack(*numbers))
 
 
 def cache_folder() -> Path:

@@ -103,7 +103,7 @@ def _on_cuda(on: cuda.Device, result: tuple[Tensor, Tensor], input: Tensor, *set
         inputs = cuda.aligned(input), cuda.aligned(residual), input.dtype
         parameters = cuda.aligned(weight), cuda.aligned(bias), weight.dtype, epsilon, cuda.aligned(threshold)
         record = *inputs, *parameters, rows, features, *result
-        native.call("layer_norm_sign", _CUDA_RECORD, input.device, *record)
+        native.call(native.native.hf_stompp_cuda_layer_norm_sign, _CUDA_RECORD, input.device, *record)
         return result
 
     def in_two_steps() -> tuple[Tensor, Tensor]:

@@ -216,8 +216,7 @@ def _on_cpu(
     output_threshold: Tensor | None = None,
     activation_bits: int = 1,
 ) -> Tensor:
-    # Written out, unlike other records: with one row, most of the time is the call. Names, so that a copy made here
-    # lives until it returns.
+    # Written out: with one row, most of the time is the call. Names, so that a copy made here lives until it returns.
     input, packed_weight, scale = input.contiguous(), packed_weight.contiguous(), scale.contiguous()
     threshold = None if threshold is None else threshold.contiguous()
     bias = None if bias is None else bias.contiguous()
@@ -267,7 +266,8 @@ def _launch(
     operands = native.number, cuda.aligned(bits), cuda.aligned(packed_weight), scale, bias
     sizes = bits.shape[:-1].numel(), in_features, packed_weight.shape[0]
     outputs = (None, dtype, result) if result.dtype == torch.uint8 else (result, dtype, None)
-    native.call("binary_linear", _CUDA_RECORD, bits.device, *operands, *sizes, *outputs, output_threshold)
+    record = *operands, *sizes, *outputs, output_threshold
+    native.call(native.native.hf_stompp_cuda_binary_linear, _CUDA_RECORD, bits.device, *record)
     return result
 
 
@@ -280,9 +280,10 @@ def unpack_on_cuda(on: cuda.Device, bits: Tensor, features: int, dtype: torch.dt
     """See [`~hf_stompp.ops.eight_bit.unpack`]: int8 or float8."""
 
     def launch(native: cuda.NativeKernels) -> Tensor:
-        signs = bits.new_empty((bits.shape[0], 8 * bits.shape[1]), dtype=dtype)
-        native.call("unpack_signs", _UNPACKING, bits.device, bits, bits.shape[0], features, signs, _SIGNS[dtype])
-        return signs
+        unpacked = bits.new_empty((bits.shape[0], 8 * bits.shape[1]), dtype=dtype)
+        record = bits, bits.shape[0], features, unpacked, _SIGNS[dtype]
+        native.call(native.native.hf_stompp_cuda_unpack_signs, _UNPACKING, bits.device, *record)
+        return unpacked
 
     return on.attempt(launch, lambda: eight_bit.unpack(bits, features, dtype))
 

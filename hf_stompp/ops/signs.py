@@ -9,7 +9,8 @@ from torch import Tensor
 
 from . import cuda
 from .bits import at_least, empty_bits, pack_bools
-from .cpu import NativeKernels
+from .cpu import NativeKernels, check_status
+from .native import DTYPES
 from .operators import check_rows, check_vector, declare
 
 
@@ -49,8 +50,21 @@ _CPU_RECORD = struct.Struct("9q")  # struct hf_stompp_packing
 
 
 def _on_cpu(kernels: NativeKernels, result: Packing, input: Tensor, threshold: Tensor | None = None) -> Packing:
-    rows, features = result[1].numel(), input.shape[-1]
-    kernels.call("pack_sign", _CPU_RECORD, input, input.dtype, threshold, rows, features, *result)
+    # Written out: with one row, most of the time is the call. Names, so that a copy made here lives until it returns.
+    input, threshold = input.contiguous(), None if threshold is None else threshold.contiguous()
+    bits, popcounts = result
+    record = _CPU_RECORD.pack(
+        kernels.number,
+        torch.get_num_threads(),
+        input.data_ptr(),
+        DTYPES[input.dtype],
+        0 if threshold is None else threshold.data_ptr(),
+        popcounts.numel(),
+        input.shape[-1],
+        bits.data_ptr(),
+        popcounts.data_ptr(),
+    )
+    check_status(kernels.native.hf_stompp_pack_sign(record))
     return result
 
 
@@ -59,9 +73,8 @@ _CUDA_RECORD = struct.Struct("9q")  # struct hf_stompp_cuda_packing
 
 def on_cuda(on: cuda.Device, result: Packing, input: Tensor, threshold: Tensor | None = None) -> Packing:
     def launch(native: cuda.NativeKernels) -> Packing:
-        rows, features = result[1].numel(), input.shape[-1]
-        record = input, input.dtype, threshold, rows, features, *result
-        native.call("pack_sign", _CUDA_RECORD, input.device, *record)
+        record = input, input.dtype, threshold, result[1].numel(), input.shape[-1], *result
+        native.call(native.native.hf_stompp_cuda_pack_sign, _CUDA_RECORD, input.device, *record)
         return result
 
     return on.attempt(launch, lambda: pack_sign(input, threshold))

@@ -157,7 +157,7 @@ def _on_cpu(kernels: NativeKernels, output: Tensor, *arguments: Any) -> Tensor:
     weight, mask, scale, clip, dtype = arguments
     rows, columns = scale.numel(), weight.shape[-1]
     record = weight, weight.dtype, mask, scale, clip, clip, rows, columns, None, 0, output, dtype
-    kernels.call("masked_weight", _CPU_RECORD, *record)
+    kernels.call(kernels.native.hf_stompp_masked_weight, _CPU_RECORD, *record)
     return output
 
 
@@ -165,7 +165,7 @@ def _grad_on_cpu(kernels: NativeKernels, output: Tensor, *arguments: Any) -> Ten
     grad, weight, mask, scale, clip, surrogate, window = arguments
     rows, columns, number = scale.numel(), weight.shape[-1], SURROGATES[surrogate].number
     record = weight, weight.dtype, mask, scale, clip, window, rows, columns, grad, number, output, grad.dtype
-    kernels.call("masked_weight", _CPU_RECORD, *record)
+    kernels.call(kernels.native.hf_stompp_masked_weight, _CPU_RECORD, *record)
     return output
 
 

@@ -654,8 +654,8 @@ def calls_of(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
     calls: list[str] = []
     call = cuda.NativeKernels.call
 
-    def counted(self: cuda.NativeKernels, function: str, *record: Any) -> None:
-        calls.extend([name] if function == name else [])
+    def counted(self: cuda.NativeKernels, function: Any, *record: Any) -> None:
+        calls.extend([name] if function.__name__ == f"hf_stompp_cuda_{name}" else [])
         call(self, function, *record)
 
     monkeypatch.setattr(cuda.NativeKernels, "call", counted)

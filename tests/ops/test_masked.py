@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from hf_stompp.ops import SURROGATES as SURROGATES_TABLE
 from hf_stompp.ops import cpu
 from hf_stompp.ops.operators import on_kernels
+from hf_stompp.ops.weights import Surrogate
 
 
 Outputs = tuple[Tensor, ...]
@@ -983,3 +985,16 @@ def test_bits_of_the_value_fit_its_gradient() -> None:
     output, passes, upper = torch.ops.hf_stompp.masked_activation(**arguments)
     grad, sums = torch.ops.hf_stompp.masked_activation_grad(output, passes, upper, arguments["mask"])
     assert grad.shape == output.shape and sums.shape == (3, COLUMNS)
+
+
+def test_surrogate_that_kernels_do_not_know_runs_in_plain_pytorch(
+    native_kernel: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SURROGATES_TABLE, "all", Surrogate(lambda mask, inside: inside | ~inside))
+    for op in ("masked_weight_grad", "masked_activation"):
+        arguments = simple(op) | {"surrogate": "all"}
+        outputs = as_tuple(getattr(native_kernel, op)(*arguments.values()))
+        for actual, expected in zip(outputs, as_tuple(getattr(reference, op)(*arguments.values())), strict=True):
+            assert same(actual, expected)
+    passed = native_kernel.masked_weight_grad(*(simple("masked_weight_grad") | {"surrogate": "all"}).values())
+    assert same(passed, simple("masked_weight_grad")["grad"].to(passed.dtype))
