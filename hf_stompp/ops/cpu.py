@@ -48,13 +48,12 @@ def open_library(path: Path) -> ctypes.CDLL:
     """
     native = ctypes.CDLL(str(path))
     check_origin(native, "hf_stompp", ABI_VERSION, build.source_hash())
+    # The others take a record, and bytes are passed as a pointer.
     native.hf_stompp_unavailable.argtypes = [ctypes.c_int]
     native.hf_stompp_unavailable.restype = ctypes.c_char_p
     native.hf_stompp_chosen.argtypes = [ctypes.c_int, ctypes.c_int64]
     native.hf_stompp_limit.argtypes = [ctypes.c_int, ctypes.c_int64]
     native.hf_stompp_limit.restype = ctypes.c_int64
-    for name in ("pack_sign", "binary_linear", "masked_weight", "masked_activation", "sign_product"):
-        getattr(native, f"hf_stompp_{name}").argtypes = [ctypes.c_char_p]
     return native
 
 

@@ -59,12 +59,11 @@ def open_library(path: Path) -> ctypes.CDLL:
     """
     native = ctypes.CDLL(str(path))
     check_origin(native, "hf_stompp_cuda", ABI_VERSION, build.cuda_source_hash())
+    # The others take a record, and bytes are passed as a pointer.
     native.hf_stompp_cuda_message.restype = ctypes.c_char_p
     native.hf_stompp_cuda_check.argtypes = [ctypes.c_int64]
     native.hf_stompp_cuda_has_kernel.argtypes = [ctypes.c_int64] * 2
     native.hf_stompp_cuda_chosen.argtypes = [ctypes.c_int64] * 4
-    for name in ("pack_sign", "unpack_signs", "binary_linear", "layer_norm_sign", "sign_product", "fold"):
-        getattr(native, f"hf_stompp_cuda_{name}").argtypes = [ctypes.c_char_p]
     return native
 
 

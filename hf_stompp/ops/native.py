@@ -18,7 +18,6 @@ from torch import Tensor
 # enum hf_stompp_dtype; and enum hf_stompp_cuda_dtype, which has the floats alone.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 
-
 _NUMBERS: dict[Any, int] = {None: 0, **DTYPES}
 
 
