@@ -16,14 +16,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from hf_stompp.benchmark import SHAPES
 from hf_stompp.machine import surroundings
 from hf_stompp.ops import binary_linear, cpu, pack_bits
+from hf_stompp.ops.operators import on_kernels
 
 
 CPP_OPERATOR_MICROSECONDS = 3.2
@@ -40,19 +43,27 @@ def microseconds(function: Callable[[], Any], samples: int = 9, calls: int = 700
     return 1e6 * best
 
 
+def record_of(native: cpu.NativeKernels, *arguments: Any) -> tuple[bytes, Tensor]:
+    """What `binary_linear` gives to the native function, and the output that it tells the function to write."""
+    kept: list[bytes] = []
+
+    def keep(record: bytes) -> int:
+        kept.append(record)
+        return 0
+
+    kernels = SimpleNamespace(number=native.number, native=SimpleNamespace(hf_stompp_binary_linear=keep))
+    output = on_kernels("cpu", kernels).binary_linear(*arguments)
+    return kept[0], output
+
+
 @torch.inference_mode()
 def measure_shape(native: cpu.NativeKernels, in_features: int, out_features: int) -> dict[str, float]:
     input, weight = torch.randn(1, in_features), torch.randn(out_features, in_features)
     bias, scale, threshold = torch.randn(out_features), torch.rand(out_features), torch.zeros(in_features)
-    packed, output = pack_bits(weight), torch.empty(1, out_features)
-
-    def record(rows: int) -> bytes:
-        pointers = [t.data_ptr() for t in (threshold, packed, scale, bias)]
-        shape = rows, in_features, out_features
-        return cpu._product(-1, 1, input.data_ptr(), 0, *pointers, *shape, output.data_ptr(), 0, 0, 0)
-
-    one, none, function = record(1), record(0), native.native.hf_stompp_binary_linear
-    layer = threshold, packed, in_features, scale, bias, torch.float32
+    layer = threshold, pack_bits(weight), in_features, scale, bias, torch.float32
+    function = native.native.hf_stompp_binary_linear
+    (one, output), (none, _) = (record_of(native, input[:rows], *layer) for rows in (1, 0))
+    assert function(one) == 0 and torch.equal(output, binary_linear(input, *layer))
     return {
         "fp32": microseconds(lambda: F.linear(input, weight, bias)),
         "operator": microseconds(lambda: binary_linear(input, *layer)),

@@ -27,6 +27,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ from hf_stompp.ops import (
     packed_bytes,
     plus_minus_one,
 )
+from hf_stompp.ops.operators import on_kernels
 
 
 MODES = ("graph_rotated", "graph_warm", "eager_rotated", "eager_warm")
@@ -380,16 +382,17 @@ def add_floors(found: dict[str, Any], unit: str | None, ceilings: dict[str, Any]
     }
 
 
-def forced_kernels(run: Run) -> dict[str, cuda.NativeKernels]:
-    """Each kernel that runs on the device, by name."""
+def forced_kernels(run: Run) -> dict[str, SimpleNamespace]:
+    """The operators on each kernel that runs on the device, by name."""
     if not run.is_gpu:
         return {}
     native = cuda.device(run.device).native
     if native is None:
         return {}
-    return {
-        name: cuda.NativeKernels(native.native, native.index, name) for name in cuda.KERNELS if native.has_kernel(name)
-    }
+    kernels = (
+        cuda.NativeKernels(native.native, native.index, name) for name in cuda.KERNELS if native.has_kernel(name)
+    )
+    return {str(one.kernel): on_kernels("cuda", cuda.Device(one, "bits", forced=True)) for one in kernels}
 
 
 def chosen_kernel(run: Run, rows: int, in_features: int, out_features: int) -> str:
@@ -473,9 +476,9 @@ class Linear:
             t = self.sets[i]
             return binary_linear_sign(t["bits"], None, *packed(t), t["threshold"])
 
-        def forced(kernel: cuda.NativeKernels, i: int) -> Tensor:
+        def forced(kernel: SimpleNamespace, i: int) -> Tensor:
             t = self.sets[i]
-            return kernel.binary_linear(t["bits"], *packed(t))
+            return kernel.binary_linear(t["bits"], None, *packed(t))
 
         parameters, product_moved = 8 * n, bits + weight_bits + 8 * n + 2 * m * n
         variants = {

@@ -66,6 +66,12 @@ def run_cases(cuda: Any, native: Any) -> int:
     """
     import torch
 
+    from hf_stompp.ops import pack_bits, products
+    from hf_stompp.ops.operators import on_kernels
+
+    # Its errors are not passed over.
+    device = cuda.Device(native, "bits", forced=True)
+    operators = on_kernels("cuda", device)
     generator = torch.Generator().manual_seed(0)
     count = 0
 
@@ -74,18 +80,18 @@ def run_cases(cuda: Any, native: Any) -> int:
         return torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
 
     def draw_bits(rows: int, features: int) -> torch.Tensor:
-        return cuda.reference.pack_bits(torch.randn(rows, features, generator=generator)).to(DEVICE)
+        return pack_bits(torch.randn(rows, features, generator=generator)).to(DEVICE)
 
     floats = (torch.float32, torch.bfloat16, torch.float16)
     for dtype, (rows, features), thresholds in itertools.product(
         floats, [(1, 7), (9, 64), (17, 257), (65, 768)], [False, True]
     ):
-        native.pack_sign(draw(rows, features, dtype=dtype), draw(features) if thresholds else None)
+        operators.pack_sign(draw(rows, features, dtype=dtype), draw(features) if thresholds else None)
         count += 1
     for dtype, (rows, features) in itertools.product(
         (torch.int8, torch.float8_e4m3fn), [(1, 7), (9, 64), (65, 257), (3, 768)]
     ):
-        native.unpack(draw_bits(rows, features), features, dtype)
+        products.unpack_on_cuda(device, draw_bits(rows, features), features, dtype)
         count += 1
     # 65: less than a step of 256 features. 1024, 768 and 1280: whole stages of four, three and one of them.
     sizes = itertools.product([65, 768, 1024, 1280], [(1, 1), (65, 129), (130, 264), (128, 256)])
@@ -95,24 +101,25 @@ def run_cases(cuda: Any, native: Any) -> int:
         for name in cuda.KERNELS:
             if not native.has_kernel(name):
                 continue
-            forced = cuda.NativeKernels(native.native, native.index, name, native._stream)
+            kernel = cuda.NativeKernels(native.native, native.index, name, native._stream)
+            forced = on_kernels("cuda", cuda.Device(kernel, "bits", forced=True))
             for dtype in floats:
-                forced.binary_linear(bits, weight, in_features, scale, bias, dtype)
-            forced.binary_linear_sign(bits, weight, in_features, scale, None, torch.bfloat16, threshold)
+                forced.binary_linear(bits, None, weight, in_features, scale, bias, dtype)
+            forced.binary_linear_sign(bits, None, weight, in_features, scale, None, torch.bfloat16, threshold)
             count += 4
     for dtype, (rows, features) in itertools.product(floats, [(1, 8), (5, 264), (9, 768), (3, 1032), (4, 4096)]):
         x, residual = (draw(rows, features, dtype=dtype) for _ in range(2))
         for parameters in {dtype, torch.float32}:
             weight, bias = (draw(features, dtype=parameters) for _ in range(2))
-            native.layer_norm_sign(x, residual, weight, bias, 1e-12, draw(features))
-            native.layer_norm_sign(x, None, weight, bias, 1e-12, None)
+            operators.layer_norm_sign(x, residual, weight, bias, 1e-12, draw(features))
+            operators.layer_norm_sign(x, None, weight, bias, 1e-12, None)
             count += 2
     for (out_features, in_features), transposed in itertools.product([(1, 1), (9, 33), (130, 770)], [False, True]):
         vector = torch.randn(out_features if transposed else in_features, generator=generator, dtype=torch.float64)
-        native.sign_product(draw_bits(out_features, in_features), in_features, vector.to(DEVICE), transposed)
+        operators.sign_product(draw_bits(out_features, in_features), in_features, vector.to(DEVICE), transposed)
         count += 1
         levels = draw(out_features, 1), draw(in_features), draw(1)[0], draw(out_features)
-        native.fold(draw_bits(out_features, in_features), *levels, in_features)
+        operators.fold(draw_bits(out_features, in_features), *levels, in_features)
         count += 1
     return count
 

@@ -12,6 +12,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import hf_stompp
+from hf_stompp.ops import activations, bits, folding, integers, norm, products, signs, weights
 
 
 project = "hf_stompp"
@@ -40,15 +41,20 @@ LITERAL = re.compile(r"(?<![`:\w])`([^`]+)`(?!`)")
 SECTION = re.compile(r"^(\s*)(Returns|Raises):$")
 BARE_ARGUMENT = re.compile(r"^(\s+\w+(?:, \w+)* \(`.*\))\.$")
 FENCE = re.compile(r"^(\s*)```(\w*)\s*$")
-# Names that docstrings use without their module, by where the reference documents them.
-OPERATORS = "hf_stompp.ops.reference"
+# Names that docstrings use without their module, by where the reference documents them: of modules that have a name,
+# the last.
+OPERATORS = {
+    name: f"{module.__name__}.{name}"
+    for module in (activations, norm, products, folding, weights, signs, integers, bits)
+    for name in vars(module)
+}
 
 
 def full_name(name: str) -> str:
     """The name under which the reference documents what a docstring calls `name`."""
     if "." in name:
         return name
-    return f"hf_stompp.{name}" if name in hf_stompp.__all__ else f"{OPERATORS}.{name}"
+    return f"hf_stompp.{name}" if name in hf_stompp.__all__ else OPERATORS.get(name, name)
 
 
 def link(match: re.Match[str]) -> str:

@@ -34,6 +34,7 @@ from transformers import AutoModel, BertConfig, BertModel
 from .config import StoMPPConfig
 from .model.conversion import binarize, commit, pack
 from .ops import binary_linear, byte_linear, cpu, pack_bits
+from .ops.operators import on_kernels
 
 
 logger = logging.getLogger(__name__)
@@ -127,7 +128,7 @@ def linear_case(rows: int, in_features: int, out_features: int, kernels: list[st
     native = cpu.native_kernels()
     if native is not None:
         for kernel in kernels:
-            forced = cpu.NativeKernels(native.native, kernel)
+            forced = on_kernels("cpu", cpu.NativeKernels(native.native, kernel))
             functions[f"packed_{kernel}"] = partial(forced.binary_linear, input, *packed, torch.float32)
     return functions
 

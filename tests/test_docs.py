@@ -267,7 +267,7 @@ def test_the_documentation_builds_without_a_warning(tmp_path: Path) -> None:
     build = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert build.returncode == 0, build.stderr
     reference = (tmp_path / "reference.html").read_text(encoding="utf-8")
-    assert 'href="#hf_stompp.pack"' in reference and 'href="#hf_stompp.ops.reference.pack_sign"' in reference
+    assert 'href="#hf_stompp.pack"' in reference and 'href="#hf_stompp.ops.signs.pack_sign"' in reference
     # What is left of Markdown in a docstring, and what reStructuredText makes of single backticks.
     assert "[<code" not in reference and "[`" not in reference and "<cite>" not in reference
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import has_native_kernels, pack_sign
-from ..ops.schema import FLOATS
+from ..ops.operators import FLOATS
 from .functional import LEVELS, compute_dtype, masked_binary_activation
 from .module import MaskedBinaryModule, SharedResult, as_integers
 

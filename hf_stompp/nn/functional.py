@@ -3,8 +3,8 @@ Masked binarization and its gradient rules: pure functions on tensors.
 
 The forward rule is the paper's (arXiv 2606.27759), `u' = M * hard(u) + (1 - M) * soft(u)`: frozen entries (`M = 1`)
 take one of two levels, the others keep the clipped value. The backward rule of the frozen entries is the *surrogate*
-(`SURROGATES`). The arithmetic is in the operators (`hf_stompp/ops/reference.py`), which write it out once, in plain
-PyTorch, and have fused kernels; here it meets autograd.
+(`SURROGATES`). The arithmetic is in the operators (`hf_stompp/ops/weights.py`, `activations.py`), which write it out
+once, in plain PyTorch, and have fused kernels; here it meets autograd.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import binary_linear, binary_linear_sign, byte_linear, fold, pack_sign, quantize_rows
-from ..ops.schema import FLOATS
+from ..ops.operators import FLOATS
 from .functional import (
     WEIGHT_CENTERS,
     compute_dtype,

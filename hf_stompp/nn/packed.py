@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import binary_linear, binary_linear_sign, byte_linear, pack_sign, packed_bytes, plus_minus_one, unpack_signs
-from ..ops.schema import FLOATS
+from ..ops.operators import FLOATS
 from .module import BinaryInputModule, SharedResult, as_bits, as_integers, identity
 
 

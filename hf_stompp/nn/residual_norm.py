@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
 
 from ..ops import fuses_layer_norm, layer_norm_sign
-from ..ops.schema import FLOATS
+from ..ops.operators import FLOATS
 from .module import refer
 from .packed import PackedBinaryActivation, PackedBinaryLinear
 

@@ -7,18 +7,11 @@ from __future__ import annotations
 
 import torch
 
-# Importing them registers the implementations of devices, and what graphs share.
-from . import cpu, cuda, schema, tracing
-from .reference import (
-    SURROGATES,
-    integer_linear,
-    pack_bits,
-    packed_bytes,
-    plus_minus_one,
-    quantize_rows,
-    scale_sums,
-    unpack_signs,
-)
+# A family of operators in each: importing it declares them.
+from . import activations, cpu, cuda, folding, norm, products, signs, tracing, weights
+from .bits import pack_bits, packed_bytes, plus_minus_one, unpack_signs
+from .integers import integer_linear, quantize_rows, scale_sums
+from .weights import SURROGATES
 
 
 def has_native_kernels(device: torch.device) -> bool:
@@ -68,12 +61,14 @@ masked_activation_grad = torch.ops.hf_stompp.masked_activation_grad.default
 
 __all__ = [
     "SURROGATES",
+    "activations",
     "binary_linear",
     "binary_linear_sign",
     "byte_linear",
     "cpu",
     "cuda",
     "fold",
+    "folding",
     "fuses_layer_norm",
     "has_native_kernels",
     "integer_linear",
@@ -82,14 +77,17 @@ __all__ = [
     "masked_activation_grad",
     "masked_weight",
     "masked_weight_grad",
+    "norm",
     "pack_bits",
     "pack_sign",
     "packed_bytes",
     "plus_minus_one",
+    "products",
     "quantize_rows",
     "scale_sums",
-    "schema",
     "sign_product",
+    "signs",
     "tracing",
     "unpack_signs",
+    "weights",
 ]

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import reference
-from .schema import empty_output
+from .bits import plus_minus_one, unpack_signs
+from .integers import quantize_rows, scale_sums
 
 
 _SMALLEST_ROWS = 32
@@ -58,7 +58,7 @@ def unpack(bits: Tensor, features: int, dtype: torch.dtype) -> Tensor:
     Returns:
         `Tensor` of shape `(rows, 8 * packed_bytes(features))`.
     """
-    signs = reference.unpack_signs(bits, features)
+    signs = unpack_signs(bits, features)
     return F.pad(signs, (0, 8 * bits.shape[-1] - features)).to(dtype)
 
 
@@ -73,7 +73,7 @@ def binary_linear(
     dtype: torch.dtype,
 ) -> Tensor:
     """
-    [`~hf_stompp.ops.reference.binary_linear`] on packed bits.
+    [`~hf_stompp.ops.products.binary_linear`] on packed bits.
 
     Args:
         product (`str`): a key of [`PRODUCTS`].
@@ -85,12 +85,12 @@ def binary_linear(
     """
     # Sums of more terms than were tried out.
     signs_dtype, multiply = PRODUCTS["int8" if in_features > _PROBE[1] else product]
-    output = empty_output(bits, packed_weight, dtype)
-    if output.numel() == 0:
-        return output
-    signs = unpack(bits.reshape(output.shape[:-1].numel(), -1), in_features, signs_dtype)
+    shape = *bits.shape[:-1], packed_weight.shape[0]
+    if 0 in shape:
+        return bits.new_empty(shape, dtype=dtype)
+    signs = unpack(bits.reshape(-1, bits.shape[-1]), in_features, signs_dtype)
     sums = _padded_product(multiply, signs, unpack(packed_weight, in_features, signs_dtype))
-    return reference.scale_sums(sums, scale, bias, dtype).view(output.shape)
+    return scale_sums(sums, scale, bias, dtype).view(shape)
 
 
 def _padded_product(multiply: Callable[[Tensor, Tensor], Tensor], input: Tensor, weight_signs: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def byte_linear(
     dtype: torch.dtype,
 ) -> Tensor:
     """
-    [`~hf_stompp.ops.reference.byte_linear`] in int8.
+    [`~hf_stompp.ops.products.byte_linear`] in int8.
 
     Args:
         unpack (`Callable`): [`unpack`], or a kernel for it.
@@ -124,14 +124,14 @@ def byte_linear(
     Returns:
         `Tensor` of shape `(..., out_features)`: of `dtype`.
     """
-    output = empty_output(input, packed_weight, dtype)
-    if output.numel() == 0:
-        return output
-    codes, code_scale = reference.quantize_rows(input.reshape(-1, in_features))
+    shape = *input.shape[:-1], packed_weight.shape[0]
+    if 0 in shape:
+        return input.new_empty(shape, dtype=dtype)
+    codes, code_scale = quantize_rows(input.reshape(-1, in_features))
     weight_signs = unpack(packed_weight, in_features, torch.int8)
     codes = F.pad(codes, (0, weight_signs.shape[-1] - in_features))
     sums = _padded_product(_int8, codes, weight_signs)
-    return reference.scale_sums(sums, scale, bias, dtype, code_scale).view(output.shape)
+    return scale_sums(sums, scale, bias, dtype, code_scale).view(shape)
 
 
 def _is_exact(product: str, device: torch.device) -> bool:
@@ -150,7 +150,7 @@ def _seconds(product: str, device: torch.device) -> float:
     dtype, multiply = PRODUCTS[product]
     rows, in_features, out_features = _PROBE
     signs, weight_signs = (
-        reference.plus_minus_one(torch.rand(count, in_features, device=device) < 0.5, torch.float32).to(dtype)
+        plus_minus_one(torch.rand(count, in_features, device=device) < 0.5, torch.float32).to(dtype)
         for count in (rows, out_features)
     )
     times = []

@@ -1,14 +1,48 @@
-"""Native libraries: where those that are built on first use are kept, and how they come there."""
+"""Native libraries: where those that are built on first use are kept, how they come there, and what they are given."""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
 import os
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
+import torch
 from filelock import FileLock
+from torch import Tensor
+
+
+# enum hf_stompp_dtype; and enum hf_stompp_cuda_dtype, which has the floats alone.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
+
+_NUMBERS: dict[Any, int] = {None: 0, **DTYPES}
+
+
+def call(function: Callable[[bytes], int], layout: struct.Struct, fields: Iterable[Any]) -> int:
+    """
+    Calls a function of a library on a record, whose fields have 64 bits.
+
+    Args:
+        function (`Callable`).
+        layout (`struct.Struct`): of the record.
+        fields: numbers; dtypes, which have one; tensors, for the address of their elements (of a copy, where they are
+            not dense); None for the address NULL.
+
+    Returns:
+        `int`: the status.
+    """
+    numbers, dense = [], []
+    for value in fields:
+        if isinstance(value, Tensor):
+            # A copy must live until the call returns.
+            dense.append(value.contiguous())
+            numbers.append(dense[-1].data_ptr())
+        else:
+            numbers.append(_NUMBERS.get(value, value))
+    return function(layout.pack(*numbers))
 
 
 def cache_folder() -> Path:

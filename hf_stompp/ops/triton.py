@@ -1,23 +1,21 @@
 """
-Masked binarization on a GPU: the operators of [`~hf_stompp.ops.reference`] that training needs, each in one pass over
-its elements, in Triton. Imported only where Triton is installed.
+Masked binarization on a GPU: the operators of `weights.py` and `activations.py`, each in one pass over its elements.
+Imported only where Triton is installed.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import reference
-from .schema import FLOATS, empty_packing
+from .weights import SURROGATES
 
 
 __all__ = ["masked_activation", "masked_activation_grad", "masked_weight", "masked_weight_grad"]
-
-_FROZEN_RULES = {"none": 0, "ste": 1, "clipped_ste": 2}
-"""Surrogates that the kernels know, see [`~hf_stompp.ops.reference.SURROGATES`]; others run in plain PyTorch."""
 
 _ELEMENTS = 1024
 
@@ -30,6 +28,7 @@ _ROW_SPLITS = 32
 
 @triton.jit
 def _passes(frozen, inside, rule: tl.constexpr):
+    # The numbers of [`~hf_stompp.ops.weights.SURROGATES`].
     if rule == 0:
         return inside & (frozen == 0)
     elif rule == 1:
@@ -162,12 +161,14 @@ def _activation_grad_kernel(
     tl.store(target + 2 * features, upper_sum, mask=is_feature)
 
 
-def masked_weight(weight: Tensor, mask: Tensor, scale: Tensor, clip: float, dtype: torch.dtype) -> Tensor:
-    """See [`~hf_stompp.ops.reference.masked_weight`]; arguments have been checked."""
-    if weight.dtype not in FLOATS or dtype not in FLOATS or scale.dtype != torch.float32:
-        return reference.masked_weight(weight, mask, scale, clip, dtype)
+# What [`~hf_stompp.ops.operators.declare`] registers: each fills its first argument, the result.
+
+
+def masked_weight(
+    output: Tensor, weight: Tensor, mask: Tensor, scale: Tensor, clip: float, dtype: torch.dtype
+) -> Tensor:
     weight, mask, scale = weight.contiguous(), mask.contiguous(), scale.contiguous()
-    output, size = weight.new_empty(weight.shape, dtype=dtype), weight.numel()
+    size = weight.numel()
     if size:
         grid = (triton.cdiv(size, _ELEMENTS),)
         _weight_kernel[grid](weight, mask, scale, output, clip, size, weight.shape[-1], block=_ELEMENTS)
@@ -175,77 +176,44 @@ def masked_weight(weight: Tensor, mask: Tensor, scale: Tensor, clip: float, dtyp
 
 
 def masked_weight_grad(
-    grad: Tensor, weight: Tensor, mask: Tensor, scale: Tensor, clip: float, surrogate: str, window: float
+    output: Tensor, grad: Tensor, weight: Tensor, mask: Tensor, scale: Tensor, *rule: Any
 ) -> Tensor:
-    """See [`~hf_stompp.ops.reference.masked_weight_grad`]; arguments have been checked."""
-    is_known = weight.dtype in FLOATS and grad.dtype in FLOATS and surrogate in _FROZEN_RULES
-    if not is_known or scale.dtype != torch.float32:
-        return reference.masked_weight_grad(grad, weight, mask, scale, clip, surrogate, window)
+    clip, surrogate, window = rule
     grad, weight, mask, scale = grad.contiguous(), weight.contiguous(), mask.contiguous(), scale.contiguous()
-    output, size = weight.new_empty(weight.shape), weight.numel()
+    size, number = weight.numel(), SURROGATES[surrogate].number
     if size:
-        rule = _FROZEN_RULES[surrogate]
         _weight_grad_kernel[(triton.cdiv(size, _ELEMENTS),)](
-            grad, weight, mask, scale, output, clip, window, size, weight.shape[-1], rule=rule, block=_ELEMENTS
+            grad, weight, mask, scale, output, clip, window, size, weight.shape[-1], rule=number, block=_ELEMENTS
         )
     return output
 
 
-def masked_activation(
-    value: Tensor,
-    pre_activation: Tensor,
-    mask: Tensor,
-    threshold: Tensor,
-    offset: Tensor,
-    amplitude: Tensor,
-    center: Tensor,
-    bound: Tensor,
-    surrogate: str,
-    window: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See [`~hf_stompp.ops.reference.masked_activation`]; arguments have been checked."""
-    if value.dtype not in FLOATS or surrogate not in _FROZEN_RULES:
-        return reference.masked_activation(
-            value, pre_activation, mask, threshold, offset, amplitude, center, bound, surrogate, window
-        )
-    features = value.shape[-1]
-    output, passes, upper = value.new_empty(value.shape), empty_packing(value)[0], empty_packing(value)[0]
-    rows, row_bytes = value.shape[:-1].numel(), passes.shape[-1]
+def masked_activation(result: tuple[Tensor, ...], *arguments: Any) -> tuple[Tensor, ...]:
+    value, pre_activation, mask, threshold, offset, amplitude, center, bound, surrogate, window = arguments
+    features, rows, row_bytes = value.shape[-1], value.shape[:-1].numel(), result[1].shape[-1]
     if rows:
         threshold, offset, center = (t.float().expand(features).contiguous() for t in (threshold, offset, center))
         _activation_kernel[(triton.cdiv(rows, _ROWS), triton.cdiv(row_bytes, _BYTES))](
             *(value.contiguous(), pre_activation.contiguous(), mask.contiguous(), threshold, offset),
-            *(
-                amplitude.float(),
-                center,
-                bound.float(),
-                window.float(),
-                output,
-                passes,
-                upper,
-                rows,
-                features,
-                row_bytes,
-            ),
-            rule=_FROZEN_RULES[surrogate],
+            *(amplitude.float(), center, bound.float(), window.float(), *result, rows, features, row_bytes),
+            rule=SURROGATES[surrogate].number,
             block_rows=_ROWS,
             block_bytes=_BYTES,
         )
-    return output, passes, upper
+    return result
 
 
-def masked_activation_grad(grad: Tensor, passes: Tensor, upper: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """See [`~hf_stompp.ops.reference.masked_activation_grad`]; arguments have been checked."""
-    if grad.dtype not in FLOATS:
-        return reference.masked_activation_grad(grad, passes, upper, mask)
+def masked_activation_grad(
+    result: tuple[Tensor, Tensor], grad: Tensor, passes: Tensor, upper: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    output, sums = result
     features, rows, row_bytes = grad.shape[-1], grad.shape[:-1].numel(), passes.shape[-1]
-    output = grad.new_empty(grad.shape)
-    sums = grad.new_zeros((_ROW_SPLITS, 3, features), dtype=torch.float64)
+    pieces = grad.new_zeros((_ROW_SPLITS, *sums.shape), dtype=sums.dtype)
     if rows:
         _activation_grad_kernel[(triton.cdiv(row_bytes, _BYTES), _ROW_SPLITS)](
-            *(grad.contiguous(), passes.contiguous(), upper.contiguous(), mask.contiguous(), output, sums),
+            *(grad.contiguous(), passes.contiguous(), upper.contiguous(), mask.contiguous(), output, pieces),
             *(rows, triton.cdiv(rows, _ROW_SPLITS), features, row_bytes),
             block_rows=_ROWS,
             block_bytes=_BYTES,
         )
-    return output, sums.sum(dim=0)
+    return output, pieces.sum(dim=0)

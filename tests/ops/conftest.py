@@ -9,15 +9,13 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from hf_stompp.ops import build, cpu, reference
-
-
-Kernels = cpu.NativeKernels | ModuleType
+from hf_stompp.ops import build, cpu
+from hf_stompp.ops.operators import on_kernels
 
 
 EMULATED = f'-DHF_STOMPP_EMULATED_CUDA="{Path(__file__).resolve().parent / "emulated_cuda.h"}"'
@@ -41,16 +39,16 @@ def native() -> cpu.NativeKernels:
 
 
 @pytest.fixture(params=[*cpu.KERNELS, "best", "reference"])
-def kernels(native: cpu.NativeKernels, request: pytest.FixtureRequest) -> Kernels:
-    """Each kernel that runs here, the choice among them, and the PyTorch reference."""
+def kernels(native: cpu.NativeKernels, request: pytest.FixtureRequest) -> SimpleNamespace:
+    """The operators on each kernel that runs here, on the choice among them, and in plain PyTorch."""
     if request.param == "reference":
-        return reference
+        return on_kernels("cpu", None)
     if request.param == "best":
-        return cpu.NativeKernels(native.native)
+        return on_kernels("cpu", cpu.NativeKernels(native.native))
     reason = native.unavailable(request.param)
     if reason is not None:
         pytest.skip(reason)
-    return cpu.NativeKernels(native.native, kernel=request.param)
+    return on_kernels("cpu", cpu.NativeKernels(native.native, kernel=request.param))
 
 
 @pytest.fixture

@@ -11,8 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_stompp.ops import reference, triton
+from hf_stompp.ops import SURROGATES, triton
+from hf_stompp.ops.operators import on_kernels
 
+
+reference, kernels = on_kernels("cpu", None), on_kernels("triton", triton)
 
 SHAPES = [(0, 5), (1, 1), (3, 7), (5, 64), (9, 65), (17, 770), (2, 3, 100), (70, 33)]
 DTYPES = [torch.float32, torch.float16]
@@ -24,21 +27,21 @@ def draw_mask(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("surrogate", reference.SURROGATES)
+@pytest.mark.parametrize("surrogate", SURROGATES)
 def test_weight_and_its_gradient_equal_the_reference(shape: Any, dtype: Any, surrogate: str) -> None:
     weight, grad, mask = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), draw_mask(*shape)
     scale = weight.float().abs().mean(-1, keepdim=True)
 
     for output in DTYPES:
         arguments = weight, mask, scale, 1.3, output
-        assert torch.equal(triton.masked_weight(*arguments), reference.masked_weight(*arguments))
+        assert torch.equal(kernels.masked_weight(*arguments), reference.masked_weight(*arguments))
     arguments = grad, weight, mask, scale, 1.3, surrogate, 0.9
-    assert torch.equal(triton.masked_weight_grad(*arguments), reference.masked_weight_grad(*arguments))
+    assert torch.equal(kernels.masked_weight_grad(*arguments), reference.masked_weight_grad(*arguments))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("surrogate", reference.SURROGATES)
+@pytest.mark.parametrize("surrogate", SURROGATES)
 def test_activation_and_its_gradient_equal_the_reference(shape: Any, dtype: Any, surrogate: str) -> None:
     features = shape[-1]
     value, pre, grad = (torch.randn(shape).to(dtype) for _ in range(3))
@@ -47,9 +50,9 @@ def test_activation_and_its_gradient_equal_the_reference(shape: Any, dtype: Any,
     arguments = value, pre, mask, vectors[0], vectors[1], amplitude, vectors[2], bound, surrogate, window
 
     expected = reference.masked_activation(*arguments)
-    assert all(torch.equal(a, b) for a, b in zip(triton.masked_activation(*arguments), expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(kernels.masked_activation(*arguments), expected, strict=True))
 
-    found = triton.masked_activation_grad(grad, expected[1], expected[2], mask)
+    found = kernels.masked_activation_grad(grad, expected[1], expected[2], mask)
     passed, sums = reference.masked_activation_grad(grad, expected[1], expected[2], mask)
     assert torch.equal(found[0], passed)
     torch.testing.assert_close(found[1], sums, rtol=1e-12, atol=1e-12)
@@ -61,11 +64,11 @@ def test_bfloat16_differs_by_no_more_than_the_rounding_of_the_interpreter() -> N
     arguments = weight, mask, weight.float().abs().mean(-1, keepdim=True), 1.3, torch.bfloat16
 
     torch.testing.assert_close(
-        triton.masked_weight(*arguments), reference.masked_weight(*arguments), rtol=2**-7, atol=0
+        kernels.masked_weight(*arguments), reference.masked_weight(*arguments), rtol=2**-7, atol=0
     )
 
 
 def test_dtypes_and_surrogates_that_the_kernels_do_not_know_run_in_plain_pytorch() -> None:
     weight, mask = torch.randn(3, 5, dtype=torch.float64), draw_mask(3, 5)
     arguments = weight, mask, torch.ones(3, 1), 1.3, torch.float64
-    assert torch.equal(triton.masked_weight(*arguments), reference.masked_weight(*arguments))
+    assert torch.equal(kernels.masked_weight(*arguments), reference.masked_weight(*arguments))

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from types import ModuleType
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from hf_stompp.ops import byte_linear, cpu, eight_bit, pack_bits, quantize_rows, reference
-from hf_stompp.ops.schema import MAX_BYTE_FEATURES
+from hf_stompp.ops import byte_linear, eight_bit, pack_bits, products, quantize_rows
+from hf_stompp.ops.products import MAX_BYTE_FEATURES
 
-
-Kernels = cpu.NativeKernels | ModuleType
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROWS = [0, 1, 3, 7, 8, 17, 65, 130]
@@ -57,7 +55,7 @@ def draw(rows: int, in_features: int, out_features: int, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("in_features", IN_FEATURES)
 def test_every_kernel_gives_the_bits_of_the_definition(
-    kernels: Kernels, rows: int, in_features: int, restore_threads: None
+    kernels: SimpleNamespace, rows: int, in_features: int, restore_threads: None
 ) -> None:
     for number, out_features in enumerate(OUT_FEATURES):
         dtype, output_dtype = DTYPES[number % 3], DTYPES[(number + rows) % 3]
@@ -71,7 +69,7 @@ def test_every_kernel_gives_the_bits_of_the_definition(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_without_a_scale_gives_the_bias_and_one_with_nan_or_infinity_gives_nan(
-    kernels: Kernels, dtype: torch.dtype
+    kernels: SimpleNamespace, dtype: torch.dtype
 ) -> None:
     input, weight, scale, bias = draw(20, 100, 40, dtype)
     input[2], input[3], input[4] = 0.0, -0.0, 1e-38
@@ -84,7 +82,7 @@ def test_a_row_without_a_scale_gives_the_bias_and_one_with_nan_or_infinity_gives
     assert torch.equal(found[whole], expected(input[whole], weight, scale, bias, torch.float32))
 
 
-def test_sums_that_no_float32_holds_are_exact(kernels: Kernels) -> None:
+def test_sums_that_no_float32_holds_are_exact(kernels: SimpleNamespace) -> None:
     in_features = 150_001
     input, weight, scale, bias = draw(2, in_features, 3, torch.float32)
     input[0], weight[0] = 1.0, 1.0
@@ -94,7 +92,7 @@ def test_sums_that_no_float32_holds_are_exact(kernels: Kernels) -> None:
 
 
 def test_arguments_need_not_be_contiguous_and_leading_dimensions_are_kept(
-    kernels: Kernels,
+    kernels: SimpleNamespace,
 ) -> None:
     input, weight, scale, bias = draw(24, 70, 9, torch.float32)
     strided = input.T.contiguous().T.view(2, 3, 4, 70)
@@ -123,7 +121,7 @@ def test_int8_products_of_pytorch_give_the_same_bits(shape: tuple[int, int, int]
         input, weight, scale, bias = draw(*shape, dtype)
         layer = pack_bits(weight), in_features, scale, bias, output_dtype
         found = eight_bit.byte_linear(eight_bit.unpack, input, *layer)
-        assert torch.equal(found, reference.byte_linear(input, *layer))
+        assert torch.equal(found, products.byte_linear(input, *layer))
 
 
 @pytest.mark.parametrize("rows", [0, 1, 20])

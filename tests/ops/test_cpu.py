@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,11 +25,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_stompp.ops import cpu, reference
+from hf_stompp.ops import cpu, pack_bits
 from hf_stompp.ops.build import LIBRARY_NAME, BuildError, find_compiler, source_hash
 
-
-Kernels = cpu.NativeKernels | ModuleType
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HALVES = [torch.bfloat16, torch.float16]
@@ -215,7 +213,7 @@ def draw(case: Case) -> Drawn:
 
 
 @pytest.mark.parametrize("case", draw_cases(), ids=str)
-def test_kernel_is_bit_exact(kernels: Kernels, case: Case, garbage: None) -> None:
+def test_kernel_is_bit_exact(kernels: SimpleNamespace, case: Case, garbage: None) -> None:
     drawn = draw(case)
     bits, popcounts = kernels.pack_sign(drawn.input, drawn.threshold)
     assert same(bits, drawn.bits)
@@ -238,7 +236,7 @@ def test_cases_hold_every_pair_of_sizes() -> None:
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_every_half_precision_value_is_compared_in_float32(
-    kernels: Kernels, dtype: torch.dtype, garbage: None
+    kernels: SimpleNamespace, dtype: torch.dtype, garbage: None
 ) -> None:
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     input = patterns.view(dtype).view(256, 256)
@@ -254,7 +252,7 @@ def test_every_half_precision_value_is_compared_in_float32(
         assert popcounts.tolist() == signs.sum(-1).tolist()
 
 
-def test_float32_special_values_are_compared_as_numbers(kernels: Kernels, garbage: None) -> None:
+def test_float32_special_values_are_compared_as_numbers(kernels: SimpleNamespace, garbage: None) -> None:
     tiny, smallest = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).smallest_subnormal)
     numbers = [0.0, smallest, 2 * smallest, SUBNORMAL, tiny, 1.0, 1 + 2**-23, 3.4e38, math.inf]
     edges = torch.tensor([*numbers, *(-number for number in numbers), math.nan, -math.nan])
@@ -274,7 +272,7 @@ def test_float32_special_values_are_compared_as_numbers(kernels: Kernels, garbag
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nan_is_clear_and_minus_zero_is_set(kernels: Kernels, dtype: torch.dtype) -> None:
+def test_nan_is_clear_and_minus_zero_is_set(kernels: SimpleNamespace, dtype: torch.dtype) -> None:
     input = torch.tensor([math.nan, -0.0, 0.0, -1.0, math.inf, -math.inf, -math.nan], dtype=dtype)
     bits, popcounts = kernels.pack_sign(input)
     assert bits.tolist() == [0b0010110, *[0] * 31]
@@ -282,7 +280,7 @@ def test_nan_is_clear_and_minus_zero_is_set(kernels: Kernels, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("in_features", [1, 8, 63, 256, 257, 3072])
-def test_rows_of_one_value_give_the_largest_sums(kernels: Kernels, in_features: int, garbage: None) -> None:
+def test_rows_of_one_value_give_the_largest_sums(kernels: SimpleNamespace, in_features: int, garbage: None) -> None:
     input = torch.tensor([[1.0], [-1.0], [math.nan], [-0.0]]).expand(-1, in_features)
     weight = expected_bits(np.array([[True], [False]]).repeat(in_features, axis=1))
     output = kernels.binary_linear(input, None, weight, in_features, torch.ones(2), None, torch.float32)
@@ -292,14 +290,16 @@ def test_rows_of_one_value_give_the_largest_sums(kernels: Kernels, in_features: 
 # ----- Rounding of the output -----
 
 
-def one_feature_outputs(kernels: Kernels, values: Tensor, dtype: torch.dtype) -> Tensor:
+def one_feature_outputs(kernels: SimpleNamespace, values: Tensor, dtype: torch.dtype) -> Tensor:
     """The layer of one feature whose scales are `values`: rounds each of them to `dtype`."""
     weight = expected_bits(np.ones((len(values), 1), dtype=bool))
     return kernels.binary_linear(torch.ones(1, 1), None, weight, 1, values, None, dtype)[0]
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_half_precision_output_is_rounded_to_nearest_even(kernels: Kernels, dtype: torch.dtype, garbage: None) -> None:
+def test_half_precision_output_is_rounded_to_nearest_even(
+    kernels: SimpleNamespace, dtype: torch.dtype, garbage: None
+) -> None:
     # All finite values, from the subnormals to the largest, and infinity as the number that would follow.
     count = int(torch.tensor(math.inf, dtype=dtype).view(torch.int16)) + 1
     grid = torch.arange(count, dtype=torch.int16).view(dtype).double()
@@ -315,7 +315,7 @@ def test_half_precision_output_is_rounded_to_nearest_even(kernels: Kernels, dtyp
     assert torch.equal(rounded, lower + (lower & 1))
 
 
-def test_float16_output_overflows_to_infinity_and_underflows_to_zero(kernels: Kernels) -> None:
+def test_float16_output_overflows_to_infinity_and_underflows_to_zero(kernels: SimpleNamespace) -> None:
     values = torch.tensor([65519.99, 65520.0, -65520.0, 1e38, 2.0**-25, 2.0**-24, -(2.0**-26), SUBNORMAL])
     output = one_feature_outputs(kernels, values, torch.float16)
     assert output.tolist() == [65504.0, math.inf, -math.inf, math.inf, 0.0, 2.0**-24, -0.0, 0.0]
@@ -323,7 +323,7 @@ def test_float16_output_overflows_to_infinity_and_underflows_to_zero(kernels: Ke
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_any_float32_bits_are_a_scale_and_a_bias(kernels: Kernels, dtype: torch.dtype, garbage: None) -> None:
+def test_any_float32_bits_are_a_scale_and_a_bias(kernels: SimpleNamespace, dtype: torch.dtype, garbage: None) -> None:
     generator = np.random.default_rng(0)
     size = 4001
     scale, bias = (
@@ -337,7 +337,7 @@ def test_any_float32_bits_are_a_scale_and_a_bias(kernels: Kernels, dtype: torch.
         assert same(output, expected_linear(signs, weight, scale, constant, dtype))
 
 
-def test_product_is_rounded_before_the_bias_is_added(kernels: Kernels) -> None:
+def test_product_is_rounded_before_the_bias_is_added(kernels: SimpleNamespace) -> None:
     # float32(1 / 3) * 3 is 1 + 2^-25: rounded to 1, of which nothing is left, where a fused operation leaves 2^-25.
     third, minus_one = torch.full((17,), 1 / 3), torch.full((17,), -1.0)
     assert third[0].item() * 3 - 1 == 2**-25
@@ -365,7 +365,7 @@ def test_product_is_rounded_before_the_bias_is_added(kernels: Kernels) -> None:
     ids=str,
 )
 def test_output_bit_is_the_sign_of_the_rounded_output(
-    kernels: Kernels, dtype: torch.dtype, value: float, limit: float | None, expected: bool
+    kernels: SimpleNamespace, dtype: torch.dtype, value: float, limit: float | None, expected: bool
 ) -> None:
     size = 70
     weight = expected_bits(np.ones((size, 1), dtype=bool))
@@ -381,7 +381,7 @@ def test_output_bit_is_the_sign_of_the_rounded_output(
 CASE = Case(33, 300, 70, torch.float32, torch.float32)
 
 
-def all_outputs(kernels: Kernels, drawn: Drawn, in_features: int, dtype: torch.dtype) -> list[Tensor]:
+def all_outputs(kernels: SimpleNamespace, drawn: Drawn, in_features: int, dtype: torch.dtype) -> list[Tensor]:
     weight = (drawn.packed_weight, in_features, drawn.scale, drawn.bias, dtype)
     return [
         *kernels.pack_sign(drawn.input, drawn.threshold),
@@ -392,7 +392,7 @@ def all_outputs(kernels: Kernels, drawn: Drawn, in_features: int, dtype: torch.d
     ]
 
 
-def assert_as_drawn(kernels: Kernels, arguments: Drawn, case: Case) -> None:
+def assert_as_drawn(kernels: SimpleNamespace, arguments: Drawn, case: Case) -> None:
     drawn = draw(case)
     expected = [drawn.bits, drawn.popcounts, *[drawn.output] * 2, *[drawn.output_bits] * 2]
     for actual, wanted in zip(
@@ -426,13 +426,13 @@ def window(tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("rearrange", [every_second, column_major, window])
-def test_arguments_need_not_be_contiguous(kernels: Kernels, rearrange: Callable[[Tensor], Tensor]) -> None:
+def test_arguments_need_not_be_contiguous(kernels: SimpleNamespace, rearrange: Callable[[Tensor], Tensor]) -> None:
     assert_as_drawn(kernels, rearranged(draw(CASE), rearrange), CASE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("elements", [1, 3])
-def test_arguments_need_not_be_aligned(kernels: Kernels, elements: int, dtype: torch.dtype) -> None:
+def test_arguments_need_not_be_aligned(kernels: SimpleNamespace, elements: int, dtype: torch.dtype) -> None:
     def shifted(tensor: Tensor) -> Tensor:
         return torch.cat([tensor.new_ones(elements), tensor.flatten()])[elements:].view(tensor.shape)
 
@@ -442,7 +442,7 @@ def test_arguments_need_not_be_aligned(kernels: Kernels, elements: int, dtype: t
     assert_as_drawn(kernels, arguments, case)
 
 
-def test_arguments_are_left_as_they_were(kernels: Kernels) -> None:
+def test_arguments_are_left_as_they_were(kernels: SimpleNamespace) -> None:
     arguments = rearranged(draw(CASE), Tensor.clone)
     all_outputs(kernels, arguments, CASE.in_features, CASE.output_dtype)
     for name, value in vars(arguments).items():
@@ -450,7 +450,7 @@ def test_arguments_are_left_as_they_were(kernels: Kernels) -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (2, 3, 5), (2, 0, 3), (0,)], ids=str)
-def test_any_leading_dimensions_are_kept(kernels: Kernels, shape: tuple[int, ...]) -> None:
+def test_any_leading_dimensions_are_kept(kernels: SimpleNamespace, shape: tuple[int, ...]) -> None:
     count = math.prod(shape)
     drawn = draw(CASE)
     input, bits = drawn.input[:count].view(*shape, 300), drawn.bits[:count].view(*shape, 64)
@@ -469,7 +469,7 @@ def test_any_leading_dimensions_are_kept(kernels: Kernels, shape: tuple[int, ...
 # The large ones are divided among threads: rows, columns, or both.
 @pytest.mark.parametrize("sizes", [(2, 65, 130), (3000, 3072, 17), (1100, 257, 770), (12, 3072, 3500)], ids=str)
 def test_result_does_not_depend_on_the_number_of_threads(
-    kernels: Kernels, sizes: tuple[int, int, int], threads: int, restore_threads: None, garbage: None
+    kernels: SimpleNamespace, sizes: tuple[int, int, int], threads: int, restore_threads: None, garbage: None
 ) -> None:
     torch.set_num_threads(threads)
     case = Case(*sizes, torch.bfloat16, torch.float16)
@@ -477,16 +477,16 @@ def test_result_does_not_depend_on_the_number_of_threads(
 
 
 @pytest.mark.parametrize("rows", [4095, 6001])
-def test_output_of_many_megabytes_is_whole(kernels: Kernels, rows: int) -> None:
+def test_output_of_many_megabytes_is_whole(kernels: SimpleNamespace, rows: int) -> None:
     # From 16 MB on the memory of the output is treated otherwise.
     signs, weight = torch.randn(rows, 9), torch.randn(1025, 9)
     scale, bias = torch.rand(1025), torch.randn(1025)
     expected = torch.where(signs >= 0, 1.0, -1.0) @ torch.where(weight >= 0, 1.0, -1.0).T * scale + bias
-    output = kernels.binary_linear(signs, None, reference.pack_bits(weight), 9, scale, bias, torch.float32)
+    output = kernels.binary_linear(signs, None, pack_bits(weight), 9, scale, bias, torch.float32)
     assert output.nbytes > 16 * 2**20 and torch.equal(output, expected)
 
 
-def test_python_threads_may_run_the_kernels_at_once(kernels: Kernels, restore_threads: None) -> None:
+def test_python_threads_may_run_the_kernels_at_once(kernels: SimpleNamespace, restore_threads: None) -> None:
     torch.set_num_threads(2)
     cases = [Case(9 + i, 500 + i, 65 + i, DTYPES[i % 3], DTYPES[i // 3]) for i in range(8)]
     for case in cases:
@@ -526,8 +526,10 @@ from pathlib import Path
 import torch
 
 from hf_stompp import ops
-from hf_stompp.ops import cpu, reference
+from hf_stompp.ops import cpu
+from hf_stompp.ops.operators import on_kernels
 
+reference = on_kernels("cpu", None)
 cpu.INSTALLED = Path("/nonexistent")
 
 def start(code, environment):
@@ -565,7 +567,7 @@ REPORT = """
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     input = torch.arange(-300, 301).float().view(1, -1) + torch.arange(5)[:, None]
-    weight = reference.pack_bits(torch.sin(torch.arange(7 * 601.0)).view(7, 601))
+    weight = ops.pack_bits(torch.sin(torch.arange(7 * 601.0)).view(7, 601))
     arguments = (input, None, weight, 601, torch.linspace(-1, 1, 7), torch.ones(7), torch.float32)
     outputs = [*ops.pack_sign(input), ops.binary_linear(*arguments), ops.binary_linear_sign(*arguments, None)]
     outputs = [*outputs, ops.binary_linear(*arguments)]
@@ -659,7 +661,8 @@ def cached_libraries(folder: Path) -> list[Path]:
 def test_kernels_of_a_process_of_its_own_are_native(compiler: str, shared_cache: Path) -> None:
     # Without the fork of the other tests, and through the package's ordinary import.
     code = (
-        f"import json, warnings, torch\nfrom hf_stompp import ops\nfrom hf_stompp.ops import cpu, reference\n{REPORT}"
+        "import json, warnings, torch\nfrom hf_stompp import ops\nfrom hf_stompp.ops import cpu\n"
+        f"reference = ops.operators.on_kernels('cpu', None)\n{REPORT}"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_STOMPP_")}
     environment |= {"HF_STOMPP_CACHE": str(shared_cache), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -900,7 +903,7 @@ def test_variable_with_another_name_is_refused(processes: Processes, tmp_path: P
 
 @pytest.mark.slow
 def test_importing_the_operators_loads_nothing(processes: Processes, tmp_path: Path) -> None:
-    outcome = processes.run("from hf_stompp.ops import schema", HF_STOMPP_CACHE=str(tmp_path), HF_STOMPP_CPU="sse")
+    outcome = processes.run("from hf_stompp.ops import operators", HF_STOMPP_CACHE=str(tmp_path), HF_STOMPP_CPU="sse")
     assert outcome.status == 0, outcome.output
     assert list(tmp_path.iterdir()) == []
 
@@ -913,7 +916,7 @@ def test_kernels_take_as_many_threads_as_pytorch(
     if not native.has_threads:
         pytest.skip("the library was built without OpenMP")
     code = """
-input, weight, scale = torch.randn(1100, 3072), reference.pack_bits(torch.randn(770, 3072)), torch.randn(770)
+input, weight, scale = torch.randn(1100, 3072), ops.pack_bits(torch.randn(770, 3072)), torch.randn(770)
 counts = []
 for threads in (1, 3, 5):
     torch.set_num_threads(threads)
@@ -975,7 +978,7 @@ for i, (m, k, n) in enumerate(cases):
     dtype = floats[i % 3]
     torch.set_num_threads(1 if m * k * n < 1e7 else 3)
     x = torch.randn(m, k).to(dtype)
-    weight = reference.pack_bits(torch.randn(n, k))
+    weight = ops.pack_bits(torch.randn(n, k))
     threshold, scale, bias, limits = torch.randn(k), torch.randn(n), torch.randn(n), torch.randn(n)
     bits = reference.pack_sign(x, threshold)
     linear = reference.binary_linear(x, threshold, weight, k, scale, bias, dtype)
@@ -984,7 +987,7 @@ for i, (m, k, n) in enumerate(cases):
         edge = [at_edge(tensor, at_end) for tensor in (x, bits[0], threshold, weight, scale, bias, limits)]
         x_, bits_, threshold_, weight_, scale_, bias_, limits_ = edge
         for name in names:
-            kernels = cpu.NativeKernels(native.native, name)
+            kernels = on_kernels("cpu", cpu.NativeKernels(native.native, name))
             with OutputsAtEdge(at_end):
                 outputs = [*kernels.pack_sign(x_, threshold_)]
                 for source in ((x_, threshold_), (bits_, None)):
@@ -1010,9 +1013,9 @@ def test_outputs_are_on_the_cpu_whatever_the_default_device(
     processes: Processes, compiler: str, shared_cache: Path
 ) -> None:
     code = """
-input, weight, scale = torch.randn(3, 10), reference.pack_bits(torch.randn(5, 10)), torch.randn(5)
+input, weight, scale = torch.randn(3, 10), ops.pack_bits(torch.randn(5, 10)), torch.randn(5)
 arguments = (input, None, weight, 10, scale, None, torch.float32)
-native = cpu.native_kernels()
+native = on_kernels("cpu", cpu.native_kernels())
 outputs = []
 for run in (reference, ops, native):
     torch.set_default_device("cpu" if run is reference else "meta")

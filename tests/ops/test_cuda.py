@@ -16,6 +16,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,8 @@ from torch import Tensor
 from hf_stompp import StoMPPConfig
 from hf_stompp.nn import activation as activation_module
 from hf_stompp.nn import residual_norm
-from hf_stompp.ops import cuda, eight_bit, reference
+from hf_stompp.ops import SURROGATES, cuda, eight_bit, products
+from hf_stompp.ops.operators import on_kernels
 
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
@@ -47,6 +49,7 @@ SPECIAL = [-0.0, 0.0, math.nan, math.inf, -math.inf, SUBNORMAL, -SUBNORMAL, 6e-8
 MULTIPLIERS = ["automatic", *cuda.KERNELS, *eight_bit.PRODUCTS]
 
 ops = torch.ops.hf_stompp
+reference = on_kernels("cpu", None)
 
 
 # ----- The definition -----
@@ -127,6 +130,11 @@ def native() -> cuda.NativeKernels:
     return found
 
 
+def operators_on(native: cuda.NativeKernels) -> SimpleNamespace:
+    """The operators on a library, whose errors are not passed over."""
+    return on_kernels("cuda", cuda.Device(native, "bits", forced=True))
+
+
 def kernel(native: cuda.NativeKernels, name: str) -> cuda.NativeKernels:
     """The library with one kernel forced, or none."""
     if name == "automatic":
@@ -148,11 +156,13 @@ def multiply(native: cuda.NativeKernels, request: pytest.FixtureRequest) -> Call
     """What multiplies bits: the choice among the kernels, each of them, and the products of PyTorch."""
     name = request.param
     if name not in eight_bit.PRODUCTS:
-        return kernel(native, name).binary_linear
+        forced = operators_on(kernel(native, name))
+        return lambda bits, *layer: forced.binary_linear(bits, None, *layer)
     reason = why_not(name)
     if reason is not None:
         pytest.skip(f"{name}: {reason}")
-    return functools.partial(eight_bit.binary_linear, name, native.unpack)
+    unpack = functools.partial(products.unpack_on_cuda, cuda.Device(native, name, forced=True))
+    return functools.partial(eight_bit.binary_linear, name, unpack)
 
 
 @pytest.fixture(params=["automatic", *cuda.KERNELS])
@@ -203,7 +213,8 @@ def test_input_of_any_shape_and_layout_is_packed(shape: tuple[int, ...], layout:
 def test_unpacked_signs_are_those_of_plain_pytorch(native: cuda.NativeKernels, dtype: torch.dtype) -> None:
     for rows, features in itertools.product([1, 65], IN_FEATURES):
         bits = packed(draw(rows, features) >= 0)
-        found = native.unpack(bits.to(DEVICE), features, dtype).cpu().view(torch.uint8)
+        there = cuda.Device(native, "bits", forced=True)
+        found = products.unpack_on_cuda(there, bits.to(DEVICE), features, dtype).cpu().view(torch.uint8)
         assert torch.equal(found, eight_bit.unpack(bits, features, dtype).view(torch.uint8)), (rows, features)
 
 
@@ -239,8 +250,8 @@ def test_bits_out_are_those_of_the_rounded_product(forced: cuda.NativeKernels, i
         threshold[::2] = output[-1, ::2].float()
         threshold[1::5] = math.nan
         for bounds in (None, threshold):
-            found = forced.binary_linear_sign(
-                *on_gpu(packed(signs), packed(weight), in_features, scale, bias, dtype, bounds)
+            found = operators_on(forced).binary_linear_sign(
+                *on_gpu(packed(signs), None, packed(weight), in_features, scale, bias, dtype, bounds)
             )
             assert same(found, packed(above(output, bounds))), (signs.shape, weight.shape, dtype)
 
@@ -440,7 +451,7 @@ def test_other_kernels_write_their_outputs_and_nothing_else(native: cuda.NativeK
         if features % 8:
             continue
         weight, bias = on_gpu(draw(features, dtype=dtype), draw(features, dtype=dtype))
-        wanted = [t.cpu() for t in native.layer_norm_sign(source, None, weight, bias, 1e-5, None)]
+        wanted = [t.cpu() for t in operators_on(native).layer_norm_sign(source, None, weight, bias, 1e-5, None)]
         output, bits = Output(rows, features, dtype=dtype), Output(*expected.shape, dtype=torch.uint8)
         record = struct.pack(
             "8qd5q",
@@ -641,13 +652,13 @@ FUSED_SIZES = {"hidden_size": 64, "intermediate_size": 128}
 def calls_of(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
     """Counts the calls of a kernel."""
     calls: list[str] = []
-    kernel = getattr(cuda.NativeKernels, name)
+    call = cuda.NativeKernels.call
 
-    def counted(self: cuda.NativeKernels, *arguments: Any) -> Any:
-        calls.append(name)
-        return kernel(self, *arguments)
+    def counted(self: cuda.NativeKernels, function: Any, *record: Any) -> None:
+        calls.extend([name] if function.__name__ == f"hf_stompp_cuda_{name}" else [])
+        call(self, function, *record)
 
-    monkeypatch.setattr(cuda.NativeKernels, name, counted)
+    monkeypatch.setattr(cuda.NativeKernels, "call", counted)
     return calls
 
 
@@ -754,12 +765,12 @@ SHAPES = [(0, 5), (1, 1), (3, 7), (9, 65), (17, 770), (2, 3, 100), (2048, 768)]
 
 
 def test_triton_runs_on_this_gpu() -> None:
-    assert cuda.masked_kernels() is not reference
+    assert cuda.masked_kernels() is not None
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("surrogate", reference.SURROGATES)
+@pytest.mark.parametrize("surrogate", SURROGATES)
 def test_weight_and_its_gradient_equal_the_reference(shape: Any, dtype: torch.dtype, surrogate: str) -> None:
     weight, grad, mask = draw(*shape, dtype=dtype), draw(*shape, dtype=dtype), torch.rand(shape) < 0.5
     scale = weight.float().abs().mean(-1, keepdim=True)
@@ -773,7 +784,7 @@ def test_weight_and_its_gradient_equal_the_reference(shape: Any, dtype: torch.dt
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("surrogate", reference.SURROGATES)
+@pytest.mark.parametrize("surrogate", SURROGATES)
 def test_activation_and_its_gradient_equal_the_reference(shape: Any, dtype: torch.dtype, surrogate: str) -> None:
     value, pre, grad = (draw(*shape, dtype=dtype) for _ in range(3))
     mask, (threshold, offset, center) = torch.rand(shape[-1]) < 0.5, (0.1 * draw(shape[-1]) for _ in range(3))

@@ -1,4 +1,4 @@
-"""`ops/cuda.py`: its calls of the library, and what it does without; on the emulated device of emulated_cuda.h."""
+"""Operators on a GPU: calls of the library, and what is done without; on the emulated device of emulated_cuda.h."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_stompp.ops import build, cuda, eight_bit, reference
+from hf_stompp.ops import build, cuda, eight_bit, pack_bits, products
+from hf_stompp.ops.operators import on_kernels
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-CPU = torch.device("cpu")
+reference = on_kernels("cpu", None)
 
 
 @pytest.fixture(scope="module")
@@ -25,19 +27,18 @@ def native(emulated_cuda: Path) -> cuda.NativeKernels:
     return emulated(emulated_cuda)
 
 
+@pytest.fixture(scope="module")
+def kernels(native: cuda.NativeKernels) -> SimpleNamespace:
+    return on_library(native)
+
+
+def on_library(native: cuda.NativeKernels) -> SimpleNamespace:
+    """The operators on a library, whose errors are not passed over."""
+    return on_kernels("cuda", cuda.Device(native, "bits", forced=True))
+
+
 def emulated(path: Path, kernel: str | None = None, stream: int = 0) -> cuda.NativeKernels:
     return cuda.NativeKernels(cuda.open_library(path), 0, kernel, stream=lambda device: stream)
-
-
-@pytest.fixture
-def use(monkeypatch: pytest.MonkeyPatch) -> Callable[..., cuda.Operators]:
-    """`use(device)`: the operators, for tensors of the processor, on a device of one's choice."""
-
-    def choose(device: cuda.Device) -> cuda.Operators:
-        monkeypatch.setattr(cuda, "device", lambda of: device)
-        return cuda.Operators()
-
-    return choose
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -45,7 +46,7 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def draw_layer(in_features: int, out_features: int, bias: bool = True) -> tuple[Any, ...]:
-    weight = reference.pack_bits(draw(out_features, in_features))
+    weight = pack_bits(draw(out_features, in_features))
     return weight, in_features, draw(out_features).abs(), draw(out_features) if bias else None
 
 
@@ -64,79 +65,80 @@ class Names(TorchDispatchMode):
 class TestCallsOfTheLibrary:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("shape", [(5,), (3, 7), (2, 3, 264)], ids=str)
-    def test_pack_sign(self, native: cuda.NativeKernels, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    def test_pack_sign(self, kernels: SimpleNamespace, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         input, threshold = draw(*shape, dtype=dtype), draw(shape[-1])
         for bound in (None, threshold):
-            found, expected = native.pack_sign(input, bound), reference.pack_sign(input, bound)
+            found, expected = kernels.pack_sign(input, bound), reference.pack_sign(input, bound)
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("kernel", [None, *cuda.KERNELS])
     @pytest.mark.parametrize("bias", [False, True])
     def test_products(self, emulated_cuda: Path, dtype: torch.dtype, kernel: str | None, bias: bool) -> None:
-        native = emulated(emulated_cuda, kernel)
-        bits, layer, threshold = reference.pack_bits(draw(9, 300)).view(3, 3, -1), draw_layer(300, 41, bias), draw(41)
+        kernels = on_library(emulated(emulated_cuda, kernel))
+        bits, layer, threshold = pack_bits(draw(9, 300)).view(3, 3, -1), draw_layer(300, 41, bias), draw(41)
         assert torch.equal(
-            native.binary_linear(bits, *layer, dtype), reference.binary_linear(bits, None, *layer, dtype)
+            kernels.binary_linear(bits, None, *layer, dtype), reference.binary_linear(bits, None, *layer, dtype)
         )
         for bound in (None, threshold):
-            found = native.binary_linear_sign(bits, *layer, dtype, bound)
+            found = kernels.binary_linear_sign(bits, None, *layer, dtype, bound)
             assert torch.equal(found, reference.binary_linear_sign(bits, None, *layer, dtype, bound))
 
     @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
     def test_unpack(self, native: cuda.NativeKernels, dtype: torch.dtype) -> None:
-        bits = reference.pack_bits(draw(5, 300))
-        found, expected = (run(bits, 300, dtype) for run in (native.unpack, eight_bit.unpack))
+        bits = pack_bits(draw(5, 300))
+        found = products.unpack_on_cuda(cuda.Device(native, "bits", forced=True), bits, 300, dtype)
+        expected = eight_bit.unpack(bits, 300, dtype)
         assert torch.equal(found.float(), expected.float())
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_layer_norm_sign(self, native: cuda.NativeKernels, dtype: torch.dtype) -> None:
+    def test_layer_norm_sign(self, kernels: SimpleNamespace, dtype: torch.dtype) -> None:
         input, residual = draw(2, 3, 264, dtype=dtype), draw(3, 2, 264, dtype=dtype).view(2, 3, 264)
         weight, bias, threshold = (draw(264 + i)[:264].clone() for i in range(3))
         for parameters in ((weight, bias), (weight.to(dtype), bias.to(dtype))):
             for other, bound in ((residual, threshold), (None, None)):
-                output, bits = native.layer_norm_sign(input, other, *parameters, 1e-5, bound)
+                output, bits = kernels.layer_norm_sign(input, other, *parameters, 1e-5, bound)
                 expected, _ = reference.layer_norm_sign(input, other, *parameters, 1e-5, bound)
                 torch.testing.assert_close(output, expected)
                 assert torch.equal(bits, reference.pack_sign(output, bound)[0])
 
     @pytest.mark.parametrize("transposed", [False, True])
-    def test_sign_product(self, native: cuda.NativeKernels, transposed: bool) -> None:
-        weight, vector = reference.pack_bits(draw(70, 300)), draw(70 if transposed else 300).double()
-        found = native.sign_product(weight, 300, vector, transposed)
+    def test_sign_product(self, kernels: SimpleNamespace, transposed: bool) -> None:
+        weight, vector = pack_bits(draw(70, 300)), draw(70 if transposed else 300).double()
+        found = kernels.sign_product(weight, 300, vector, transposed)
         torch.testing.assert_close(found, reference.sign_product(weight, 300, vector, transposed))
 
     @pytest.mark.parametrize("in_features", [1, 7, 300, 1024])
     @pytest.mark.parametrize("bias", [None, torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("one_offset", [False, True])
     def test_fold(
-        self, native: cuda.NativeKernels, in_features: int, bias: torch.dtype | None, one_offset: bool
+        self, kernels: SimpleNamespace, in_features: int, bias: torch.dtype | None, one_offset: bool
     ) -> None:
-        weight, row_scale = reference.pack_bits(draw(41, in_features)), draw(41, 1).abs()
+        weight, row_scale = pack_bits(draw(41, in_features)), draw(41, 1).abs()
         offset = torch.tensor(0.3) if one_offset else draw(in_features)
         given = None if bias is None else draw(41, dtype=bias)
         arguments = weight, row_scale, offset, torch.tensor(0.7), given, in_features
-        found, expected = native.fold(*arguments), reference.fold(*arguments)
+        found, expected = kernels.fold(*arguments), reference.fold(*arguments)
         assert torch.equal(found[0], expected[0])
         # Sums of doubles in another order, rounded to float32.
         torch.testing.assert_close(found[1], expected[1], rtol=2**-23, atol=1e-12)
 
-    def test_tensors_that_are_not_dense_or_begin_anywhere_are_copied(self, native: cuda.NativeKernels) -> None:
+    def test_tensors_that_are_not_dense_or_begin_anywhere_are_copied(self, kernels: SimpleNamespace) -> None:
         layer = draw_layer(300, 41)
-        bits = reference.pack_bits(draw(9, 300))
+        bits = pack_bits(draw(9, 300))
         scattered = bits.repeat(1, 2)[:, : bits.shape[1]]
         shifted = torch.cat([torch.zeros(1, dtype=torch.uint8), bits.flatten()])[1:].view(bits.shape)
         expected = reference.binary_linear(bits, None, *layer, torch.float32)
         for input in (scattered, shifted):
-            assert torch.equal(native.binary_linear(input, *layer, torch.float32), expected)
+            assert torch.equal(kernels.binary_linear(input, None, *layer, torch.float32), expected)
         values = draw(300, 9)
-        assert torch.equal(native.pack_sign(values.T)[0], reference.pack_sign(values.T)[0])
+        assert torch.equal(kernels.pack_sign(values.T)[0], reference.pack_sign(values.T)[0])
 
     def test_work_is_enqueued_on_the_stream_of_the_tensors_device(self, emulated_cuda: Path) -> None:
         native = emulated(emulated_cuda, stream=0x1234)
         asked = native.native.emulated_cuda_launch_stream
         asked.restype = ctypes.c_void_p
-        native.pack_sign(draw(2, 3))
+        on_library(native).pack_sign(draw(2, 3))
         assert asked() == 0x1234
 
     def test_the_kernel_of_a_product_can_be_asked_for(self, native: cuda.NativeKernels, emulated_cuda: Path) -> None:
@@ -167,14 +169,16 @@ class TestDevices:
 
 class TestOperators:
     @pytest.fixture(params=["bits", "int8", "float8", "int8 without library", "float32 without library"])
-    def operators(
-        self, request: Any, native: cuda.NativeKernels, use: Callable[..., cuda.Operators]
-    ) -> cuda.Operators:
+    def device(self, request: pytest.FixtureRequest, native: cuda.NativeKernels) -> cuda.Device:
         product, _, without = request.param.partition(" ")
-        return use(cuda.Device(None if without else native, product))
+        return cuda.Device(None if without else native, product)
+
+    @pytest.fixture
+    def operators(self, device: cuda.Device) -> SimpleNamespace:
+        return on_kernels("cuda", device)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_products_of_every_kind_are_the_reference(self, operators: cuda.Operators, dtype: torch.dtype) -> None:
+    def test_products_of_every_kind_are_the_reference(self, operators: SimpleNamespace, dtype: torch.dtype) -> None:
         input, threshold, layer = draw(3, 300, dtype=dtype), draw(300), draw_layer(300, 41)
         bits, bound = reference.pack_sign(input, threshold)[0], draw(41)
         expected = reference.binary_linear(bits, None, *layer, dtype)
@@ -185,16 +189,16 @@ class TestOperators:
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_bytes_are_multiplied_as_integers_where_the_device_can(
-        self, operators: cuda.Operators, dtype: torch.dtype
+        self, device: cuda.Device, operators: SimpleNamespace, dtype: torch.dtype
     ) -> None:
         input, layer = draw(3, 300, dtype=dtype), (*draw_layer(300, 41), dtype)
         with Names() as names:
             found = operators.byte_linear(input, *layer)
         assert torch.equal(found, reference.byte_linear(input, *layer))
-        assert ("aten::_int_mm" in names.called) == (cuda.device(CPU).product != "float32")
+        assert ("aten::_int_mm" in names.called) == (device.product != "float32")
 
-    def test_the_rest_too(self, operators: cuda.Operators) -> None:
-        input, weight = draw(4, 300), reference.pack_bits(draw(7, 300))
+    def test_the_rest_too(self, operators: SimpleNamespace) -> None:
+        input, weight = draw(4, 300), pack_bits(draw(7, 300))
         assert torch.equal(operators.pack_sign(input)[1], reference.pack_sign(input)[1])
         vector = draw(300).double()
         found, expected = (o.sign_product(weight, 300, vector, False) for o in (operators, reference))
@@ -206,7 +210,7 @@ class TestOperators:
             torch.testing.assert_close(found[1], expected[1])
 
     @pytest.mark.parametrize("features", [264, 300, 4104])
-    def test_layer_norm_of_any_width(self, operators: cuda.Operators, features: int) -> None:
+    def test_layer_norm_of_any_width(self, operators: SimpleNamespace, features: int) -> None:
         # Neither a multiple of 8 nor above 4096 has a kernel.
         arguments = draw(2, features), draw(2, features), draw(features), draw(features + 1)[1:].clone(), 1e-5, None
         with warnings.catch_warnings():
@@ -224,11 +228,9 @@ class TestFailures:
         native.index = 99
         return native
 
-    def test_a_launch_that_fails_is_one_warning_and_the_right_result(
-        self, broken: cuda.NativeKernels, use: Callable[..., cuda.Operators]
-    ) -> None:
+    def test_a_launch_that_fails_is_one_warning_and_the_right_result(self, broken: cuda.NativeKernels) -> None:
         device, layer = cuda.Device(broken, "bits"), draw_layer(300, 41)
-        operators, input = use(device), draw(3, 300)
+        operators, input = on_kernels("cuda", device), draw(3, 300)
         with pytest.warns(RuntimeWarning, match="goes on without its CUDA kernels") as caught:
             found = operators.binary_linear(input, None, *layer, torch.float32)
         assert len(caught) == 1
@@ -240,11 +242,10 @@ class TestFailures:
         assert device.native is None and device.product == "int8" and device.why_not
 
     def test_a_launch_that_fails_is_an_error_if_the_kernel_was_asked_for_by_name(
-        self, broken: cuda.NativeKernels, use: Callable[..., cuda.Operators]
+        self, broken: cuda.NativeKernels
     ) -> None:
-        operators = use(cuda.Device(broken, "bits", forced=True))
         with pytest.raises(cuda.CudaError):
-            operators.pack_sign(draw(2, 3))
+            on_library(broken).pack_sign(draw(2, 3))
 
 
 class TestLoading:

@@ -9,7 +9,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hf_stompp.ops import cpu, reference
+from hf_stompp.ops import SURROGATES as SURROGATES_TABLE
+from hf_stompp.ops import cpu
+from hf_stompp.ops.operators import on_kernels
+from hf_stompp.ops.weights import Surrogate
 
 
-Kernels = cpu.NativeKernels | ModuleType
 Outputs = tuple[Tensor, ...]
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -35,6 +37,9 @@ FEATURES = [1, 7, 63, 64, 65, 255, 256, 257, 770, 3072]
 LEADING = [(0,), (1,), (), (37,), (2, 3), (2, 0, 3)]
 # From 128 thousand elements on two threads share the work: rows or columns, evenly or not.
 LARGE = [(2005, 65), (43, 3072), (170, 770), (1, 130_001)]
+
+
+reference = on_kernels("cpu", None)
 
 
 # ----- Kernels -----
@@ -51,24 +56,24 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> cpu.NativeKernels:
     return kernels
 
 
-def kernels_named(native: cpu.NativeKernels, name: str) -> cpu.NativeKernels:
+def kernels_named(native: cpu.NativeKernels, name: str) -> SimpleNamespace:
     if name == "best":
-        return cpu.NativeKernels(native.native)
+        return on_kernels("cpu", cpu.NativeKernels(native.native))
     reason = native.unavailable(name)
     if reason is not None:
         pytest.skip(reason)
-    return cpu.NativeKernels(native.native, kernel=name)
+    return on_kernels("cpu", cpu.NativeKernels(native.native, kernel=name))
 
 
 @pytest.fixture(params=[*cpu.KERNELS, "best"])
-def native_kernel(native: cpu.NativeKernels, request: pytest.FixtureRequest) -> cpu.NativeKernels:
-    """Each kernel that runs here, and the choice among them."""
+def native_kernel(native: cpu.NativeKernels, request: pytest.FixtureRequest) -> SimpleNamespace:
+    """The operators on each kernel that runs here, and the choice among them."""
     return kernels_named(native, request.param)
 
 
 @pytest.fixture(params=[*cpu.KERNELS, "best", "reference"])
-def kernels(request: pytest.FixtureRequest) -> Kernels:
-    """Each kernel that runs here, the choice among them, and the PyTorch reference, which needs no library."""
+def kernels(request: pytest.FixtureRequest) -> SimpleNamespace:
+    """The same, and in plain PyTorch, which needs no library."""
     if request.param == "reference":
         return reference
     return kernels_named(request.getfixturevalue("native"), request.param)
@@ -127,13 +132,18 @@ def sum_magnitudes(op: str, arguments: dict[str, Any]) -> Tensor:
     return magnitudes.reshape(-1, magnitudes.shape[-1]).sum(0)
 
 
+def in_order(op: str, arguments: dict[str, Any]) -> list[Any]:
+    """The arguments of an operator as its schema orders them."""
+    return [arguments[argument.name] for argument in operator(op)._schema.arguments]
+
+
 def assert_as_reference(
-    kernels: Kernels, op: str, arguments: dict[str, Any], expected: Outputs | None = None, threads: int = 1
+    kernels: SimpleNamespace, op: str, arguments: dict[str, Any], expected: Outputs | None = None, threads: int = 1
 ) -> None:
     torch.set_num_threads(threads)
-    actual = as_tuple(getattr(kernels, op)(**arguments))
+    actual = as_tuple(getattr(kernels, op)(*arguments.values()))
     torch.set_num_threads(1)
-    expected = as_tuple(getattr(reference, op)(**arguments)) if expected is None else expected
+    expected = as_tuple(getattr(reference, op)(*arguments.values())) if expected is None else expected
     exact = {"sign_product": 0, "masked_activation_grad": 1}.get(op, len(expected))
     assert len(actual) == len(expected)
     for one, other in zip(actual[:exact], expected[:exact], strict=True):
@@ -203,7 +213,7 @@ def weight_elements(weight: Tensor, mask: Tensor, scale: Tensor) -> list[tuple[f
 
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_weight_is_frozen_or_clipped(kernels: Kernels, dtype: torch.dtype, clip: float, garbage: None) -> None:
+def test_weight_is_frozen_or_clipped(kernels: SimpleNamespace, dtype: torch.dtype, clip: float, garbage: None) -> None:
     arguments = weight_edges(dtype, clip)
     values = []
     for w, frozen, scale in weight_elements(*arguments):
@@ -217,7 +227,7 @@ def test_weight_is_frozen_or_clipped(kernels: Kernels, dtype: torch.dtype, clip:
 @pytest.mark.parametrize("surrogate", SURROGATES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weight_gradient_passes_by_the_rule(
-    kernels: Kernels, dtype: torch.dtype, surrogate: str, garbage: None
+    kernels: SimpleNamespace, dtype: torch.dtype, surrogate: str, garbage: None
 ) -> None:
     # The window of frozen weights is narrower than the clip range, wider, or none.
     for clip, window, grad_dtype in itertools.product(CLIPS, [0.5, *CLIPS, math.inf], DTYPES):
@@ -233,7 +243,7 @@ def test_weight_gradient_passes_by_the_rule(
         assert same(actual, filled(values, grad.shape, dtype)), (clip, window, grad_dtype)
 
 
-def test_row_of_scale_zero_is_zero_and_passes_at_zero_alone(kernels: Kernels) -> None:
+def test_row_of_scale_zero_is_zero_and_passes_at_zero_alone(kernels: SimpleNamespace) -> None:
     numbers = [-1.0, -1e-40, -0.0, 0.0, 1e-40, 1.0, math.inf, math.nan]
     for dtype in DTYPES:
         weight = torch.tensor([numbers * 2], dtype=dtype)
@@ -246,7 +256,7 @@ def test_row_of_scale_zero_is_zero_and_passes_at_zero_alone(kernels: Kernels) ->
         assert torch.equal(grad != 0, weight == 0)
 
 
-def test_scale_may_be_of_any_floating_dtype(kernels: Kernels) -> None:
+def test_scale_may_be_of_any_floating_dtype(kernels: SimpleNamespace) -> None:
     weight, mask, scale = weight_edges(torch.float32, 1.25)
     for dtype in DTYPES:
         # A change of dtype may round the scale, but nothing else.
@@ -318,28 +328,32 @@ def activation_case(
 @pytest.mark.parametrize("surrogate", SURROGATES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_activation_is_frozen_or_clipped_and_says_what_passes(
-    kernels: Kernels, dtype: torch.dtype, surrogate: str, garbage: None
+    kernels: SimpleNamespace, dtype: torch.dtype, surrogate: str, garbage: None
 ) -> None:
     arguments, expected = activation_case(dtype, surrogate)
-    for actual, wanted in zip(kernels.masked_activation(**arguments), expected, strict=True):
+    for actual, wanted in zip(
+        kernels.masked_activation(*in_order("masked_activation", arguments)), expected, strict=True
+    ):
         assert same(actual, wanted)
 
 
 @pytest.mark.parametrize("parameter_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shared", [("threshold",), ("offset", "center")], ids=str)
 def test_levels_of_an_activation_may_be_single_numbers_of_any_floating_dtype(
-    kernels: Kernels, parameter_dtype: torch.dtype, shared: tuple[str, ...]
+    kernels: SimpleNamespace, parameter_dtype: torch.dtype, shared: tuple[str, ...]
 ) -> None:
     for dtype in [torch.float32, torch.float16, torch.float64]:
         arguments, expected = activation_case(dtype, "clipped_ste", parameter_dtype, shared)
-        for actual, wanted in zip(kernels.masked_activation(**arguments), expected, strict=True):
+        for actual, wanted in zip(
+            kernels.masked_activation(*in_order("masked_activation", arguments)), expected, strict=True
+        ):
             assert same(actual, wanted)
 
 
 @pytest.mark.parametrize("features", [3, 64, 300])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_activation_gradient_is_what_passes_and_sums_of_the_rest(
-    kernels: Kernels, dtype: torch.dtype, features: int, garbage: None
+    kernels: SimpleNamespace, dtype: torch.dtype, features: int, garbage: None
 ) -> None:
     generator = np.random.default_rng(features)
     flags = generator.random((2, 9, features)) < 0.5
@@ -385,13 +399,13 @@ def products(in_features: int) -> list[tuple[tuple[Any, ...], Tensor, Tensor]]:
 
 
 @pytest.mark.parametrize("in_features", FEATURES)
-def test_sign_product_is_that_of_the_dense_signs(kernels: Kernels, in_features: int, garbage: None) -> None:
+def test_sign_product_is_that_of_the_dense_signs(kernels: SimpleNamespace, in_features: int, garbage: None) -> None:
     for arguments, expected, magnitude in products(in_features):
         assert_sums(kernels.sign_product(*arguments), expected, magnitude)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_sign_product_of_infinity_and_nan_is_not_finite(kernels: Kernels, transposed: bool) -> None:
+def test_sign_product_of_infinity_and_nan_is_not_finite(kernels: SimpleNamespace, transposed: bool) -> None:
     weight = expected_bits(np.array([[True, False], [True, True]]))
     vector = torch.tensor([math.inf, 1.0], dtype=torch.float64)
     assert kernels.sign_product(weight, 2, vector, transposed).tolist() == [
@@ -495,13 +509,13 @@ def draw(op: str, case: Case) -> dict[str, Any]:
 
 @functools.cache
 def reference_of(op: str, case: Case) -> Outputs:
-    return as_tuple(getattr(reference, op)(**draw(op, case)))
+    return as_tuple(getattr(reference, op)(*draw(op, case).values()))
 
 
 @pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize("op", OPS)
 def test_native_kernel_equals_the_reference(
-    native_kernel: cpu.NativeKernels, op: str, features: int, garbage: None
+    native_kernel: SimpleNamespace, op: str, features: int, garbage: None
 ) -> None:
     for case in CASES:
         if case.features == features:
@@ -518,19 +532,19 @@ def test_cases_hold_every_pair_of_dtypes_with_every_surrogate() -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("case", LARGE_CASES, ids=str)
 def test_native_kernel_equals_the_reference_on_any_number_of_threads(
-    native_kernel: cpu.NativeKernels, case: Case, threads: int, garbage: None
+    native_kernel: SimpleNamespace, case: Case, threads: int, garbage: None
 ) -> None:
     for op in OPS:
         assert_as_reference(native_kernel, op, draw(op, case), reference_of(op, case), threads)
 
 
 @pytest.mark.parametrize("case", LARGE_CASES, ids=str)
-def test_sums_are_the_same_bits_on_any_number_of_threads(native_kernel: cpu.NativeKernels, case: Case) -> None:
+def test_sums_are_the_same_bits_on_any_number_of_threads(native_kernel: SimpleNamespace, case: Case) -> None:
     arguments = draw("masked_activation_grad", case)
     outputs = []
     for threads in [1, 2, 5]:
         torch.set_num_threads(threads)
-        outputs.append(native_kernel.masked_activation_grad(**arguments))
+        outputs.append(native_kernel.masked_activation_grad(*arguments.values()))
     for grad, sums in outputs[1:]:
         assert same(grad, outputs[0][0]) and same(sums, outputs[0][1])
 
@@ -551,7 +565,7 @@ def rounded_floats(dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
 def test_every_number_is_converted_as_pytorch_converts_it(
-    native_kernel: cpu.NativeKernels, dtype: torch.dtype, garbage: None
+    native_kernel: SimpleNamespace, dtype: torch.dtype, garbage: None
 ) -> None:
     numbers = rounded_floats(dtype)[None]
     mask, scale = torch.zeros_like(numbers, dtype=torch.bool), torch.tensor([[math.inf]])
@@ -562,7 +576,7 @@ def test_every_number_is_converted_as_pytorch_converts_it(
         assert same(passed, numbers.to(other))
 
 
-def test_clip_range_is_a_product_rounded_to_float32(kernels: Kernels) -> None:
+def test_clip_range_is_a_product_rounded_to_float32(kernels: SimpleNamespace) -> None:
     clip, scale = 1.1, torch.tensor([[0.7]])
     bound = np.float32(1.1) * np.float32(0.7)
     assert float(bound) != 1.1 * float(scale)
@@ -587,7 +601,7 @@ NOT_A_NUMBER = {
 
 @pytest.mark.parametrize(("op", "changed"), NOT_A_NUMBER.values(), ids=NOT_A_NUMBER.keys())
 def test_clip_range_that_is_nan_is_as_in_the_reference(
-    native_kernel: cpu.NativeKernels, op: str, changed: dict[str, Any]
+    native_kernel: SimpleNamespace, op: str, changed: dict[str, Any]
 ) -> None:
     for dtype in NATIVE_DTYPES:
         case = Case((37,), 70, dtype, dtype, "ste", False, 1.5)
@@ -606,7 +620,7 @@ def test_clip_range_that_is_nan_is_as_in_the_reference(
     ids=str,
 )
 def test_float64_is_computed_by_the_reference(
-    native_kernel: cpu.NativeKernels, op: str, dtype: torch.dtype, other: torch.dtype
+    native_kernel: SimpleNamespace, op: str, dtype: torch.dtype, other: torch.dtype
 ) -> None:
     arguments = draw(op, Case((5,), 70, dtype, other, "clipped_ste", False, 1.1))
     for name in ("threshold", "offset", "center"):
@@ -650,12 +664,12 @@ def rearranged(arguments: dict[str, Any], rearrange: Callable[[Tensor], Tensor])
 @pytest.mark.parametrize("leading", [(37,), (3, 5)], ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_arguments_may_lie_anywhere_and_are_left_as_they_were(
-    native_kernel: cpu.NativeKernels, op: str, leading: tuple[int, ...], rearrange: Callable[[Tensor], Tensor]
+    native_kernel: SimpleNamespace, op: str, leading: tuple[int, ...], rearrange: Callable[[Tensor], Tensor]
 ) -> None:
     for dtype in NATIVE_DTYPES:
         arguments = draw(op, Case(leading, 300, dtype, torch.float32, "none", False, 1.5))
         other = rearranged(arguments, rearrange)
-        expected, actual = (as_tuple(getattr(native_kernel, op)(**given)) for given in (arguments, other))
+        expected, actual = (as_tuple(getattr(native_kernel, op)(*given.values())) for given in (arguments, other))
         for one, wanted in zip(actual, expected, strict=True):
             assert same(one, wanted) and one.is_contiguous()
         for name, value in arguments.items():
@@ -663,7 +677,7 @@ def test_arguments_may_lie_anywhere_and_are_left_as_they_were(
 
 
 @pytest.mark.parametrize("op", ["masked_weight_grad", "masked_activation_grad"])
-def test_gradient_may_be_one_number_expanded(native_kernel: cpu.NativeKernels, op: str) -> None:
+def test_gradient_may_be_one_number_expanded(native_kernel: SimpleNamespace, op: str) -> None:
     # As the gradient of a sum is.
     arguments = draw(op, Case((37,), 70, torch.float32, torch.float32, "clipped_ste", False, 1.5))
     assert_as_reference(native_kernel, op, arguments | {"grad": torch.tensor(0.5).expand(37, 70)})
@@ -702,7 +716,7 @@ def test_op_takes_the_arguments_of_the_reference_in_their_order(op: str) -> None
     arguments = simple(op)
     assert list(arguments) == [argument.name for argument in operator(op)._schema.arguments]
     for actual, expected in zip(
-        as_tuple(operator(op)(*arguments.values())), as_tuple(getattr(reference, op)(**arguments)), strict=True
+        as_tuple(operator(op)(*arguments.values())), as_tuple(getattr(reference, op)(*arguments.values())), strict=True
     ):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
@@ -971,3 +985,16 @@ def test_bits_of_the_value_fit_its_gradient() -> None:
     output, passes, upper = torch.ops.hf_stompp.masked_activation(**arguments)
     grad, sums = torch.ops.hf_stompp.masked_activation_grad(output, passes, upper, arguments["mask"])
     assert grad.shape == output.shape and sums.shape == (3, COLUMNS)
+
+
+def test_surrogate_that_kernels_do_not_know_runs_in_plain_pytorch(
+    native_kernel: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SURROGATES_TABLE, "all", Surrogate(lambda mask, inside: inside | ~inside))
+    for op in ("masked_weight_grad", "masked_activation"):
+        arguments = simple(op) | {"surrogate": "all"}
+        outputs = as_tuple(getattr(native_kernel, op)(*arguments.values()))
+        for actual, expected in zip(outputs, as_tuple(getattr(reference, op)(*arguments.values())), strict=True):
+            assert same(actual, expected)
+    passed = native_kernel.masked_weight_grad(*(simple("masked_weight_grad") | {"surrogate": "all"}).values())
+    assert same(passed, simple("masked_weight_grad")["grad"].to(passed.dtype))

@@ -13,8 +13,15 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hf_stompp.ops import binary_linear, binary_linear_sign, cuda, fuses_layer_norm, layer_norm_sign, pack_sign
-from hf_stompp.ops.reference import pack_bits
+from hf_stompp.ops import (
+    binary_linear,
+    binary_linear_sign,
+    cuda,
+    fuses_layer_norm,
+    layer_norm_sign,
+    pack_bits,
+    pack_sign,
+)
 
 
 FEATURES = 300
