@@ -31,9 +31,9 @@ $(VENV)/test-tools: $(VENV)/installed tests/optional.txt
 	-$(BIN)/pip install --quiet --no-deps --requirement tests/optional.txt
 	touch $@
 
-# A process for each core, where pytest-xdist is installed.
+# Slow tests, too; a process for each core, where pytest-xdist is installed.
 test: $(VENV)/test-tools
-	$(BIN)/python -m pytest $$($(BIN)/python -c 'import xdist; print("-n auto --dist worksteal")' 2>/dev/null)
+	$(BIN)/python -m pytest -m '' $$($(BIN)/python -c 'import xdist; print("-n auto --dist worksteal")' 2>/dev/null)
 
 # The source distribution, and a wheel for every Linux with glibc 2.17: OpenMP's runtime is the one that torch brings.
 release: $(VENV)/test-tools

@@ -29,6 +29,14 @@ FLAGS = [
 ]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs in an emulation takes minutes."""
+    for item in items:
+        if {"cxx", "make_library"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def native() -> cpu.NativeKernels:
     """The native library."""
