@@ -34,7 +34,7 @@ from ..model.modules import config_of, masked_modules
 from ..training.arguments import StoMPPTrainingArguments
 from ..training.callbacks import UnitProgressCallback
 from ..training.methods import RecipeArguments
-from ..training.recipe import Recipe
+from ..training.recipe import Recipe, Results
 from ..training.stages import auto_class, card_details, run_recipe, write_card
 from ..training.summary import compared_with_float, summarize
 from .errors import CommandError, hub_errors
@@ -233,44 +233,62 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         CommandError: the model or the examples cannot be used, or OUTPUT is taken.
         Interrupted: Ctrl-C came; a checkpoint has been written.
     """
-    output = Path(arguments.output).expanduser()
-    _check_sources(arguments, output)
+    _check_sources(arguments, Path(arguments.output).expanduser())
     if arguments.problem_type is None:
         arguments.problem_type = "regression" if arguments.task == "stsb" else "single_label_classification"
-    problem_type = arguments.problem_type
-    training = read_examples(arguments.train_file, arguments, "train", problem_type)
-    validation = read_examples(arguments.validation_file, arguments, problem_type=problem_type)
+    training = read_examples(arguments.train_file, arguments, "train", arguments.problem_type)
+    validation = read_examples(arguments.validation_file, arguments, problem_type=arguments.problem_type)
     if arguments.max_train_examples is not None:
         training = training.first(arguments.max_train_examples)
     set_seed(arguments.seed)
     model, head_is_trained, knows_classes = load_model(arguments, training)
-    with hub_errors("model", arguments.model):
-        tokenizer = read_tokenizer(arguments.model)
-    limit = getattr(model.config, "max_position_embeddings", arguments.max_length)
-    length = min(arguments.max_length, tokenizer.model_max_length, limit)
     if arguments.method is None:
         arguments.method = default_method(model)
     asked = asked_for(arguments)
+    _choose_teacher(arguments, asked, knows_classes)
+    stop = StopAfterStep()
+    recipe = _recipe(arguments, asked, model, training, validation, stop)
+    with stopping_on_interrupt(stop):
+        results = run_recipe(recipe, model, head_is_trained)
+    return _save(arguments, recipe, results, {"train": len(training.labels), "validation": len(validation.labels)})
+
+
+def _choose_teacher(arguments: argparse.Namespace, asked: RecipeArguments, knows_classes: bool) -> None:
+    """No teacher where the float model's head may have been trained for other classes."""
     if asked.teacher == "float" and not (knows_classes or arguments.float_epochs):
-        # Its head may have been trained for other classes.
         asked.teacher = "none"
     if arguments.losses is not None and asked.teacher == "none":
         raise CommandError(
             "--losses say what is learned from a teacher, and there is none: give --float_epochs or --teacher MODEL, "
             "or drop --losses"
         )
+
+
+def _recipe(
+    arguments: argparse.Namespace,
+    asked: RecipeArguments,
+    model: PreTrainedModel,
+    training: Examples,
+    validation: Examples,
+    stop: StopAfterStep,
+) -> Recipe:
+    """The run that is asked for, its examples tokenized."""
+    with hub_errors("model", arguments.model):
+        tokenizer = read_tokenizer(arguments.model)
+    limit = getattr(model.config, "max_position_embeddings", arguments.max_length)
+    length = min(arguments.max_length, tokenizer.model_max_length, limit)
+    output, problem_type = Path(arguments.output).expanduser(), arguments.problem_type
     of_words = problem_type == TOKENS
     train_set, validation_set = (
         tokenized(examples, model_labels(examples, model.config, problem_type), tokenizer, length, of_words)
         for examples in (training, validation)
     )
-    stop = StopAfterStep()
 
     def prepare(trainer: Trainer) -> None:
         quiet(trainer)
         trainer.add_callback(stop)
 
-    recipe = Recipe(
+    return Recipe(
         asked,
         training_arguments(arguments, asked, output / ("float" if asked.method == "float" else "binary")),
         output_dir=output,
@@ -288,30 +306,32 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         },
         prepare=prepare,
     )
-    with stopping_on_interrupt(stop):
-        results = run_recipe(recipe, model, head_is_trained)
-    if asked.method == "float":
-        saved = "model"
+
+
+def _save(arguments: argparse.Namespace, recipe: Recipe, results: Results, examples: dict[str, int]) -> dict[str, Any]:
+    """Writes the model, or the card beside it, and the summary, which is returned."""
+    saved = "model" if recipe.asked.method == "float" else "packed"
+    if saved == "model":
         trained: Any = results.model
-        trained.save_pretrained(output / saved)
-        tokenizer.save_pretrained(output / saved)
+        trained.save_pretrained(recipe.output_dir / saved)
+        recipe.tokenizer.save_pretrained(recipe.output_dir / saved)
     else:
-        saved = "packed"
         files = {} if arguments.train_file is None else {"dataset": Path(arguments.train_file).name}
-        write_card(recipe, results, output.name, **card_details(arguments.model, arguments.task, of_words), **files)
+        details = card_details(arguments.model, arguments.task, arguments.problem_type == TOKENS)
+        write_card(recipe, results, recipe.output_dir.name, **details, **files)
     summary = summarize(
         recipe,
         results,
         task=arguments.task,
-        problem_type=problem_type,
+        problem_type=arguments.problem_type,
         model=arguments.model,
-        examples={"train": len(training.labels), "validation": len(validation.labels)},
+        examples=examples,
         output=arguments.output,
         saved=str(Path(arguments.output) / saved),
         command=shlex.join(["hf-stompp", *arguments.words]),
     )
     summary["metrics"] = {name: found for name, found in summary["metrics"].items() if found is not None}
-    (output / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    (recipe.output_dir / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
 
 

@@ -130,7 +130,7 @@ def check_common_fields(summary: dict[str, Any], output_dir: Path) -> None:
     assert json.loads((output_dir / "summary.json").read_text(encoding="utf-8")) == summary
     assert set(summary) >= {"task", "method", "seed", "model", "mode", "config", "progression", "examples", "steps"}
     assert {"torch", "transformers", "hf_stompp", "python"} <= set(summary["versions"])
-    assert set(summary["machine"]) == {"platform", "cpu", "threads", "accelerator"}
+    assert {"platform", "cpu", "threads", "accelerator"} <= set(summary["machine"])
     assert summary["milliseconds_per_batch"]["batch_size"] == 8
     assert summary["command"].startswith("run_glue.py --model_name_or_path")
     assert summary["seconds"]["total"] > 0

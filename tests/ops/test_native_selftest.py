@@ -45,6 +45,7 @@ def compiler() -> list[str]:
         pytest.skip(str(error))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], SANITIZERS], ids=["as_shipped", "sanitized"])
 def test_every_kernel_equals_plain_loops(flags: list[str], compiler: list[str], tmp_path: Path) -> None:
     if not compiles(compiler, flags, tmp_path):

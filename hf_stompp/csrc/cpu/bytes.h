@@ -1,5 +1,5 @@
 /* Products of packed signs with floats that are rounded to bytes, row by row, as quantize_rows in
- * hf_stompp/ops/reference.py does it. A bit b stands for 2b - 1, so the sum of signed codes is twice the sum of those
+ * hf_stompp/ops/integers.py does it. A bit b stands for 2b - 1, so the sum of signed codes is twice the sum of those
  * whose bit is set, less the sum of all.
  *
  * Plain C; each kernel includes it and compiles it with its own instructions. A kernel that has a better product than

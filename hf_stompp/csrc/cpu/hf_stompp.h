@@ -31,7 +31,7 @@ enum hf_stompp_kernel {
     HF_STOMPP_KERNELS = 5
 };
 
-/* Gradient of the frozen entries, see SURROGATES in hf_stompp/ops/reference.py. */
+/* Gradient of the frozen entries, see SURROGATES in hf_stompp/ops/weights.py. */
 enum hf_stompp_surrogate { HF_STOMPP_NO_SURROGATE = 0, HF_STOMPP_STE = 1, HF_STOMPP_CLIPPED_STE = 2 };
 
 enum hf_stompp_status { HF_STOMPP_OK = 0, HF_STOMPP_NO_MEMORY = 1, HF_STOMPP_UNAVAILABLE = 2 };
