@@ -6,8 +6,14 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from transformers import (
+    BertConfig,
+    BertForMultipleChoice,
+    BertForSequenceClassification,
+    PreTrainedModel,
+)
 
-from hf_stompp.training.labels import check_labels
+from hf_stompp.training.labels import check_labels, check_training_set
 
 
 @pytest.mark.parametrize(
@@ -43,3 +49,27 @@ def test_no_row_is_transformed_to_read_its_label() -> None:
     dataset.set_transform(fail)
     with pytest.raises(ValueError, match="row 1 of train_dataset has label=3"):
         check_labels(dataset, 2)
+
+
+OUT_OF_RANGE = Dataset.from_dict({"labels": [0, 7]})
+
+
+def model(head: type[PreTrainedModel] = BertForSequenceClassification, **settings: Any) -> PreTrainedModel:
+    sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=8)
+    return head(BertConfig(**sizes, **settings))
+
+
+def test_labels_are_checked_where_they_are_classes_that_the_model_learns() -> None:
+    with pytest.raises(ValueError, match="row 1 of train_dataset has labels=7"):
+        check_training_set(OUT_OF_RANGE, model())
+    check_training_set(OUT_OF_RANGE, model(), answered=True)
+    check_training_set(OUT_OF_RANGE, model(BertForMultipleChoice))
+    check_training_set(OUT_OF_RANGE, model(problem_type="multi_label_classification"))
+    check_training_set(OUT_OF_RANGE, model(num_labels=1))
+
+
+def test_a_training_set_without_rows_is_refused_and_a_stream_is_not_read() -> None:
+    with pytest.raises(ValueError, match="train_dataset is empty"):
+        check_training_set(OUT_OF_RANGE.select([]), model())
+    check_training_set(OUT_OF_RANGE.to_iterable_dataset(), model())
+    check_training_set(None, model())

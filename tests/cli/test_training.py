@@ -108,6 +108,16 @@ def test_classifier_keeps_the_head_that_knows_the_classes(
     assert torch.equal(before["classifier.weight"], after["classifier.weight"])
 
 
+def test_a_head_that_was_trained_for_other_classes_is_no_teacher(
+    tiny_model: Callable, saved: Callable, files: list[str], tmp_path: Path, printed: Callable
+) -> None:
+    for names, teacher in [(CLASSES, "float"), (["one", "two", "three"], None)]:
+        labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+        model = saved(tiny_model("bert", **labels), "-".join(names))
+        words = [model, tmp_path / names[0], *files, *SHORT, "--epochs", 1, "--method", "ste", "--json"]
+        assert json.loads(printed("train", *words))["teacher"] == teacher
+
+
 def test_json_is_all_that_is_printed(float_model: str, files: list[str], tmp_path: Path, printed: Callable) -> None:
     result = json.loads(
         printed("train", float_model, tmp_path / "run", *files, *SHORT, "--epochs", 3, "--json", "--method", "stompp")
