@@ -31,6 +31,7 @@ COLUMNS = {
     "`bnn`, StoMPP's masks": ("stompp-ste-window",),
     "`bnn`, attention `bwn`": ("ste-bwn-attention",),
     "`bnn`, text first": ("ste-distilled-4-epochs", "ste-distilled"),
+    "`bnn`, and attention learned": ("ste-distilled-pairs-attentions",),
     "bag of words": ("tfidf",),
     "most frequent answer": ("majority",),
 }
