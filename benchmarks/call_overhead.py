@@ -2,7 +2,7 @@
 What stands between a packed layer of one row and its kernel: the operator as models call it, the native function
 alone, and the same without any rows, against torch's fp32. One thread, minimum of nine samples, microseconds.
 
-    python benchmarks/call_overhead.py --output benchmarks/results/call_overhead_amd_epyc_zen4.json
+    python benchmarks/call_overhead.py --output benchmarks/results/call_overhead_amd_epyc_zen5.json
 """
 
 from __future__ import annotations
