@@ -23,6 +23,7 @@ from transformers import BertForSequenceClassification
 
 from hf_stompp import StoMPPConfig, benchmark, binarize, commit, pack
 from hf_stompp.export import export_onnx, plain_torch, sample_inputs
+from hf_stompp.machine import surroundings
 
 
 BATCH, LENGTH = 4, 128
@@ -100,7 +101,7 @@ def main() -> None:
         "command": "python " + shlex.join(["benchmarks/onnx_export.py", *sys.argv[1:]]),
         "seed": 0,
         "threads": arguments.threads,
-        **benchmark.surroundings(),
+        **surroundings(),
         "onnxruntime": onnxruntime.__version__,
         **found,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -225,8 +225,7 @@ class StoMPPConfig(QuantizationConfigMixin):
         self.format_version = self._oldest_version() if format_version is None else format_version
         self.plan: Plan = {}
         self._check(unknown)
-        if modules is not None:
-            self.plan = read_plan(modules, self.mode_of)
+        self.modules = modules
 
     def _check(self, unknown: dict[str, Any]) -> None:
         version = self.format_version
@@ -347,6 +346,14 @@ class StoMPPConfig(QuantizationConfigMixin):
     def modules(self) -> list[dict[str, Any]] | None:
         """The plan as it is saved, from input to output; `None` before [`binarize`]."""
         return [entry.to_dict() for entry in self.plan.values()] or None
+
+    @modules.setter
+    def modules(self, entries: list[dict[str, Any]] | None) -> None:
+        self.plan = {} if entries is None else read_plan(entries, self.mode_of)
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        # `dict(config)`, as of every Transformers config.
+        yield from self.to_dict().items()
 
     @property
     def units(self) -> list[str]:

@@ -268,6 +268,14 @@ def test_a_fresh_config_has_no_units() -> None:
     assert StoMPPConfig().units == [] and StoMPPConfig().plan == {}
 
 
+def test_a_config_is_read_and_changed_like_other_configs_of_transformers() -> None:
+    config = StoMPPConfig(modules=twelve_layers())
+    assert dict(config) == config.to_dict() and StoMPPConfig(**dict(config)).plan == config.plan
+    entry = {**LINEAR, "input": LINEAR["name"]}
+    assert config.update(modules=[entry]) == {} and config.modules == [entry]
+    assert StoMPPConfig.from_dict({"mode": "bwn"}, modules=None).plan == {}
+
+
 def test_a_deep_copy_is_independent() -> None:
     config = StoMPPConfig(modules=twelve_layers())
     copy.deepcopy(config).plan.clear()

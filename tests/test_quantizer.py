@@ -641,7 +641,7 @@ def test_table_that_does_not_fit_is_refused_by_module_name(tiny_committed, tmp_p
 def test_checkpoint_without_a_table_is_refused(packed_folder, modules):
     edit_config(packed_folder, lambda config: config.update(modules=modules))
 
-    with pytest.raises(ValueError, match="has no table of modules"):
+    with pytest.raises(ValueError, match="has no modules: it was not written"):
         load(packed_folder)
 
 

@@ -75,3 +75,8 @@ def test_arguments_survive_json(tmp_path: Path) -> None:
     arguments = StoMPPTrainingArguments(str(tmp_path), progression_order="random", mask_seed=3)
     saved = json.loads(arguments.to_json_string())
     assert (saved["progression_order"], saved["mask_seed"], saved["progression_tail"]) == ("random", 3, 0.3)
+
+
+def test_a_run_stays_itself_whether_its_card_is_timed(tmp_path: Path) -> None:
+    plain, timed = (StoMPPTrainingArguments(str(tmp_path), use_cpu=True, card_speed=asked) for asked in (False, True))
+    assert plain.own_arguments() == timed.own_arguments() and "progression_tail" in plain.own_arguments()

@@ -23,7 +23,7 @@ from ..model.card import add_section
 from ..model.conversion import binarize
 from ..model.modules import config_of
 from ..training.arguments import StoMPPTrainingArguments
-from ..training.distillation import LABELS, LOSSES, check_losses, check_teacher
+from ..training.distillation import LABELS, LOSSES, check_teacher
 from ..training.methods import RecipeArguments
 from ..training.progression import plan_progression
 from ..training.recipe import Recipe, Results, claim_output_dir
@@ -33,6 +33,7 @@ from ..training.summary import bytes_when_saved, measure, summarize
 from .errors import CommandError, hub_errors
 from .evaluation import read_tokenizer
 from .models import megabytes, read_config, state_of
+from .options import read_losses
 from .training import (
     SUMMARY,
     Interrupted,
@@ -92,10 +93,7 @@ class Encoder:
         if asked is None:
             embedding = {f"{self.pooling}_embeddings": 1.0} if self.folder is not None else {}
             return {"normalized_hidden_states": 1.0, **embedding}
-        try:
-            weights = check_losses(json.loads(asked))
-        except json.JSONDecodeError as error:
-            raise CommandError(f"--losses {asked!r} is no JSON ({error}): give a weight to each loss") from error
+        weights = read_losses(asked)
         for name in ("logits", LABELS):
             if name in weights:
                 known = ", ".join(loss for loss in LOSSES if loss != "logits")

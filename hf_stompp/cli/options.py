@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import math
 import textwrap
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from typing import Any
 
 from ..config import CHOICES
 from ..data.tables import READERS
+from ..training.distillation import check_losses
+from .errors import CommandError
 
 
 def run_of(module: str, function: str = "run") -> Callable[[argparse.Namespace], None]:
@@ -21,6 +24,20 @@ def run_of(module: str, function: str = "run") -> Callable[[argparse.Namespace],
         getattr(importlib.import_module(f".{module}", __package__), function)(arguments)
 
     return run
+
+
+def read_losses(asked: str) -> dict[str, float]:
+    """
+    The value of `--losses`.
+
+    Raises:
+        CommandError: it is no JSON.
+        ValueError: it names something else than losses with a weight each.
+    """
+    try:
+        return check_losses(json.loads(asked))
+    except json.JSONDecodeError as error:
+        raise CommandError(f"--losses {asked!r} is no JSON ({error}): give a weight to each loss") from error
 
 
 def _number(text: str, kind: Callable[[str], Any], fits: Callable[[Any], bool], wanted: str) -> Any:

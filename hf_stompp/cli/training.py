@@ -35,7 +35,7 @@ from ..training.arguments import StoMPPTrainingArguments
 from ..training.callbacks import UnitProgressCallback
 from ..training.methods import RecipeArguments
 from ..training.recipe import Recipe, Results
-from ..training.stages import auto_class, card_details, run_recipe, write_card
+from ..training.stages import auto_class, card_details, is_binarized, run_recipe, write_card
 from ..training.summary import compared_with_float, summarize
 from .errors import CommandError, hub_errors
 from .evaluation import CLASSIFIERS, read_tokenizer
@@ -43,6 +43,7 @@ from .examples import TOKENS, Examples, read_examples
 from .labels import class_names, model_labels, output_names, problem_type_of
 from .measures import metrics_of
 from .models import megabytes, read_config, state_of
+from .options import read_losses
 from .words import token_labels
 
 
@@ -218,6 +219,7 @@ def training_arguments(arguments: argparse.Namespace, asked: RecipeArguments, fo
         use_cpu=arguments.cpu or not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available() and not arguments.cpu,
         report_to=arguments.report_to,
+        card_speed=arguments.card_speed,
         disable_tqdm=not sys.stderr.isatty(),
         **given,
     )
@@ -234,6 +236,8 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         Interrupted: Ctrl-C came; a checkpoint has been written.
     """
     _check_sources(arguments, Path(arguments.output).expanduser())
+    if arguments.losses is not None:
+        read_losses(arguments.losses)
     if arguments.problem_type is None:
         arguments.problem_type = "regression" if arguments.task == "stsb" else "single_label_classification"
     training = read_examples(arguments.train_file, arguments, "train", arguments.problem_type)
@@ -245,7 +249,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.method is None:
         arguments.method = default_method(model)
     asked = asked_for(arguments)
-    _choose_teacher(arguments, asked, knows_classes)
+    _choose_teacher(arguments, asked, knows_classes, head_is_trained and not is_binarized(model))
     stop = StopAfterStep()
     recipe = _recipe(arguments, asked, model, training, validation, stop)
     with stopping_on_interrupt(stop):
@@ -253,11 +257,14 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     return _save(arguments, recipe, results, {"train": len(training.labels), "validation": len(validation.labels)})
 
 
-def _choose_teacher(arguments: argparse.Namespace, asked: RecipeArguments, knows_classes: bool) -> None:
+def _choose_teacher(
+    arguments: argparse.Namespace, asked: RecipeArguments, knows_classes: bool, is_trained: bool
+) -> None:
     """No teacher where the float model's head may have been trained for other classes."""
     if asked.teacher == "float" and not (knows_classes or arguments.float_epochs):
         asked.teacher = "none"
-    if arguments.losses is not None and asked.teacher == "none":
+    has_none = asked.teacher == "none" or (asked.teacher == "float" and not (is_trained or arguments.float_epochs))
+    if arguments.losses is not None and has_none:
         raise CommandError(
             "--losses say what is learned from a teacher, and there is none: give --float_epochs or --teacher MODEL, "
             "or drop --losses"
@@ -353,7 +360,7 @@ def asked_for(arguments: argparse.Namespace) -> RecipeArguments:
     Raises:
         CommandError: one of them contradicts the method.
     """
-    binary = ("mode", "modes", "word_embeddings", "float_epochs", "teacher")
+    binary = ("mode", "modes", "word_embeddings", "float_epochs", "teacher", "losses")
     unused = [name for name in binary if getattr(arguments, name) is not None]
     if arguments.method == "float" and unused:
         raise CommandError(f"--method float binarizes nothing: drop --{', --'.join(unused)}, or choose another method")

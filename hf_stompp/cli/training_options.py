@@ -88,7 +88,11 @@ def add_train(commands: Any) -> None:
         help="what to distil from: float (default): the float model that is binarized, if its head is trained; none; "
         "or a folder or name of a model that was fine-tuned on this task",
     )
-    _add_losses(how, f"{' and '.join(DEFAULT_LOSSES)}, each 1; {LABELS} is the task's own")
+    _add_losses(
+        how,
+        f"{' and '.join(DEFAULT_LOSSES)}, each 1; of the method bit logits and hidden_states; {LABELS} is the task's "
+        "own",
+    )
     epochs, rate = BINARY_DEFAULTS["num_train_epochs"], BINARY_DEFAULTS["learning_rate"]
     how.add_argument("--epochs", type=positive, metavar="N", help=f"of training (default: {epochs:g})")
     option(how, "--float_epochs", type=positive, metavar="N", help="of fine-tuning in float before (default: none)")
@@ -100,6 +104,7 @@ def add_train(commands: Any) -> None:
         how, "--logging_steps", type=count, default=0.02, metavar="N", help="between two logs (default: 2%% of all)"
     )
     _add_machine(how)
+    option(how, "--card_speed", action="store_true", help="time the packed model beside a float one, for its card")
     option(how, "--report_to", nargs="*", default="none", metavar="TRACKER", help="tensorboard, wandb, mlflow, ...")
     how.add_argument("--resume", action="store_true", help="go on with the run in OUTPUT, with the same options")
 

@@ -46,7 +46,7 @@ def check_fits(model: nn.Module, config: StoMPPConfig, kinds: dict[str, tuple[ty
     """
     if not config.plan:
         raise ValueError(
-            "this checkpoint's quantization_config has no table of modules: it was not written by binarize() or pack()"
+            "this checkpoint's quantization_config has no modules: it was not written by binarize() or pack()"
         )
     found = dict(model.named_modules())
     for name, entry in config.plan.items():

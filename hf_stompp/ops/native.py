@@ -41,7 +41,7 @@ def call(function: Callable[[bytes], int], layout: struct.Struct, fields: Iterab
             dense.append(value.contiguous())
             numbers.append(dense[-1].data_ptr())
         else:
-            numbers.append(_NUMBERS.get(value, value))
+            numbers.append(_NUMBERS[value] if value is None or isinstance(value, torch.dtype) else value)
     return function(layout.pack(*numbers))
 
 

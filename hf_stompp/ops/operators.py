@@ -39,13 +39,14 @@ class Operator:
 
     def run(self, entry: Callable[..., Any] | None, find_kernels: Callable[[Tensor], Any], *arguments: Any) -> Any:
         """Checks the arguments; then kernels are looked for, and compute the operator by `entry`, or the reference."""
-        result = self.meta(*arguments)
+        result = [self.meta(*arguments)]
         kernels = find_kernels(arguments[0])
         if kernels is None or entry is None or (self.takes is not None and not self.takes(*arguments)):
             # Its memory is free again while the reference runs.
-            del result
+            result.clear()
             return self.reference(*arguments)
-        return entry(kernels, result, *arguments)
+        # Handed over: an entry that does not fill it can let go of it.
+        return entry(kernels, result.pop(), *arguments)
 
 
 OPERATORS: dict[str, Operator] = {}

@@ -319,6 +319,8 @@ def _sign_on_cuda(on: cuda.Device, result: Tensor, input: Tensor, threshold: Ten
 
 
 def _byte_on_cuda(on: cuda.Device, output: Tensor, *layer: Any) -> Tensor:
+    # PyTorch makes its own.
+    del output
     if on.product == "float32":
         return byte_linear(*layer)
     return eight_bit.byte_linear(partial(unpack_on_cuda, on), *layer)

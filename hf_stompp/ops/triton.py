@@ -161,7 +161,8 @@ def _activation_grad_kernel(
     tl.store(target + 2 * features, upper_sum, mask=is_feature)
 
 
-# What [`~hf_stompp.ops.operators.declare`] registers: each fills its first argument, the result.
+# What [`~hf_stompp.ops.operators.declare`] registers: each fills its first argument, the result, and returns it; sums
+# over pieces come in a tensor of their own.
 
 
 def masked_weight(

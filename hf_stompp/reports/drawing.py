@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
-
-from transformers import TrainerState
+from typing import TYPE_CHECKING, Any
 
 from .dynamics import MODELS, Dynamics, Series, UnitDynamics, dynamics_of
+
+
+if TYPE_CHECKING:
+    from transformers import TrainerState
 
 
 # More dotted lines would hide what they cross.

@@ -147,12 +147,12 @@ class StoMPPTrainingArguments(TrainingArguments):
 
     def own_arguments(self) -> dict[str, Any]:
         """
-        What this class adds to the arguments of Transformers.
+        What this class adds to the arguments of Transformers, and a run depends on.
 
         Returns:
             `dict[str, Any]`: values by name.
         """
-        known = {item.name for item in fields(TrainingArguments)}
+        known = {item.name for item in fields(TrainingArguments)} | {"card_speed"}
         return {item.name: getattr(self, item.name) for item in fields(self) if item.name not in known}
 
     def _check_distillation(self) -> None:

@@ -35,10 +35,10 @@ class DistillingTrainer(Trainer):
 
     def set_teacher(self, teacher: PreTrainedModel | None) -> None:
         """
-        Gives the trainer a teacher: puts it into evaluation mode and on the device.
+        Gives a new trainer its teacher: puts it into evaluation mode and on the device.
 
         Args:
-            teacher (`PreTrainedModel`, *optional*): a float model; `None` for none.
+            teacher (`PreTrainedModel`, *optional*): a float model; nothing is done without one.
 
         Raises:
             ValueError: it does not fit the model, or labels are to be smoothed that no loss looks at.
@@ -50,10 +50,10 @@ class DistillingTrainer(Trainer):
                 f"label_smoothing_factor smooths labels, and distillation_losses={self.losses} does not look at them: "
                 f"give {LABELS!r} a weight, or leave label_smoothing_factor at 0"
             )
-        self.teacher, self.teacher_name = teacher, teacher.name_or_path
-        self.fit_to_teacher(self.model)
+        self._fit(self.model, teacher)
         # A loss that needs no labels can be evaluated without them.
         self.can_return_loss = self.can_return_loss or LABELS not in self.losses
+        self.teacher_name = teacher.name_or_path
         self.teacher = self.accelerator.prepare_model(teacher.eval(), evaluation_mode=True)
 
     def fit_to_teacher(self, model: PreTrainedModel) -> None:
@@ -66,9 +66,10 @@ class DistillingTrainer(Trainer):
         Raises:
             ValueError: see [`~hf_stompp.training.distillation.check_teacher`].
         """
-        if self.teacher is None:
-            return
-        teacher = cast(Any, self.accelerator.unwrap_model(self.teacher))
+        if self.teacher is not None:
+            self._fit(model, cast(Any, self.accelerator.unwrap_model(self.teacher)))
+
+    def _fit(self, model: PreTrainedModel, teacher: PreTrainedModel) -> None:
         check_teacher(model, teacher, self.losses)
         if "attentions" in self.losses:
             # Other implementations never form the probabilities.

@@ -35,8 +35,9 @@ def check_training_set(dataset: Any, model: Any, answered: bool = False) -> None
         raise ValueError("train_dataset is empty: check max_train_samples and whatever filters the data")
     classes = getattr(model.config, "num_labels", 1)
     is_single = getattr(model.config, "problem_type", None) in (None, "single_label_classification")
+    # A stream has no length, and is not read twice.
     is_table = hasattr(dataset, "select_columns") and hasattr(dataset, "__len__")
-    # The classes of multiple choice are the choices, and other heads have none.
+    # With a teacher labels may be no classes; those of multiple choice are the choices; other heads have none.
     if is_table and classes > 1 and is_single and not answered and type(model).__name__ not in OTHER_HEADS:
         check_labels(dataset, classes)
 

@@ -137,6 +137,10 @@ def test_losses_are_those_asked_for(
     words[1] = tmp_path / "other"
     assert "there is none: give --float_epochs" in refused("train", *words, "--teacher", "none")
     assert "is no JSON" in refused("train", *words[:-1], "{logits", "--float_epochs", 1)
+    assert "drop --losses" in refused("train", *words, "--method", "float")
+    # A model that is binary already has no float one beside it.
+    words[0] = tmp_path / "run" / "binary"
+    assert "there is none: give --float_epochs" in refused("train", *words)
     assert not words[1].exists()
 
 
