@@ -30,6 +30,7 @@ COLUMNS = {
     "`bnn`": ("ste",),
     "`bnn`, StoMPP's masks": ("stompp-ste-window",),
     "`bnn`, attention `bwn`": ("ste-bwn-attention",),
+    "the same, text first": ("bwn-attention-distilled-2-epochs", "bwn-attention-distilled"),
     "`bnn`, text first": ("ste-distilled-4-epochs", "ste-distilled"),
     "`bnn`, and attention learned": ("ste-distilled-pairs-attentions",),
     "bag of words": ("tfidf",),
