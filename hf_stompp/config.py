@@ -240,7 +240,7 @@ class StoMPPConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"StoMPPConfig has no field {', '.join(sorted(unknown))}: it may come from a newer hf_stompp (then "
                 f"upgrade) or be "
-                f"misspelt (fields: {', '.join(sorted({*self.__dict__, 'modules'} - {'plan'}))})"
+                f"misspelt (fields: {', '.join(sorted(self._fields()))})"
             )
         if self.quant_method != QUANT_METHOD:
             raise ValueError(f"StoMPPConfig.quant_method must be {QUANT_METHOD!r}, got {self.quant_method!r}")
@@ -299,13 +299,16 @@ class StoMPPConfig(QuantizationConfigMixin):
         since = {"modes": 2, "activation_bits": 3, "word_embeddings": 4}
         saved = {
             name: copy.deepcopy(value)
-            for name, value in self.__dict__.items()
-            if name not in ("example_inputs", "plan") and since.get(name, 1) <= self.format_version
+            for name, value in self._fields().items()
+            if name != "example_inputs" and since.get(name, 1) <= self.format_version
         }
-        saved["modules"] = self.modules
         if "word_embeddings" not in saved:
             saved["binary_word_embeddings"] = self.word_embeddings == "binary"
         return saved
+
+    def _fields(self) -> dict[str, Any]:
+        """All fields by name, the plan as `modules`."""
+        return {name: value for name, value in self.__dict__.items() if name != "plan"} | {"modules": self.modules}
 
     def _oldest_version(self) -> int:
         """Of the file format: the oldest that can say what this is."""

@@ -42,10 +42,12 @@ class PlannedModule:
 
     @property
     def is_linear(self) -> bool:
+        """Whether it is a linear layer."""
         return self.kind == "linear"
 
     @property
     def is_activation(self) -> bool:
+        """Whether it is an activation function."""
         return self.kind == "activation"
 
     @property

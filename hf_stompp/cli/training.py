@@ -237,7 +237,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     _check_sources(arguments, Path(arguments.output).expanduser())
     if arguments.losses is not None:
-        read_losses(arguments.losses)
+        arguments.losses = read_losses(arguments.losses)
     if arguments.problem_type is None:
         arguments.problem_type = "regression" if arguments.task == "stsb" else "single_label_classification"
     training = read_examples(arguments.train_file, arguments, "train", arguments.problem_type)

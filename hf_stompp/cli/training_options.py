@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ def _add_method(how: Any, methods: Mapping[str, Method], default: str) -> None:
     add_modes(how)
 
 
-def _add_losses(how: Any, default: str) -> None:
+def _add_losses(how: Any, names: Iterable[str], default: str) -> None:
     """What is learned from the teacher."""
-    option(how, "--losses", metavar="JSON", help=f"a weight for each loss: {', '.join(LOSSES)} (default: {default})")
+    option(how, "--losses", metavar="JSON", help=f"a weight for each loss: {', '.join(names)} (default: {default})")
 
 
 def _add_machine(how: Any) -> None:
@@ -90,8 +90,8 @@ def add_train(commands: Any) -> None:
     )
     _add_losses(
         how,
-        f"{' and '.join(DEFAULT_LOSSES)}, each 1; of the method bit logits and hidden_states; {LABELS} is the task's "
-        "own",
+        (*LOSSES, LABELS),
+        f"{' and '.join(DEFAULT_LOSSES)}, each 1; with --method bit logits and hidden_states",
     )
     epochs, rate = BINARY_DEFAULTS["num_train_epochs"], BINARY_DEFAULTS["learning_rate"]
     how.add_argument("--epochs", type=positive, metavar="N", help=f"of training (default: {epochs:g})")
@@ -159,7 +159,11 @@ def add_distill(commands: Any) -> None:
     _add_method(how, methods, "stompp_ste, and ste with --student")
     option(how, "--student", metavar="LATENT", help="go on from OUTPUT/latent of an earlier run (default: from MODEL)")
     add_word_embeddings(how)
-    _add_losses(how, "normalized_hidden_states, and mean_embeddings or cls_embeddings for a sentence encoder, each 1")
+    _add_losses(
+        how,
+        [name for name in LOSSES if name != "logits"],
+        "normalized_hidden_states, and mean_embeddings or cls_embeddings for a sentence encoder, each 1",
+    )
     length = how.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=positive, default=1.0, metavar="N", help="of training (default: 1)")
     option(length, "--max_steps", type=count, metavar="N", help="optimizer steps instead")

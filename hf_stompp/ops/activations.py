@@ -30,19 +30,9 @@ def _check_feature_mask(op: str, mask: Tensor, input: Tensor) -> None:
     check_place(op, "mask", mask, input.shape[-1:], input.device)
 
 
-def _meta(
-    value: Tensor,
-    pre_activation: Tensor,
-    mask: Tensor,
-    threshold: Tensor,
-    offset: Tensor,
-    amplitude: Tensor,
-    center: Tensor,
-    bound: Tensor,
-    surrogate: str,
-    window: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _meta(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     op = "masked_activation"
+    value, pre_activation, mask, threshold, offset, amplitude, center, bound, surrogate, window = arguments
     if not value.is_floating_point() or pre_activation.dtype != value.dtype:
         raise TypeError(
             f"hf_stompp::{op}: value and pre_activation must be of one floating dtype, got {value.dtype} and "

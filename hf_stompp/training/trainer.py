@@ -20,12 +20,12 @@ from ..nn import MaskedBinaryActivation
 from ..reports.dynamics import ALL_UNITS, FRACTION_PREFIX
 from .arguments import StoMPPTrainingArguments
 from .callbacks import ProgressionCallback, UnitProgressCallback, refuse_another
-from .distilling import DistillingTrainer
+from .distillation_trainer import DistillingTrainer
 from .freezing import check_settings, initialize_activations
-from .labels import check_training_set
 from .progression import Progression, plan_progression
 from .pushing import PushingTrainer
 from .sampling import ReproducibleGrouping
+from .training_set import check_training_set
 
 
 def _activation_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -2,7 +2,8 @@
  * training does besides the binary products. Plain C; each kernel includes it and compiles it with its own
  * instructions, which is what makes it fast: written for the compiler to vectorise, in blocks of BLOCK elements.
  *
- * Everything is computed in float and rounded once to the type of the result, as in hf_stompp/ops/weights.py and activations.py.
+ * Everything is computed in float and rounded once to the type of the result, as in hf_stompp/ops/weights.py
+ * and activations.py.
  */
 #ifndef HF_STOMPP_MASKED_H
 #define HF_STOMPP_MASKED_H

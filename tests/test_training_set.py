@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_stompp.training.labels import check_labels, check_training_set
+from hf_stompp.training.training_set import check_labels, check_training_set
 
 
 @pytest.mark.parametrize(
