@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_stompp import StoMPPConfig, binarize, commit, pack
+from hf_stompp.nn import packed
 
 
 transformers.logging.disable_progress_bar()
@@ -90,6 +91,12 @@ def log_levels() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_tensor_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers of tiny models share bits as those of large ones do."""
+    monkeypatch.setattr(packed, "FEW_ELEMENTS", 0)
 
 
 @pytest.fixture(params=FAMILIES)

@@ -14,6 +14,10 @@ from ..ops.operators import FLOATS
 from .module import BinaryInputModule, SharedResult, as_bits, as_integers, identity
 
 
+FEW_ELEMENTS = 2**17
+"""A CPU packs fewer within every product that reads them sooner than Python has found their bits."""
+
+
 class Float32Buffers(nn.Module):
     """
     A module whose float buffers stay float32 when a model is cast, as they do when it is loaded in another dtype: they
@@ -166,7 +170,7 @@ class PackedBinaryLinear(Float32Buffers, BinaryInputModule):
             bits, dtype = as_bits(input)
             return bits, None, dtype
         activation = self.input_activation
-        if self.binarizes_input:
+        if self.binarizes_input and not _is_soon_packed(input):
             # A single reader signs floats within its product.
             signs = activation.shared_bits if len(activation.readers) > 1 else activation.kept_bits
             bits = signs(input, self)
@@ -211,6 +215,12 @@ class PackedBinaryLinear(Float32Buffers, BinaryInputModule):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"binary_input={self.binary_input}, activation_bits={self.activation_bits}"
         )
+
+
+def _is_soon_packed(input: Tensor) -> bool:
+    """Whether to look for bits that were packed before takes longer than to pack them again."""
+    # In a compiled graph nothing is looked for.
+    return not torch.compiler.is_compiling() and input.is_cpu and input.numel() < FEW_ELEMENTS
 
 
 class PackedEmbedding(nn.Module):

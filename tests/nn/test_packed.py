@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_stompp import StoMPPConfig
-from hf_stompp.nn import PackedBinaryActivation, PackedBinaryLinear
+from hf_stompp.nn import PackedBinaryActivation, PackedBinaryLinear, packed
 from hf_stompp.ops import integer_linear, pack_bits, unpack_signs
 
 
@@ -40,7 +40,7 @@ def one_by_one(model: nn.Module) -> nn.Module:
         if isinstance(module, PackedBinaryLinear):
             module.output_activation = None
         elif isinstance(module, PackedBinaryActivation):
-            module.shared = False
+            module.shared_bits = module.kept_bits = lambda input, reader: None
     return plain
 
 
@@ -145,6 +145,23 @@ def shared_pair() -> tuple[PackedBinaryLinear, PackedBinaryLinear, PackedBinaryA
     first.set_input_activation(activation, owned=True)
     second.set_input_activation(activation, owned=False)
     return first, second, activation
+
+
+@pytest.mark.parametrize("rows,packings", [(5, 0), (6, 1)])
+def test_layers_that_read_few_elements_sign_them_within_their_products(monkeypatch, rows, packings) -> None:
+    first, second, activation = shared_pair()
+    monkeypatch.setattr(packed, "FEW_ELEMENTS", 6 * 24)
+    x = torch.randn(rows, 24)
+
+    with torch.no_grad(), Operators() as operators:
+        found = first(x), second(x)
+
+    assert operators.count["hf_stompp::pack_sign"] == packings
+    signs = torch.where(x >= activation.threshold, 1.0, -1.0)
+    assert all(
+        torch.equal(output, signs @ unpack_signs(layer.packed_weight, 24).T * layer.scale + layer.bias)
+        for output, layer in zip(found, (first, second), strict=True)
+    )
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad], ids=lambda mode: mode.__name__)
