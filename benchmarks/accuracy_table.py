@@ -32,7 +32,7 @@ COLUMNS = {
     "`bnn`, attention `bwn`": ("ste-bwn-attention",),
     "the same, text first": ("bwn-attention-distilled-2-epochs", "bwn-attention-distilled"),
     "`bnn`, text first": ("ste-distilled-4-epochs", "ste-distilled"),
-    "`bnn`, and attention learned": ("ste-distilled-pairs-attentions",),
+    "`bnn`, and attention learned": ("ste-distilled-all-attentions-4-epochs", "ste-distilled-all-attentions"),
     "bag of words": ("tfidf",),
     "most frequent answer": ("majority",),
 }
