@@ -151,7 +151,13 @@ def test_the_table_of_sentence_encoders_is_what_the_result_lines_say() -> None:
     lines = (ROOT / "benchmarks" / "results" / "sentence_encoder.jsonl").read_text(encoding="utf-8").splitlines()
     for line in map(json.loads, lines):
         figures = f"{line['packed']['spearman']:.1f} | {line['kept']:.1f} %"
-        parts = {"--modes attention=bwn": "attention `bwn`", "--text pairs": "then pairs", "--bf16": "`--bf16`"}
+        parts = {
+            "--modes attention=bwn": "attention `bwn`",
+            "--word_embeddings binary": "1-bit word embeddings",
+            "all-attentions": "attention learned",
+            "--text pairs": "then pairs",
+            "--bf16": "`--bf16`",
+        }
         mode = ", ".join([f"`{line['mode']}`", *(said for asked, said in parts.items() if asked in line["command"])])
         row = f"| {mode} | {line['steps']:,} | {line['seconds'] / 60:.0f} | {figures} |"
         assert row in page
