@@ -16,7 +16,7 @@ from .plan import Plan, read_plan, units_of
 
 
 QUANT_METHOD = "stompp"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """
 The newest version of the file format. Models are written as the oldest that says what they are: 4 with
 `word_embeddings="int8"`, 3 with `activation_bits`, 2 with `modes`, else 1.
@@ -156,12 +156,13 @@ class StoMPPConfig(QuantizationConfigMixin):
         state (`str`, *optional*, defaults to `"latent"`):
             `"latent"`: float weights with freeze masks, trainable; `"packed"`: 1-bit weights. Set by the library.
         format_version (`int`, *optional*):
-            Version of the file format: 4 with `word_embeddings="int8"`, 3 with `activation_bits`, 2 with `modes`,
-            else 1. Set by the library.
+            Version of the file format: 5 with convolutions, 4 with `word_embeddings="int8"`, 3 with `activation_bits`,
+            2 with `modes`, else 1. Set by the library.
         modules (`list[dict]`, *optional*):
-            What was replaced, from input to output: `name`, `kind` (`"linear"`, `"activation"`, `"embedding"`,
-            `"int8_embedding"`), `unit`, and for a linear layer `input`, the module that binarizes its input (`None`
-            where that stays float), and `bias`, whether it has one. Set by [`binarize`]; `plan` holds it by name.
+            What was replaced, from input to output: `name`, `kind` (`"linear"`, `"convolution"`, `"activation"`,
+            `"embedding"`, `"int8_embedding"`), `unit`, and for a linear layer or a convolution `input`, the module
+            that binarizes its input (`None` where that stays float), and `bias`, whether it has one. Set by
+            [`binarize`]; `plan` holds it by name.
         example_inputs (`Mapping[str, Any]`, *optional*):
             As in [`binarize`], for `from_pretrained(..., quantization_config=StoMPPConfig(...))`. Never saved.
 
@@ -222,10 +223,16 @@ class StoMPPConfig(QuantizationConfigMixin):
         self.layer_stack = layer_stack
         self.example_inputs = checked_inputs(example_inputs)
         self.state = state
-        self.format_version = self._oldest_version() if format_version is None else format_version
         self.plan: Plan = {}
+        self.format_version = self.oldest_version() if format_version is None else format_version
         self._check(unknown)
         self.modules = modules
+        if format_version is None:
+            self.format_version = self.oldest_version()
+        elif self.oldest_version() > format_version:
+            raise ValueError(
+                f"StoMPPConfig.modules: convolutions need format version {self.oldest_version()}, got {format_version}"
+            )
 
     def _check(self, unknown: dict[str, Any]) -> None:
         version = self.format_version
@@ -310,8 +317,15 @@ class StoMPPConfig(QuantizationConfigMixin):
         """All fields by name, the plan as `modules`."""
         return {name: value for name, value in self.__dict__.items() if name != "plan"} | {"modules": self.modules}
 
-    def _oldest_version(self) -> int:
-        """Of the file format: the oldest that can say what this is."""
+    def oldest_version(self) -> int:
+        """
+        The oldest version of the file format that can say what this config does.
+
+        Returns:
+            `int`.
+        """
+        if any(entry.kind == "convolution" for entry in self.plan.values()):
+            return 5
         if self.word_embeddings == "int8":
             return 4
         return 3 if self.activation_bits is not None else 2 if self.modes else 1

@@ -14,8 +14,11 @@ from typing import Any, TypeAlias
 EMBEDDING_KINDS = {"binary": "embedding", "int8": "int8_embedding"}
 """The kind of word embeddings that are not float, by `StoMPPConfig.word_embeddings`."""
 
-KINDS = ("linear", "activation", *EMBEDDING_KINDS.values())
-"""What a planned module may be: a linear layer, an activation function before one, or the word embeddings."""
+LAYER_KINDS = ("linear", "convolution")
+"""The kinds of layers that multiply by a binary weight: a convolution is a linear layer on patches."""
+
+KINDS = (*LAYER_KINDS, "activation", *EMBEDDING_KINDS.values())
+"""What a planned module may be: such a layer, an activation function before one, or the word embeddings."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,8 @@ class PlannedModule:
 
     @property
     def is_linear(self) -> bool:
-        """Whether it is a linear layer."""
-        return self.kind == "linear"
+        """Whether it is a linear layer, or a convolution, which is one on patches."""
+        return self.kind in LAYER_KINDS
 
     @property
     def is_activation(self) -> bool:
@@ -57,7 +60,7 @@ class PlannedModule:
 
     def to_dict(self) -> dict[str, Any]:
         """As `config.json` has it."""
-        own = {"linear": ("input", "bias"), "activation": ("input",)}.get(self.kind, ())
+        own = ("input", "bias") if self.is_linear else ("input",) if self.is_activation else ()
         return {field: getattr(self, field) for field in ("name", "kind", "unit", *own)}
 
 
@@ -149,7 +152,7 @@ def _read_entry(entry: dict[str, Any]) -> PlannedModule:
     if source is not None and not isinstance(source, str):
         raise ValueError(f"StoMPPConfig.modules: input of {name!r} must be the name of a module, got {source!r}")
     bias = entry.get("bias")
-    if kind == "linear" and not isinstance(bias, bool):
+    if kind in LAYER_KINDS and not isinstance(bias, bool):
         raise ValueError(f"StoMPPConfig.modules: bias of {name!r} must be true or false, got {bias!r}")
     return PlannedModule(name, kind, unit, source, bias is True)
 

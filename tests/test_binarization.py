@@ -391,14 +391,22 @@ def test_importing_the_package_does_not_import_the_trainer():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+SQUEEZED = {
+    **dict.fromkeys(("hidden_size", "embedding_size", "intermediate_size"), 8),
+    **dict.fromkeys(("num_attention_heads", "num_hidden_layers"), 2),
+    **dict.fromkeys(("q_groups", "k_groups", "v_groups", "post_attention_groups", "intermediate_groups"), 2),
+    "output_groups": 2,
+}
+
+
 @pytest.mark.parametrize(
     ("name", "fields", "kind"),
     [
-        ("ResNetForImageClassification", {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1]}, "Conv2d"),
+        ("SqueezeBertForSequenceClassification", {**SQUEEZED, "vocab_size": 16}, "Conv1d"),
         ("GPT2ForSequenceClassification", {"n_embd": 8, "n_layer": 2, "n_head": 2, "vocab_size": 16}, "Conv1D"),
     ],
 )
 def test_a_network_of_other_layers_is_told_that_no_stack_would_help(name, fields, kind):
     model_class = getattr(transformers, name)
-    with pytest.raises(ValueError, match=f"its layers are {kind}, and only nn.Linear becomes binary"):
+    with pytest.raises(ValueError, match=f"its layers are {kind}, and only nn.Linear and nn.Conv2d become binary"):
         binarize(model_class(model_class.config_class(**fields)))

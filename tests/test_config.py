@@ -118,7 +118,10 @@ def test_a_pattern_that_is_no_regular_expression_is_refused() -> None:
         ({"name": "a"}, "must be a list of entries"),
         (["a"], "must be a list of entries"),
         ([{**LINEAR, "name": None}], "must have a name, a kind of"),
-        ([{**LINEAR, "kind": "conv"}], r"a kind of \['linear', 'activation', 'embedding', 'int8_embedding'\]"),
+        (
+            [{**LINEAR, "kind": "conv"}],
+            r"a kind of \['linear', 'convolution', 'activation', 'embedding', 'int8_embedding'\]",
+        ),
         ([{**LINEAR, "unit": None}], "the name of a unit"),
         ([{name: value for name, value in LINEAR.items() if name != "bias"}], "bias of 'encoder.layer.0.dense'"),
         ([{**LINEAR, "bias": 1}], "must be true or false, got 1"),
@@ -195,8 +198,12 @@ def test_inputs_are_rounded_where_some_are_float_and_the_file_is_new_enough(
         ({"mode": "bwn", "activation_bits": None}, set()),
         ({"word_embeddings": "binary"}, set()),
         ({"word_embeddings": "int8"}, {"modes", "activation_bits", "word_embeddings"}),
+        (
+            {"modules": [{**LINEAR, "kind": "convolution", "input": LINEAR["name"]}]},
+            {"modes", "activation_bits", "word_embeddings"},
+        ),
     ],
-    ids=["1", "2", "3", "1-bwn", "1-binary", "4"],
+    ids=["1", "2", "3", "1-bwn", "1-binary", "4", "5"],
 )
 def test_a_file_has_only_the_fields_that_readers_of_its_version_know(
     values: dict[str, object], newer: set[str]
@@ -217,6 +224,14 @@ def test_binary_word_embeddings_is_the_older_name_of_word_embeddings() -> None:
         StoMPPConfig(binary_word_embeddings=False, word_embeddings="int8")
 
 
+def test_convolutions_need_the_format_that_knows_them() -> None:
+    modules = [{**LINEAR, "kind": "convolution", "input": LINEAR["name"]}]
+
+    assert StoMPPConfig(modules=modules).format_version == 5
+    with pytest.raises(ValueError, match="convolutions need format version 5, got 4"):
+        StoMPPConfig(modules=modules, format_version=4)
+
+
 # round trips
 
 
@@ -233,8 +248,8 @@ def test_other_values_name_every_field_and_differ_from_the_defaults() -> None:
 def test_a_config_survives_json(values: dict[str, object]) -> None:
     config = StoMPPConfig(**copy.deepcopy(values))
     saved = json.loads(json.dumps(config.to_dict(), sort_keys=True))
-    # Only what needs the newest version is written in it.
-    assert saved["quant_method"] == "stompp" and saved["format_version"] == (FORMAT_VERSION if values else 1)
+    # Only what needs a newer version is written in it.
+    assert saved["quant_method"] == "stompp" and saved["format_version"] == (4 if values else 1)
     loaded = StoMPPConfig.from_dict(saved)
     assert type(loaded) is StoMPPConfig
     assert loaded.to_dict() == config.to_dict()

@@ -137,7 +137,7 @@ def pack(model: Model) -> Model:
         source: Any = latent[name]
         if isinstance(module, PackedBinaryLinear):
             scale, bias = source.folded()
-            module.packed_weight.copy_(pack_bits(source.centered_weight()))
+            module.packed_weight.copy_(source.packed()[0])
             module.scale.copy_(scale)
             if module.bias is not None and bias is not None:
                 module.bias.copy_(bias)

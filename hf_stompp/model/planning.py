@@ -1,4 +1,4 @@
-"""Finds what to binarize in an encoder: its stack of layers, their order of depth, and what reads which tensor."""
+"""Finds what to binarize in a model: its stack of layers, their order of depth, and what reads which tensor."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ..config import StoMPPConfig, matches
+from ..nn.convolution import Geometry
 from ..plan import EMBEDDING_KINDS, Plan, PlannedModule, sublayer_unit
 from .example_inputs import example_inputs
 
@@ -33,19 +35,92 @@ def _linear_weights(module: nn.Module) -> int:
     return sum(m.weight.numel() for m in module.modules() if type(m) is nn.Linear)
 
 
-def _refuse_other_layers(model: nn.Module) -> None:
-    """Says so where most weights lie in layers of another kind, which no choice of a stack would make binary."""
+def _convolutions(module: nn.Module) -> int:
+    return sum(type(m) is nn.Conv2d for m in module.modules())
+
+
+def _kind_of_most_weights(model: nn.Module) -> str:
+    """The class of the layers that hold most weights, embeddings apart."""
     weights = Counter[str]()
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter) and weight.dim() > 1 and not isinstance(module, nn.Embedding):
             weights[type(module).__name__] += weight.numel()
-    kinds = [kind for kind, _ in weights.most_common() if kind != "Linear"]
-    if kinds and weights[kinds[0]] > weights["Linear"]:
-        raise ValueError(
-            f"{type(model).__name__} cannot be binarized: its layers are {kinds[0]}, and only nn.Linear becomes "
-            "binary. Choose a Transformer encoder such as BERT, RoBERTa or ViT"
-        )
+    return max(weights, key=lambda kind: (weights[kind], kind == "Linear"), default="Linear")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """
+    The layers that a progression moves through.
+
+    Args:
+        name (`str`): of their list, or of what holds all of their lists.
+        layers (`dict[str, nn.Module]`): from input to output, by name.
+        kind (`str`): `"linear"` or `"convolution"`: which layers in them become binary.
+    """
+
+    name: str
+    layers: dict[str, nn.Module]
+    kind: str = "linear"
+
+    @property
+    def in_words(self) -> str:
+        """What such a layer is called."""
+        return {"linear": "linear layer"}.get(self.kind, self.kind)
+
+    def binary_candidates(self) -> dict[str, Any]:
+        """All layers of the kind, by name."""
+        return {name: module for layer in self.layers for name, module in self.within(layer).items()}
+
+    def within(self, layer: str) -> dict[str, Any]:
+        """Those of one layer of the stack."""
+        wanted = nn.Linear if self.kind == "linear" else nn.Conv2d
+        named = self.layers[layer].named_modules(prefix=layer)
+        return {name: module for name, module in named if type(module) is wanted}
+
+
+def find_stack(model: nn.Module, layer_stack: str | None = None) -> Stack:
+    """
+    The stack of layers of a Transformer encoder, see [`find_layer_stack`], or the blocks of a convolutional network,
+    see [`find_blocks`].
+
+    Args:
+        model (`nn.Module`).
+        layer_stack (`str`, *optional*): name of a list of layers, where it is not to be searched.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    if layer_stack is None and _kind_of_most_weights(model) == "Conv2d":
+        blocks = find_blocks(model)
+        if blocks:
+            return Stack(type(model).__name__, blocks, "convolution")
+    name, layers = find_layer_stack(model, layer_stack)
+    by_name = {f"{name}.{i}": layer for i, layer in enumerate(layers)}
+    return Stack(name, by_name, "linear" if any(map(_linear_weights, layers)) else "convolution")
+
+
+def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """
+    The blocks of a convolutional network: what the innermost lists of modules hold that are of one class, with two or
+    more convolutions in each.
+
+    Args:
+        model (`nn.Module`).
+
+    Returns:
+        `dict[str, nn.Module]`: by name, in the order of the model; empty where there are none.
+    """
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+        and len({type(block) for block in module}) == 1
+        and all(_convolutions(block) > 1 for block in module)
+    }
+    innermost = [name for name in lists if not any(other.startswith(f"{name}.") for other in lists)]
+    return {f"{name}.{i}": block for name in innermost for i, block in enumerate(lists[name])}
 
 
 def find_layer_stack(model: nn.Module, layer_stack: str | None = None) -> tuple[str, list[nn.Module]]:
@@ -80,10 +155,15 @@ def find_layer_stack(model: nn.Module, layer_stack: str | None = None) -> tuple[
         if len({type(layer) for layer in module}) == 1 and all(_linear_weights(layer) for layer in module):
             found[name] = module
     if not found:
-        _refuse_other_layers(model)
+        kind = _kind_of_most_weights(model)
+        if kind not in ("Linear", "Conv2d"):
+            raise ValueError(
+                f"{type(model).__name__} cannot be binarized: its layers are {kind}, and only nn.Linear and nn.Conv2d "
+                "become binary. Choose a Transformer encoder such as BERT, RoBERTa or ViT, or a network such as ResNet"
+            )
         raise ValueError(
             f"{type(model).__name__} has no stack of layers: no nn.ModuleList of modules of one class that hold "
-            "nn.Linear. If the layers are kept elsewhere, name their list in StoMPPConfig(layer_stack=...)"
+            f"nn.{kind}. If the layers are kept elsewhere, name their list in StoMPPConfig(layer_stack=...)"
         )
     by_size = sorted(found, key=lambda name: _linear_weights(found[name]), reverse=True)
     if len(by_size) > 1 and _linear_weights(found[by_size[1]]) >= AMBIGUOUS_SHARE * _linear_weights(found[by_size[0]]):
@@ -138,8 +218,8 @@ def _first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | 
 
 
 @torch.no_grad()
-def _trace(model: nn.Module, stack: dict[str, nn.Module], inputs: Mapping[str, Any]) -> _Trace:
-    trace = _Trace()
+def _trace(model: nn.Module, stack: Stack, inputs: Mapping[str, Any]) -> _Trace:
+    trace, candidates = _Trace(), stack.binary_candidates()
 
     def on_layer(name: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
@@ -164,12 +244,12 @@ def _trace(model: nn.Module, stack: dict[str, nn.Module], inputs: Mapping[str, A
         return hook
 
     with ExitStack() as hooks:
-        for layer_name, layer in stack.items():
+        for layer_name, layer in stack.layers.items():
             hooks.callback(layer.register_forward_pre_hook(on_layer(layer_name)).remove)
             for name, module in layer.named_modules(prefix=layer_name):
                 if _may_be_activation_function(module):
                     trace.functions.add(name)
-                if name in trace.functions or type(module) is nn.Linear:
+                if name in trace.functions or name in candidates:
                     hooks.callback(module.register_forward_pre_hook(before(name), with_kwargs=True).remove)
                     hooks.callback(module.register_forward_hook(after(name)).remove)
         modes = {module: module.training for module in model.modules()}
@@ -240,13 +320,17 @@ def plan_modules(model: nn.Module, config: StoMPPConfig, inputs: Mapping[str, An
         ValueError: no stack, an ambiguous one, layers that are shared, a tied weight, `modes` that match nothing or
             contradict each other, or nothing left to binarize.
     """
-    stack_name, layers = find_layer_stack(model, config.layer_stack)
-    stack = {f"{stack_name}.{i}": layer for i, layer in enumerate(layers)}
+    stack = find_stack(model, config.layer_stack)
+    if stack.kind == "convolution" and config.unit == "sublayer":
+        raise ValueError(
+            f"StoMPPConfig.unit='sublayer' is for attention and feed-forward, and {type(model).__name__} has "
+            "convolutions: choose 'layer' (a block) or 'module'"
+        )
     trace = _trace(model, stack, example_inputs(model) if inputs is None else inputs)
     shared = [name for name, calls in trace.layer_calls.items() if calls > 1]
-    if shared or len({id(layer) for layer in layers}) < len(layers):
+    if shared or len({id(layer) for layer in stack.layers.values()}) < len(stack.layers):
         raise ValueError(
-            f"{type(model).__name__} shares its layers: {shared or [stack_name]} run more than once in a forward "
+            f"{type(model).__name__} shares its layers: {shared or [stack.name]} run more than once in a forward "
             f"pass, so there is no depth "
             "for a progression to follow, and one weight would be frozen for several depths at once. Models with "
             "shared layers "
@@ -257,11 +341,11 @@ def plan_modules(model: nn.Module, config: StoMPPConfig, inputs: Mapping[str, An
     plan: Plan = {}
     if config.word_embeddings != "float":
         plan.update(_plan_embedding(model, EMBEDDING_KINDS[config.word_embeddings]))
-    for layer_name, layer in stack.items():
-        plan.update(_plan_layer(layer_name, layer, config, trace))
+    for layer_name in stack.layers:
+        plan.update(_plan_layer(layer_name, stack, config, trace))
     if not any(entry.is_linear for entry in plan.values()):
         raise ValueError(
-            f"nothing to binarize in {type(model).__name__}: every linear layer of {stack_name} is float by "
+            f"nothing to binarize in {type(model).__name__}: every {stack.in_words} of {stack.name} is float by "
             f"modules_to_not_convert={config.modules_to_not_convert} or modes={config.modes}, or does not run on the "
             "example input"
         )
@@ -269,18 +353,13 @@ def plan_modules(model: nn.Module, config: StoMPPConfig, inputs: Mapping[str, An
     return plan
 
 
-def _check_modes(stack: Mapping[str, nn.Module], config: StoMPPConfig) -> None:
-    linears = [
-        name
-        for layer_name, layer in stack.items()
-        for name, module in layer.named_modules(prefix=layer_name)
-        if type(module) is nn.Linear
-    ]
+def _check_modes(stack: Stack, config: StoMPPConfig) -> None:
+    linears = list(stack.binary_candidates())
     for pattern, mode in (config.modes or {}).items():
         found = [name for name in linears if matches(name, pattern)]
         if not found:
             raise ValueError(
-                f"StoMPPConfig.modes: {pattern!r} matches no linear layer of the encoder; their names are like "
+                f"StoMPPConfig.modes: {pattern!r} matches no {stack.in_words} of the encoder; their names are like "
                 f"{linears[0]!r}"
             )
         kept = [name for name in found if is_excluded(name, config.modules_to_not_convert)]
@@ -291,21 +370,20 @@ def _check_modes(stack: Mapping[str, nn.Module], config: StoMPPConfig) -> None:
             )
 
 
-def _warn_of_idle_layers(stack: Mapping[str, nn.Module], config: StoMPPConfig, trace: _Trace) -> None:
+def _warn_of_idle_layers(stack: Stack, config: StoMPPConfig, trace: _Trace) -> None:
     idle = [
         name
-        for layer_name, layer in stack.items()
-        for name, module in layer.named_modules(prefix=layer_name)
-        if type(module) is nn.Linear
-        and name not in trace.reads
+        for name in stack.binary_candidates()
+        if name not in trace.reads
         and not is_excluded(name, config.modules_to_not_convert)
         and config.mode_of(name) != "float"
     ]
     if idle:
         logger.warning(
-            "%d linear layers stay float, because they do not run on the example input: %s%s. They need another "
+            "%d %ss stay float, because they do not run on the example input: %s%s. They need another "
             "(binarize(model, config, example_inputs={...})), or the model reads their weights without calling them.",
             len(idle),
+            stack.in_words,
             ", ".join(idle[:3]),
             ", ..." if len(idle) > 3 else "",
         )
@@ -322,13 +400,13 @@ def _plan_embedding(model: nn.Module, kind: str) -> Plan:
     return {name: PlannedModule(name, kind, unit=name)}
 
 
-def _plan_layer(layer_name: str, layer: nn.Module, config: StoMPPConfig, trace: _Trace) -> Plan:
-    linears: dict[str, nn.Module] = {
+def _plan_layer(layer_name: str, stack: Stack, config: StoMPPConfig, trace: _Trace) -> Plan:
+    linears = {
         name: module
-        for name, module in layer.named_modules(prefix=layer_name)
-        if type(module) is nn.Linear
-        and not is_excluded(name, config.modules_to_not_convert)
+        for name, module in stack.within(layer_name).items()
+        if not is_excluded(name, config.modules_to_not_convert)
         and config.mode_of(name) != "float"
+        and not (stack.kind == "convolution" and _stays_float(name, module, config, trace))
     }
     # Execution order is depth order. What did not run has no place in it, and could not be packed: its input would
     # never have got a scale.
@@ -343,11 +421,41 @@ def _plan_layer(layer_name: str, layer: nn.Module, config: StoMPPConfig, trace: 
         units = {name: name for name in names}
     plan: Plan = {}
     for name in names:
-        source = None if config.mode_of(name) == "bwn" else _input_of(name, linears, plan, trace, config)
+        if config.mode_of(name) == "bwn":
+            source = None
+        else:
+            source = name if stack.kind == "convolution" else _input_of(name, linears, plan, trace, config)
         if source is not None and source not in plan and source != name:
             plan[source] = PlannedModule(source, "activation", units[name], _producer_of(source, plan, trace))
-        plan[name] = PlannedModule(name, "linear", units[name], source, linears[name].bias is not None)
+        plan[name] = PlannedModule(name, stack.kind, units[name], source, linears[name].bias is not None)
     return plan
+
+
+def _stays_float(name: str, convolution: nn.Conv2d, config: StoMPPConfig, trace: _Trace) -> bool:
+    """
+    Whether a convolution that may be binary is left float all the same: with groups, as its products are short, or as
+    the shortcut of a block, which reads what another convolution has read (paper). `modes` can ask for a shortcut.
+
+    Raises:
+        ValueError: bits cannot express what it does.
+    """
+    if convolution.groups > 1:
+        return True
+    read = trace.reads.get(name)
+    earlier = list(trace.reads)[: list(trace.reads).index(name)] if read is not None else []
+    is_shortcut = read is not None and any(_same(trace.reads[other], read) for other in earlier)
+    if is_shortcut and not any(matches(name, pattern) for pattern in config.modes or {}):
+        return True
+    try:
+        Geometry.of(convolution)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    if config.mode_of(name) == "bnn" and convolution.in_channels % 8:
+        raise ValueError(
+            f"{name} has {convolution.in_channels} input channels; bits of them need a multiple of 8: make it bwn or "
+            "float in StoMPPConfig(modes=...)"
+        )
+    return False
 
 
 def _input_of(name: str, linears: Mapping[str, Any], plan: Plan, trace: _Trace, config: StoMPPConfig) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Any
 
 import torch
@@ -12,10 +12,12 @@ from torch import nn
 from ..config import StoMPPConfig
 from ..nn import (
     MaskedBinaryActivation,
+    MaskedBinaryConv2d,
     MaskedBinaryEmbedding,
     MaskedBinaryLinear,
     MaskedBinaryModule,
     PackedBinaryActivation,
+    PackedBinaryConv2d,
     PackedBinaryEmbedding,
     PackedBinaryLinear,
     PackedEmbedding,
@@ -23,18 +25,36 @@ from ..nn import (
     PackedResidualNorm,
     RoundedEmbedding,
 )
+from ..nn.convolution import Geometry
 from ..nn.module import BinaryInputModule
 from ..nn.residual_norm import is_residual_norm
-from ..ops import unpack_signs
 from .cautions import attend, watch
 from .modules import packed_modules
 
+
+FLOAT_LAYERS: dict[str, type[nn.Module]] = {"linear": nn.Linear, "convolution": nn.Conv2d}
+"""What the layers of a plan were, by the kind that it says."""
+
+MASKED_LAYERS: dict[str, type[MaskedBinaryLinear]] = {"linear": MaskedBinaryLinear, "convolution": MaskedBinaryConv2d}
+"""What they are in a latent model."""
+
+PACKED_LAYERS: dict[str, type[PackedBinaryLinear]] = {"linear": PackedBinaryLinear, "convolution": PackedBinaryConv2d}
+"""What they are in a packed model."""
 
 EMBEDDINGS: dict[str, type[PackedEmbedding]] = {
     "embedding": PackedBinaryEmbedding,
     "int8_embedding": PackedInt8Embedding,
 }
 """What a packed model has in the place of the word embeddings, by the kind that the plan says."""
+
+
+def _sizes(layer: Any) -> tuple[Any, ...]:
+    """What the constructors of masked and packed layers begin with."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.in_channels, layer.out_channels, Geometry.of(layer)
+    if isinstance(layer, MaskedBinaryConv2d | PackedBinaryConv2d):
+        return layer.in_channels, layer.out_features, layer.geometry
+    return layer.in_features, layer.out_features
 
 
 def check_fits(model: nn.Module, config: StoMPPConfig, kinds: dict[str, tuple[type[nn.Module], ...]]) -> None:
@@ -103,8 +123,9 @@ def swap_in_masked(model: nn.Module, config: StoMPPConfig) -> None:
     Raises:
         ValueError: see [`check_fits`].
     """
-    kinds: dict[str, tuple[type[nn.Module], ...]] = {"linear": (nn.Linear,), "activation": (nn.Module,)}
-    check_fits(model, config, {**kinds, "embedding": (nn.Embedding,), "int8_embedding": (nn.Embedding,)})
+    kinds: dict[str, tuple[type[nn.Module], ...]] = {kind: (layer,) for kind, layer in FLOAT_LAYERS.items()}
+    kinds.update(activation=(nn.Module,), embedding=(nn.Embedding,), int8_embedding=(nn.Embedding,))
+    check_fits(model, config, kinds)
     modules = dict(model.named_modules())
     settings: dict[str, Any] = {
         "clip": config.weight_clip,
@@ -132,9 +153,9 @@ def swap_in_masked(model: nn.Module, config: StoMPPConfig) -> None:
         new: MaskedBinaryModule | RoundedEmbedding
         if entry.is_linear:
             place = {"device": old.weight.device, "dtype": old.weight.dtype}
-            new = MaskedBinaryLinear(
-                old.in_features,
-                old.out_features,
+            layer: Any = MASKED_LAYERS[entry.kind]
+            new = layer(
+                *_sizes(old),
                 entry.bias,
                 scale=config.weight_scale,
                 center=config.weight_center,
@@ -157,7 +178,7 @@ def swap_in_masked(model: nn.Module, config: StoMPPConfig) -> None:
         model.set_submodule(name, new)
 
     def input_activation(linear: nn.Module) -> nn.Module:
-        new = activation(int(linear.in_features), linear.weight.device)  # type: ignore[arg-type]
+        new = activation(int(linear.activation_features), linear.weight.device)  # type: ignore[arg-type]
         return new.train(linear.training)
 
     _wire_inputs(model, config, input_activation)
@@ -182,6 +203,7 @@ def swap_in_packed(model: nn.Module, config: StoMPPConfig, dtype: torch.dtype | 
         config,
         {
             "linear": (nn.Linear, MaskedBinaryLinear),
+            "convolution": (nn.Conv2d, MaskedBinaryConv2d),
             "activation": (nn.Module,),
             "embedding": (nn.Embedding, MaskedBinaryEmbedding),
             "int8_embedding": (nn.Embedding,),
@@ -193,9 +215,9 @@ def swap_in_packed(model: nn.Module, config: StoMPPConfig, dtype: torch.dtype | 
         old: Any = modules[name]
         new: nn.Module
         if entry.is_linear:
-            new = PackedBinaryLinear(
-                old.in_features,
-                old.out_features,
+            layer: Any = PACKED_LAYERS[entry.kind]
+            new = layer(
+                *_sizes(old),
                 entry.bias,
                 binary_input=entry.reads_bits,
                 activation_bits=None if entry.reads_bits else config.activation_bits,
@@ -211,7 +233,8 @@ def swap_in_packed(model: nn.Module, config: StoMPPConfig, dtype: torch.dtype | 
         model.set_submodule(name, new)
 
     def input_activation(linear: nn.Module) -> nn.Module:
-        new = PackedBinaryActivation(int(linear.in_features), device=linear.scale.device)  # type: ignore[arg-type]
+        features: Any = linear.activation_features
+        new = PackedBinaryActivation(features, device=linear.scale.device)  # type: ignore[arg-type]
         return new.train(linear.training)
 
     _wire_inputs(model, config, input_activation)
@@ -257,11 +280,13 @@ def swap_in_float(model: nn.Module, config: StoMPPConfig) -> None:
     packed = packed_modules(model)
     for name, entry in list(config.plan.items()):
         module: Any = packed[name]
-        new: nn.Module
+        new: Any
         if entry.is_linear:
-            device = module.packed_weight.device
-            new = nn.Linear(module.in_features, module.out_features, module.bias is not None, device=device)
-            new.weight.copy_(unpack_signs(module.packed_weight, module.in_features) * module.scale.unsqueeze(-1))
+            layer: Any = FLOAT_LAYERS[entry.kind]
+            sizes, has_bias = _sizes(module), module.bias is not None
+            place = astuple(sizes[2]) if len(sizes) > 2 else ()
+            new = layer(*sizes[:2], *place, bias=has_bias, device=module.packed_weight.device)
+            new.weight.copy_(module.float_weight(torch.float32))
             if module.bias is not None:
                 new.bias.copy_(module.bias)
             # Folding gave a bias to layers that had none.

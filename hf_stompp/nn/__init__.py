@@ -1,8 +1,9 @@
-"""What replaces `nn.Linear`, activation functions and word embeddings. Knows nothing of transformers."""
+"""What replaces `nn.Linear`, `nn.Conv2d`, activation functions and word embeddings. Knows nothing of transformers."""
 
 from __future__ import annotations
 
 from .activation import MaskedBinaryActivation
+from .convolution import MaskedBinaryConv2d, PackedBinaryConv2d
 from .linear import MaskedBinaryEmbedding, MaskedBinaryLinear, RoundedEmbedding
 from .module import MaskedBinaryModule
 from .packed import (
@@ -17,10 +18,12 @@ from .residual_norm import PackedResidualNorm
 
 __all__ = [
     "MaskedBinaryActivation",
+    "MaskedBinaryConv2d",
     "MaskedBinaryEmbedding",
     "MaskedBinaryLinear",
     "MaskedBinaryModule",
     "PackedBinaryActivation",
+    "PackedBinaryConv2d",
     "PackedBinaryEmbedding",
     "PackedBinaryLinear",
     "PackedEmbedding",

@@ -82,9 +82,25 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
         self.binarizes_input = False
         self._packed: tuple[tuple[Any, ...], tuple[Tensor, Tensor]] | None = None
 
+    @property
+    def activation_features(self) -> int:
+        """Entries that the mask of a binary input has."""
+        return self.in_features
+
     def centered_weight(self) -> Tensor:
         """What signs and scales are taken of: the latent weight, less its mean where that is asked for."""
-        return WEIGHT_CENTERS[self.center](self.weight)
+        return self._centered(self.weight)
+
+    def _centered(self, rows: Tensor) -> Tensor:
+        return WEIGHT_CENTERS[self.center](rows)
+
+    def rows_to_pack(self) -> Tensor:
+        """[`centered_weight`] in the order in which a packed layer reads its input."""
+        return self.centered_weight()
+
+    def input_levels(self) -> tuple[Tensor, Tensor]:
+        """Offset and amplitude of a binary input, see [`MaskedBinaryActivation.two_levels`]."""
+        return self.input_activation.two_levels()
 
     def row_scale(self) -> Tensor:
         """Scale of the hard level of each row, float32 of shape `(out_features, 1)`."""
@@ -111,8 +127,7 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
 
     @torch.no_grad()
     def _pack(self) -> tuple[Tensor, Tensor]:
-        weight = self.centered_weight().detach()
-        return pack_sign(weight)[0], weight_scale(weight, self.scale)
+        return pack_sign(self.rows_to_pack().detach())[0], self.row_scale()
 
     def _set_committed(self, committed: bool) -> None:
         super()._set_committed(committed)
@@ -134,7 +149,7 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
             # The rounding of a forward pass in training, which takes the scale in the weight's dtype.
             scale = row_scale.to(self.weight.dtype).flatten().float()
             return scale, None if self.bias is None else self.bias.float()
-        offset, amplitude = self.input_activation.two_levels()
+        offset, amplitude = self.input_levels()
         return fold(packed_weight, row_scale, offset, amplitude, self.bias, self.in_features)
 
     def forward(self, input: Tensor) -> Tensor:

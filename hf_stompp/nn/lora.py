@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..ops import unpack_signs
 from .activation import MaskedBinaryActivation
+from .convolution import MaskedBinaryConv2d, PackedBinaryConv2d
 from .linear import MaskedBinaryLinear
 from .module import as_bits, refer
 from .packed import PackedBinaryLinear
@@ -21,6 +22,8 @@ from .packed import PackedBinaryLinear
 logger = logging.getLogger(__name__)
 
 BINARY_LINEARS = PackedBinaryLinear, MaskedBinaryLinear
+
+BINARY_CONVOLUTIONS = PackedBinaryConv2d, MaskedBinaryConv2d
 
 STARTS = True, False, "gaussian", "orthogonal"
 """Values of `init_lora_weights` that leave the base weight as it is."""
@@ -57,6 +60,11 @@ class BinaryLoraLinear(nn.Module, LoraLayer):
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        if isinstance(base_layer, BINARY_CONVOLUTIONS):
+            raise ValueError(
+                "LoRA beside a binary convolution is not supported: name linear layers in "
+                "LoraConfig(target_modules=...)"
+            )
         LoraLayer.__init__(self, base_layer)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha, config)
@@ -150,7 +158,7 @@ class BinaryLoraModel(LoraModel):
                 name
                 for name, module in model.named_modules()
                 # Not the layer below another adapter.
-                if isinstance(module, BINARY_LINEARS) and not name.endswith(".base_layer")
+                if type(module) in BINARY_LINEARS and not name.endswith(".base_layer")
             }
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         blocking = [name.removesuffix(".base_layer") for name, module in model.named_modules() if _blocks(module)]

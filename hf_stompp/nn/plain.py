@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import quantize_rows, scale_sums
+from .convolution import HasGeometry, PackedBinaryConv2d, images_of, in_filter_order, pixels_of
 from .packed import (
     Float32Buffers,
     PackedBinaryActivation,
@@ -115,6 +116,32 @@ class PlainBinaryLinear(_PackedRows):
         return f"in_features={self.columns}, out_features={self.scale.shape[0]}, bias={self.bias is not None}"
 
 
+class PlainBinaryConv2d(HasGeometry, PlainBinaryLinear):
+    """
+    [`PackedBinaryConv2d`], likewise.
+
+    Args:
+        packed (`PackedBinaryConv2d`): its tensors are shared, not copied.
+    """
+
+    def __init__(self, packed: PackedBinaryConv2d) -> None:
+        super().__init__(packed)
+        self.geometry, self.in_channels, self.out_features = packed.geometry, packed.in_channels, packed.out_features
+
+    def forward(self, input: Tensor) -> Tensor:
+        filters = in_filter_order(self.signs(self.packed_weight, torch.float32), self.geometry)
+        if not self.binary_input:
+            weight = (filters * self.scale.view(-1, 1, 1, 1)).to(input.dtype)
+            bias = None if self.bias is None else self.bias.to(input.dtype)
+            return F.conv2d(input, weight, bias, self.stride, self.padding, self.dilation)
+        assert self.threshold is not None
+        height, width = self.padding
+        padded = F.pad(input, (width, width, height, height))
+        signs = _plus_minus_one(padded >= self.threshold.view(-1, 1, 1), torch.float32)
+        sums = F.conv2d(signs, filters, None, self.stride, 0, self.dilation)
+        return images_of(scale_sums(pixels_of(sums), self.scale, self.bias, input.dtype))
+
+
 class PlainBinaryEmbedding(_PackedRows):
     """
     [`PackedBinaryEmbedding`].
@@ -158,11 +185,14 @@ def plain_module(packed: nn.Module, in_integers: bool = False) -> nn.Module:
     The same computation in PyTorch's own operators.
 
     Args:
-        packed (`PackedBinaryLinear`, `PackedBinaryActivation`, `PackedBinaryEmbedding` or `PackedInt8Embedding`).
+        packed: `PackedBinaryLinear`, `PackedBinaryConv2d`, `PackedBinaryActivation`, `PackedBinaryEmbedding` or
+            `PackedInt8Embedding`.
         in_integers (`bool`, *optional*, defaults to `False`): as in [`PlainBinaryLinear`].
     """
     if isinstance(packed, PackedBinaryActivation):
         return PlainBinaryActivation(packed)
+    if isinstance(packed, PackedBinaryConv2d):
+        return PlainBinaryConv2d(packed)
     if isinstance(packed, PackedBinaryLinear):
         return PlainBinaryLinear(packed, in_integers)
     if isinstance(packed, PackedInt8Embedding):

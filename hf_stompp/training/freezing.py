@@ -215,7 +215,8 @@ def initialize_activations(
     batch.
 
     That is the float network where nothing is frozen yet, and the binary one, layer after layer, where everything is
-    from the first step on (vanilla STE).
+    from the first step on (vanilla STE). The network is in evaluation mode, except for BatchNorm, which normalises by
+    the batch as in training: what it has recorded is not yet true of a network that starts from its config.
 
     Args:
         model (`PreTrainedModel`): after [`binarize`].
@@ -234,11 +235,17 @@ def initialize_activations(
             module.initialize(args[0], *(() if reduce is None else (reduce,)))
 
     was_training = model.training
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    recorded = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     with ExitStack() as hooks:
         for module in waiting:
             hooks.callback(module.register_forward_pre_hook(hook).remove)
         model.eval()
+        for norm in norms:
+            norm.train()
         try:
             model(**inputs)
         finally:
             model.train(was_training)
+            for buffer, value in recorded:
+                buffer.copy_(value)

@@ -324,7 +324,7 @@ class TestBadInput:
         tokenizer = tmp_path / "gpt2" / "tokenizer_config.json"
         settings = json.loads(tokenizer.read_text())
         message = refused("distill", model, out, "--text", corpus)
-        assert "its layers are Conv1D, and only nn.Linear becomes binary" in message
+        assert "its layers are Conv1D, and only nn.Linear and nn.Conv2d become binary" in message
         tokenizer.write_text(json.dumps({**settings, "pad_token": None}))
         assert "no padding token" in refused("distill", model, out, "--text", corpus)
 

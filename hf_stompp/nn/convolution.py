@@ -1,0 +1,271 @@
+"""
+Binary convolutions, latent and packed: linear layers that read every patch of an image.
+
+A binary input is padded before its sign is taken: what surrounds the image is the sign of 0 relative to each channel's
+threshold, one of two levels like all else, so that latent and packed layers agree (ours).
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops import binary_linear, pack_sign, packed_bytes
+from .functional import compute_dtype, masked_binary_weight, weight_scale
+from .linear import MaskedBinaryLinear
+from .packed import PackedBinaryLinear
+
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """
+    Where the patches of a convolution lie, each by height and width.
+
+    Args:
+        kernel_size, stride, padding, dilation (`tuple[int, int]`): as in [`~torch.nn.Conv2d`].
+    """
+
+    kernel_size: Pair
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+
+    @classmethod
+    def of(cls, convolution: nn.Conv2d) -> Geometry:
+        """
+        That of a float convolution.
+
+        Raises:
+            ValueError: it has groups, or pads by another rule than a number of zeros.
+        """
+        padding: Any = convolution.padding
+        if convolution.groups != 1 or convolution.padding_mode != "zeros" or isinstance(padding, str):
+            raise ValueError(
+                f"a convolution with groups={convolution.groups}, padding={padding!r} and "
+                f"padding_mode={convolution.padding_mode!r} cannot be binarized: only groups=1 and a number of zeros "
+                "can; leave it float, in modules_to_not_convert"
+            )
+        sizes: Any = convolution.kernel_size, convolution.stride, padding, convolution.dilation
+        return cls(*sizes)
+
+    @property
+    def taps(self) -> int:
+        """Pixels of a patch."""
+        return self.kernel_size[0] * self.kernel_size[1]
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{name}={value}"
+            for name, value in zip(("kernel_size", "stride", "padding", "dilation"), astuple(self), strict=True)
+        )
+
+
+def pixels_of(images: Tensor) -> Tensor:
+    """Channels last: `(..., channels, height, width)` to dense `(..., height, width, channels)`."""
+    return images.movedim(-3, -1).contiguous()
+
+
+def images_of(pixels: Tensor) -> Tensor:
+    """The inverse of [`pixels_of`], as a view: in PyTorch's memory format `channels_last`."""
+    return pixels.movedim(-1, -3)
+
+
+def patches(pixels: Tensor, geometry: Geometry) -> Tensor:
+    """
+    What a filter reads at every place, pixel by pixel.
+
+    Args:
+        pixels (`Tensor` of shape `(..., height, width, channels)`): padded.
+        geometry (`Geometry`).
+
+    Returns:
+        `Tensor` of shape `(..., out_height, out_width, taps * channels)`.
+    """
+    down, right = (
+        [slice(tap * step, tap * step + size - step * (kernel - 1), stride) for tap in range(kernel)]
+        for size, kernel, stride, step in zip(
+            pixels.shape[-3:-1], geometry.kernel_size, geometry.stride, geometry.dilation, strict=True
+        )
+    )
+    return torch.cat([pixels[..., row, column, :] for row in down for column in right], dim=-1)
+
+
+def in_patch_order(filters: Tensor) -> Tensor:
+    """Filters `(out_channels, in_channels, height, width)` as rows in the order of [`patches`]."""
+    return filters.permute(0, 2, 3, 1).flatten(1)
+
+
+def in_filter_order(rows: Tensor, geometry: Geometry) -> Tensor:
+    """The inverse of [`in_patch_order`]."""
+    return rows.unflatten(1, (*geometry.kernel_size, -1)).permute(0, 3, 1, 2)
+
+
+def convolve_bits(
+    pixels: Tensor, threshold: Tensor, packed_weight: Tensor, scale: Tensor, bias: Tensor | None, geometry: Geometry
+) -> Tensor:
+    """
+    A convolution of signs: [`~hf_stompp.ops.binary_linear`] on every patch.
+
+    Args:
+        pixels (`Tensor` of shape `(..., height, width, channels)`): float32, bfloat16 or float16; not padded. Channels
+            are whole bytes: a multiple of 8.
+        threshold (`Tensor` of shape `(channels,)`): float32, of the signs.
+        packed_weight (`Tensor` of shape `(out_channels, packed_bytes(taps * channels))`): uint8, in the order of
+            [`patches`].
+        scale (`Tensor` of shape `(out_channels,)`): float32.
+        bias (`Tensor` of shape `(out_channels,)`, *optional*): float32.
+        geometry (`Geometry`).
+
+    Returns:
+        `Tensor` of shape `(..., out_channels, out_height, out_width)`: in the dtype of the pixels.
+    """
+    channels = pixels.shape[-1]
+    bits = pack_sign(pixels, threshold)[0]
+    height, width = geometry.padding
+    if height or width:
+        around = pack_sign(pixels.new_zeros(channels), threshold)[0]
+        inner, size = bits, bits.shape
+        bits = around.expand(*size[:-3], size[-3] + 2 * height, size[-2] + 2 * width, size[-1]).clone()
+        bits[..., height : height + size[-3], width : width + size[-2], :] = inner
+    if geometry.taps > 1:
+        row = patches(bits[..., : channels // 8], geometry)
+        bits = F.pad(row, (0, packed_bytes(geometry.taps * channels) - row.shape[-1]))
+    else:
+        bits = patches(bits, geometry)
+    layer = packed_weight, geometry.taps * channels, scale, bias, pixels.dtype
+    return images_of(binary_linear(bits, None, *layer))
+
+
+class HasGeometry:
+    """What a model may ask a convolution for: some pad by it."""
+
+    geometry: Geometry
+    in_channels: int
+    out_features: int
+
+    kernel_size = property(lambda self: self.geometry.kernel_size)
+    stride = property(lambda self: self.geometry.stride)
+    padding = property(lambda self: self.geometry.padding)
+    dilation = property(lambda self: self.geometry.dilation)
+    groups = property(lambda self: 1)
+    out_channels = property(lambda self: self.out_features)
+    activation_features = property(lambda self: self.in_channels)
+
+
+class MaskedBinaryConv2d(HasGeometry, MaskedBinaryLinear):
+    """
+    A convolution whose filters are masked-binarized, and whose input may be: [`MaskedBinaryLinear`] on patches, with a
+    scale a filter. The input's mask, shift and threshold have an entry a channel.
+
+    Args:
+        in_channels (`int`), out_channels (`int`).
+        geometry (`Geometry`).
+        bias (`bool`, *optional*, defaults to `True`).
+        others: as in [`MaskedBinaryLinear`]. Float inputs are not rounded.
+
+    Shapes: `(batch, in_channels, height, width)` to `(batch, out_channels, out_height, out_width)`.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, geometry: Geometry, bias: bool = True, **settings: Any
+    ) -> None:
+        super().__init__(in_channels * geometry.taps, out_channels, bias, **settings)
+        self.in_channels = in_channels
+        self.geometry = geometry
+        shape = (out_channels, in_channels, *geometry.kernel_size)
+        self.weight = nn.Parameter(self.weight.detach().reshape(shape))
+        self.freeze_mask = self.freeze_mask.reshape(shape)
+
+    def centered_weight(self) -> Tensor:
+        """As rows of shape `(out_channels, in_channels * taps)`, in the order of the filters."""
+        return self._centered(self.weight.flatten(1))
+
+    def rows_to_pack(self) -> Tensor:
+        return in_patch_order(self.centered_weight().view_as(self.weight))
+
+    def input_levels(self) -> tuple[Tensor, Tensor]:
+        offset, amplitude = super().input_levels()
+        # Every pixel of a patch has the channels.
+        return (offset.repeat(self.geometry.taps) if offset.dim() else offset), amplitude
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.binarizes_input:
+            return self._convolve(input, self.padding)
+        activation, pixels = self.input_activation, pixels_of(input)
+        if not activation.initialized:
+            # Of the image alone, not of what surrounds it.
+            activation(pixels)
+        if not self.training and activation.gives_signs(pixels) and self.committed:
+            packed = self.packed()
+            threshold = activation.threshold.detach().float()
+            return convolve_bits(pixels, threshold, packed[0], *self.folded(packed), self.geometry)
+        height, width = self.padding
+        levels = activation(F.pad(pixels, (0, 0, width, width, height, height)))
+        return self._convolve(images_of(levels.to(compute_dtype(input))), (0, 0))
+
+    def _convolve(self, images: Tensor, padding: Pair) -> Tensor:
+        weight = self.centered_weight()
+        scale = weight_scale(weight, self.scale)
+        if self.blocks_gradient:
+            weight = weight.detach()
+        mask = self.freeze_mask.flatten(1)
+        weight = masked_binary_weight(weight, mask, scale, self.clip, self.surrogate, self.window)
+        filters = weight.view_as(self.weight).to(images.dtype)
+        bias = None if self.bias is None else self.bias.to(images.dtype)
+        return F.conv2d(images, filters, bias, self.stride, padding, self.dilation)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.geometry}, {super().extra_repr()}"
+
+
+class PackedBinaryConv2d(HasGeometry, PackedBinaryLinear):
+    """
+    A convolution with 1-bit filters: [`PackedBinaryLinear`] on patches.
+
+    Args:
+        in_channels (`int`), out_channels (`int`).
+        geometry (`Geometry`).
+        bias (`bool`, *optional*, defaults to `True`).
+        binary_input (`bool`, *optional*, defaults to `True`): mode `bnn`, for which the channels must be a multiple of
+            8; otherwise `bwn`, a float convolution with `+-scale`.
+        activation_bits (`int`, *optional*): has no effect: float inputs are not rounded.
+        device (`torch.device`, *optional*).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        geometry: Geometry,
+        bias: bool = True,
+        binary_input: bool = True,
+        activation_bits: int | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(in_channels * geometry.taps, out_channels, bias, binary_input, activation_bits, device)
+        self.in_channels = in_channels
+        self.geometry = geometry
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = self.bias
+        if self.binary_input:
+            pixels = pixels_of(input.detach() if input.requires_grad else input)
+            layer = self.packed_weight, self.scale.float(), None if bias is None else bias.float()
+            return convolve_bits(pixels, self.input_activation.threshold.float(), *layer, self.geometry)
+        filters, bias = self.float_weight(input.dtype), None if bias is None else bias.to(input.dtype)
+        return F.conv2d(input, filters, bias, self.stride, self.padding, self.dilation)
+
+    def _unpacked(self, dtype: torch.dtype) -> Tensor:
+        filters = in_filter_order(super()._unpacked(dtype), self.geometry)
+        # Strides decide the order in which PyTorch sums, and those of a 1 x 1 filter pass for contiguous already.
+        return filters.clone(memory_format=torch.contiguous_format)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.geometry}, {super().extra_repr()}"

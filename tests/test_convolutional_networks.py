@@ -1,0 +1,205 @@
+"""ResNet and MobileNetV2 of Transformers: planned, trained, packed, saved and loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForImageClassification,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
+
+from hf_stompp import (
+    StoMPPConfig,
+    StoMPPTrainer,
+    StoMPPTrainingArguments,
+    binarization_report,
+    binarize,
+    commit,
+    pack,
+    unpack,
+)
+from hf_stompp.export import plain_torch
+from hf_stompp.model.planning import plan_modules
+from hf_stompp.nn import MaskedBinaryConv2d, PackedBinaryConv2d
+from hf_stompp.training.freezing import initialize_activations
+
+
+SIZE = 32
+
+
+def resnet(kind: str = "basic", width: int = 8) -> ResNetForImageClassification:
+    outside = 4 * width if kind == "bottleneck" else width
+    return ResNetForImageClassification(
+        ResNetConfig(
+            embedding_size=width,
+            hidden_sizes=[outside, 2 * outside],
+            depths=[1, 2],
+            layer_type=kind,
+            num_labels=3,
+        )
+    )
+
+
+def mobilenet() -> MobileNetV2ForImageClassification:
+    return MobileNetV2ForImageClassification(MobileNetV2Config(depth_multiplier=0.25, image_size=SIZE, num_labels=3))
+
+
+NETWORKS = {"basic": resnet, "bottleneck": lambda: resnet("bottleneck"), "mobilenet": mobilenet}
+networks = pytest.mark.parametrize("network", NETWORKS)
+
+
+def images(count: int = 4) -> Tensor:
+    return torch.randn(count, 3, SIZE, SIZE)
+
+
+def committed(network: str, config: StoMPPConfig) -> nn.Module:
+    """A committed model whose BatchNorm has seen a batch."""
+    model = NETWORKS[network]().train()
+    model(pixel_values=images())
+    binarize(model, config).eval()
+    with torch.no_grad():
+        model(pixel_values=images())
+    return commit(model)
+
+
+def logits(model: nn.Module, batch: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(pixel_values=batch).logits
+
+
+def test_plan_of_a_resnet_follows_its_blocks_and_leaves_shortcuts_float() -> None:
+    plan = plan_modules(resnet(), StoMPPConfig())
+
+    # Neither the first convolution nor the classifier is in a block.
+    stages = "resnet.encoder.stages"
+    assert {name: entry.unit for name, entry in plan.items()} == {
+        f"{stages}.{block}.layer.{layer}.convolution": f"{stages}.{block}"
+        for block in ("0.layers.0", "1.layers.0", "1.layers.1")
+        for layer in (0, 1)
+    }
+    assert all(entry.kind == "convolution" and entry.input == name for name, entry in plan.items())
+
+
+def test_units_may_be_stages_or_single_convolutions() -> None:
+    stages = binarize(resnet(), StoMPPConfig(layer_stack="resnet.encoder.stages")).config.quantization_config
+    modules = binarize(resnet(), StoMPPConfig(unit="module")).config.quantization_config
+
+    assert stages.units == ["resnet.encoder.stages.0", "resnet.encoder.stages.1"]
+    assert modules.units == list(modules.plan) and len(modules.units) == 6
+    with pytest.raises(ValueError, match="unit='sublayer' is for attention and feed-forward"):
+        binarize(resnet(), StoMPPConfig(unit="sublayer"))
+
+
+def test_a_shortcut_becomes_binary_where_modes_ask_for_it() -> None:
+    plan = plan_modules(resnet(), StoMPPConfig(modes={"shortcut": "bwn"}))
+
+    shortcuts = {name: entry.input for name, entry in plan.items() if "shortcut" in name}
+    assert shortcuts == {"resnet.encoder.stages.1.layers.0.shortcut.convolution": None}
+
+
+def test_convolutions_with_groups_stay_float() -> None:
+    model = binarize(mobilenet(), StoMPPConfig())
+
+    convolutions = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | MaskedBinaryConv2d)}
+    inside = {name: m for name, m in convolutions.items() if name.startswith("mobilenet_v2.layer.")}
+    # Depthwise, of one channel a group; the others multiply all channels at a pixel.
+    assert {name for name, m in inside.items() if m.groups > 1} == {
+        name for name, m in inside.items() if type(m) is nn.Conv2d
+    }
+    assert sum(m.groups == 1 for m in inside.values()) == 32
+
+
+def test_channels_that_bits_do_not_fill_are_refused_by_name_and_may_be_bwn() -> None:
+    with pytest.raises(
+        ValueError, match=r"stages.0.layers.0.layer.0.convolution has 12 input channels; .* multiple of 8"
+    ):
+        binarize(resnet(width=12), StoMPPConfig())
+
+    model = binarize(resnet(width=12), StoMPPConfig(mode="bwn"))
+
+    assert sum(isinstance(m, MaskedBinaryConv2d) for m in model.modules()) == 6
+
+
+@networks
+@pytest.mark.parametrize("mode", ["bnn", "bwn"])
+def test_packed_network_answers_exactly_as_the_committed_one_saved_and_loaded_too(
+    network, mode, tmp_path: Path
+) -> None:
+    model, batch = committed(network, StoMPPConfig(mode=mode)), images()
+
+    packed = pack(model)
+    packed.save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+
+    expected = logits(model, batch)
+    assert loaded.config.quantization_config.format_version == 5
+    assert any(isinstance(m, PackedBinaryConv2d) for m in loaded.modules())
+    assert torch.equal(logits(packed, batch), expected) and torch.equal(logits(pack(unpack(packed)), batch), expected)
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in packed.state_dict().items())
+    # PyTorch's own convolution of one pixel, in MobileNetV2, depends on where in memory its weight lies.
+    assert torch.allclose(logits(loaded, batch), expected, atol=1e-6)
+    assert torch.allclose(logits(plain_torch(packed), batch), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_packed_network_compiles_without_a_graph_break(memory_format) -> None:
+    packed, batch = pack(committed("basic", StoMPPConfig())), images().to(memory_format=memory_format)
+    compiled = torch.compile(packed, backend="aot_eager", fullgraph=True)
+
+    assert torch.equal(logits(compiled, batch), logits(packed, batch))
+
+
+def test_report_counts_the_filters_of_each_block() -> None:
+    model = committed("basic", StoMPPConfig())
+    filters = {name: m.weight.numel() for name, m in model.named_modules() if isinstance(m, MaskedBinaryConv2d)}
+
+    latent, packed = binarization_report(model), binarization_report(pack(model))
+
+    assert sum(unit.binary_weights for unit in latent.units) == sum(filters.values())
+    assert sum(unit.binary_weights for unit in packed.units) == sum(filters.values())
+
+
+def test_activations_are_measured_behind_batch_norm_as_it_normalises_in_training() -> None:
+    model = binarize(resnet(), StoMPPConfig()).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "running" in name}
+    batch = 1e-3 * images()
+    found: list[Tensor] = []
+    block = model.resnet.encoder.stages[0].layers[0].layer
+    block[1].convolution.register_forward_pre_hook(lambda module, args: found.append(args[0]))
+
+    initialize_activations(model, {"pixel_values": batch})
+
+    # What the second convolution of a block reads is normalised: without, it would be as small as the images.
+    activation = block[1].convolution.input_activation
+    assert activation.scale > 0.1 and torch.allclose(activation.shift, found[0].mean(dim=(0, 2, 3)), atol=1e-5)
+    assert not model.training and not any(m.training for m in model.modules())
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())
+
+
+def test_trainer_makes_a_network_from_a_config_binary_block_by_block(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        {"pixel_values": torch.randn(3, SIZE, SIZE, generator=generator) + index % 3, "labels": index % 3}
+        for index in range(24)
+    ]
+    model = binarize(resnet(), StoMPPConfig(surrogate="none", weight_clip=1.0, activation_clip=1.0))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    arguments = StoMPPTrainingArguments(
+        tmp_path, max_steps=18, per_device_train_batch_size=8, learning_rate=1e-2, report_to=[], use_cpu=True
+    )
+
+    StoMPPTrainer(model=model, args=arguments, train_dataset=rows).train()
+
+    convolutions = [m for m in model.modules() if isinstance(m, MaskedBinaryConv2d)]
+    assert all(m.committed and m.input_activation.committed for m in convolutions)
+    changed = [name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])]
+    assert all(f"{name}.weight" in changed for name, m in model.named_modules() if isinstance(m, MaskedBinaryConv2d))
+    batch = images()
+    assert torch.equal(logits(pack(model.eval()), batch), logits(model, batch))
