@@ -34,5 +34,7 @@ def test_page_quotes_the_committed_times() -> None:
 
     for times in result["seconds"].values():
         assert f"{1e3 * times['median']:.1f} ms" in page
-    fast, slow = (f"{result['packed_channels_last_over'][f'fp32_{form}']:.1f}" for form in ("channels_last", "contiguous"))
+    fast, slow = (
+        f"{result['packed_channels_last_over'][f'fp32_{form}']:.1f}" for form in ("channels_last", "contiguous")
+    )
     assert f"{fast} and {slow} times as long" in page
