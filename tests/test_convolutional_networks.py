@@ -26,7 +26,7 @@ from hf_stompp import (
     unpack,
 )
 from hf_stompp.export import plain_torch
-from hf_stompp.model.planning import plan_modules
+from hf_stompp.model.planning import find_stack, plan_modules
 from hf_stompp.nn import MaskedBinaryConv2d, PackedBinaryConv2d
 from hf_stompp.training.freezing import initialize_activations
 
@@ -85,6 +85,16 @@ def test_plan_of_a_resnet_follows_its_blocks_and_leaves_shortcuts_float() -> Non
         for layer in (0, 1)
     }
     assert all(entry.kind == "convolution" and entry.input == name for name, entry in plan.items())
+
+
+def test_layers_of_a_transformer_come_before_convolutions_that_are_larger() -> None:
+    model = nn.Module()
+    model.stem = nn.ModuleList(nn.Sequential(nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 3)) for _ in range(2))
+    model.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8)) for _ in range(2))
+
+    found = find_stack(model)
+
+    assert (found.kind, list(found.layers)) == ("linear", ["layers.0", "layers.1"])
 
 
 def test_units_may_be_stages_or_single_convolutions() -> None:

@@ -92,7 +92,7 @@ def find_stack(model: nn.Module, layer_stack: str | None = None) -> Stack:
     Raises:
         ValueError: there is neither.
     """
-    if layer_stack is None and _kind_of_most_weights(model) == "Conv2d":
+    if layer_stack is None and not _lists_of_linear_layers(model) and _kind_of_most_weights(model) == "Conv2d":
         blocks = find_blocks(model)
         if blocks:
             return Stack(type(model).__name__, blocks, "convolution")
@@ -123,6 +123,18 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return {f"{name}.{i}": block for name in innermost for i, block in enumerate(lists[name])}
 
 
+def _lists_of_linear_layers(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The outermost lists of modules of one class that hold linear layers, by name."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside_another = any(name.startswith(f"{other}.") for other in found)
+        if not isinstance(module, nn.ModuleList) or len(module) == 0 or inside_another:
+            continue
+        if len({type(layer) for layer in module}) == 1 and all(_linear_weights(layer) for layer in module):
+            found[name] = module
+    return found
+
+
 def find_layer_stack(model: nn.Module, layer_stack: str | None = None) -> tuple[str, list[nn.Module]]:
     """
     The encoder's stack of layers: the outermost `nn.ModuleList` of modules of one class that hold linear layers.
@@ -147,13 +159,7 @@ def find_layer_stack(model: nn.Module, layer_stack: str | None = None) -> tuple[
                 f"lists: {lists}"
             )
         return layer_stack, list(stack)
-    found: dict[str, nn.ModuleList] = {}
-    for name, module in model.named_modules():
-        inside_another = any(name.startswith(f"{other}.") for other in found)
-        if not isinstance(module, nn.ModuleList) or len(module) == 0 or inside_another:
-            continue
-        if len({type(layer) for layer in module}) == 1 and all(_linear_weights(layer) for layer in module):
-            found[name] = module
+    found = _lists_of_linear_layers(model)
     if not found:
         kind = _kind_of_most_weights(model)
         if kind not in ("Linear", "Conv2d"):
