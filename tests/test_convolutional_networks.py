@@ -27,6 +27,7 @@ from hf_stompp import (
 )
 from hf_stompp.export import plain_torch
 from hf_stompp.model.planning import find_stack, plan_modules
+from hf_stompp.model.sensitivity import layer_bytes
 from hf_stompp.nn import MaskedBinaryConv2d, PackedBinaryConv2d
 from hf_stompp.training.freezing import initialize_activations
 
@@ -177,20 +178,107 @@ def test_report_counts_the_filters_of_each_block() -> None:
 
 
 def test_activations_are_measured_behind_batch_norm_as_it_normalises_in_training() -> None:
-    model = binarize(resnet(), StoMPPConfig()).eval()
+    model = binarize(resnet(), StoMPPConfig()).train()
+    model.resnet.embedder.embedder.normalization.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "running" in name}
     batch = 1e-3 * images()
     found: list[Tensor] = []
     block = model.resnet.encoder.stages[0].layers[0].layer
     block[1].convolution.register_forward_pre_hook(lambda module, args: found.append(args[0]))
 
-    initialize_activations(model, {"pixel_values": batch})
+    initialize_activations(model, {"pixel_values": batch}, by_batch=True)
 
     # What the second convolution of a block reads is normalised: without, it would be as small as the images.
     activation = block[1].convolution.input_activation
     assert activation.scale > 0.1 and torch.allclose(activation.shift, found[0].mean(dim=(0, 2, 3)), atol=1e-5)
-    assert not model.training and not any(m.training for m in model.modules())
+    assert modes == {name: module.training for name, module in model.named_modules()}
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())
+
+
+def test_activations_are_measured_by_what_batch_norm_has_recorded_where_nothing_is_trained() -> None:
+    model = binarize(resnet(), StoMPPConfig()).train()
+    found: list[Tensor] = []
+    convolution = model.resnet.encoder.stages[0].layers[0].layer[1].convolution
+    convolution.register_forward_pre_hook(lambda module, args: found.append(args[0]))
+
+    # One image: a batch of which BatchNorm could take no statistics at one pixel.
+    initialize_activations(model, {"pixel_values": 1e-3 * images(1)})
+    with torch.no_grad():
+        model.eval()(pixel_values=1e-3 * images(1))
+
+    assert found[0].abs().max() < 0.1 and convolution.input_activation.scale < 0.1
+
+
+def block_network(forward) -> nn.Module:
+    """Two blocks of three convolutions, run as `forward(block, input)` says, and two heads."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.short = nn.Conv2d(8, 8, 1)
+            self.first, self.second = nn.Conv2d(8, 8, 3, padding="valid"), nn.Conv2d(8, 8, 1)
+            self.idle = nn.Conv2d(12, 8, 1)
+            self.gate = nn.Sigmoid()
+
+        def forward(self, input: Tensor) -> Tensor:
+            return forward(self, input)
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.Sequential(Block(), Block())
+            self.heads = nn.ModuleList([nn.Linear(8, 3), nn.Linear(8, 2)])
+
+        def forward(self, pixel_values: Tensor) -> list[Tensor]:
+            pooled = self.blocks(pixel_values).mean(dim=(-1, -2))
+            return [head(pooled) for head in self.heads]
+
+    return Network()
+
+
+def planned(network: nn.Module, config: StoMPPConfig | None = None) -> list[str]:
+    batch = {"pixel_values": torch.zeros(1, 8, 9, 9)}
+    return list(plan_modules(network, StoMPPConfig() if config is None else config, batch))
+
+
+def test_the_main_path_is_binary_whether_it_runs_before_the_shortcut_or_after_it() -> None:
+    def before(block: nn.Module, input: Tensor) -> Tensor:
+        main = block.second(block.first(input))
+        return main + block.short(input)[..., 1:-1, 1:-1]
+
+    def after(block: nn.Module, input: Tensor) -> Tensor:
+        short = block.short(input)[..., 1:-1, 1:-1]
+        return block.second(block.first(input)) + short
+
+    expected = [f"blocks.{i}.{name}" for i in (0, 1) for name in ("first", "second")]
+    assert planned(block_network(before)) == planned(block_network(after)) == expected
+
+
+def test_a_gate_that_reads_the_input_of_a_convolution_makes_no_shortcut_of_it() -> None:
+    def gated(block: nn.Module, input: Tensor) -> Tensor:
+        gate = block.gate(input)[..., 1:-1, 1:-1]
+        return block.second(block.first(input) * gate)
+
+    assert planned(block_network(gated)) == [f"blocks.{i}.{name}" for i in (0, 1) for name in ("first", "second")]
+
+
+def test_a_convolution_with_groups_that_modes_ask_for_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"conv_3x3.convolution: a convolution with groups=\d+, .* cannot be binarized"
+    ):
+        binarize(mobilenet(), StoMPPConfig(modes={"conv_3x3": "bnn"}))
+
+
+def test_bytes_of_a_convolution_are_those_of_its_packed_tensors() -> None:
+    model = resnet()
+    name = next(iter(plan_modules(model, StoMPPConfig())))
+
+    found = layer_bytes(model, [name])[name]
+
+    # 8 filters of 72 weights in rows of 32 bytes, a scale and a bias each, a threshold a channel; names come on top.
+    assert 0 < found["bnn"] - (8 * 32 + 2 * 8 * 4 + 8 * 4) < 2000
+    assert found["float"] >= 8 * 72 * 4
 
 
 def test_trainer_makes_a_network_from_a_config_binary_block_by_block(tmp_path: Path) -> None:

@@ -92,7 +92,13 @@ def find_stack(model: nn.Module, layer_stack: str | None = None) -> Stack:
     Raises:
         ValueError: there is neither.
     """
-    if layer_stack is None and not _lists_of_linear_layers(model) and _kind_of_most_weights(model) == "Conv2d":
+    # A list of bare linear layers beside convolutions is that of the heads.
+    of_a_transformer = [
+        name
+        for name, layers in _lists_of_linear_layers(model).items()
+        if any(type(layer) is not nn.Linear for layer in layers)
+    ]
+    if layer_stack is None and not of_a_transformer and _kind_of_most_weights(model) == "Conv2d":
         blocks = find_blocks(model)
         if blocks:
             return Stack(type(model).__name__, blocks, "convolution")
@@ -407,12 +413,13 @@ def _plan_embedding(model: nn.Module, kind: str) -> Plan:
 
 
 def _plan_layer(layer_name: str, stack: Stack, config: StoMPPConfig, trace: _Trace) -> Plan:
+    candidates = stack.within(layer_name)
     linears = {
         name: module
-        for name, module in stack.within(layer_name).items()
+        for name, module in candidates.items()
         if not is_excluded(name, config.modules_to_not_convert)
         and config.mode_of(name) != "float"
-        and not (stack.kind == "convolution" and _stays_float(name, module, config, trace))
+        and not (stack.kind == "convolution" and _stays_float(name, candidates, config, trace))
     }
     # Execution order is depth order. What did not run has no place in it, and could not be packed: its input would
     # never have got a scale.
@@ -437,20 +444,22 @@ def _plan_layer(layer_name: str, stack: Stack, config: StoMPPConfig, trace: _Tra
     return plan
 
 
-def _stays_float(name: str, convolution: nn.Conv2d, config: StoMPPConfig, trace: _Trace) -> bool:
+def _stays_float(name: str, candidates: Mapping[str, nn.Conv2d], config: StoMPPConfig, trace: _Trace) -> bool:
     """
-    Whether a convolution that may be binary is left float all the same: with groups, as its products are short, or as
-    the shortcut of a block, which reads what another convolution has read (paper). `modes` can ask for a shortcut.
+    Whether a convolution that may be binary is left float all the same: one with groups, as its products are short, or
+    the shortcut of a block (paper), unless `modes` ask for it. One that does not run has no place in the plan.
+
+    Args:
+        name (`str`).
+        candidates (`Mapping[str, nn.Conv2d]`): the convolutions of its block.
 
     Raises:
         ValueError: bits cannot express what it does.
     """
-    if convolution.groups > 1:
+    convolution, is_asked_for = candidates[name], any(matches(name, pattern) for pattern in config.modes or {})
+    if trace.reads.get(name) is None:
         return True
-    read = trace.reads.get(name)
-    earlier = list(trace.reads)[: list(trace.reads).index(name)] if read is not None else []
-    is_shortcut = read is not None and any(_same(trace.reads[other], read) for other in earlier)
-    if is_shortcut and not any(matches(name, pattern) for pattern in config.modes or {}):
+    if (convolution.groups > 1 or _is_shortcut(name, candidates, trace)) and not is_asked_for:
         return True
     try:
         Geometry.of(convolution)
@@ -462,6 +471,21 @@ def _stays_float(name: str, convolution: nn.Conv2d, config: StoMPPConfig, trace:
             "float in StoMPPConfig(modes=...)"
         )
     return False
+
+
+def _is_shortcut(name: str, candidates: Mapping[str, nn.Conv2d], trace: _Trace) -> bool:
+    """
+    Whether other convolutions of the block read the same tensor, and one of them is the main path: that with the
+    largest filters, or of equally large ones the first.
+    """
+    order = list(trace.reads)
+
+    def rank(convolution: str) -> tuple[int, int]:
+        return -candidates[convolution].weight[0, 0].numel(), order.index(convolution)
+
+    read: Any = trace.reads[name]
+    together = [other for other in candidates if other in trace.reads and _same(trace.reads[other], read)]
+    return min(together, key=rank) != name
 
 
 def _input_of(name: str, linears: Mapping[str, Any], plan: Plan, trace: _Trace, config: StoMPPConfig) -> str:

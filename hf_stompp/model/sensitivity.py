@@ -197,10 +197,10 @@ def layer_bytes(model: PreTrainedModel, linears: Iterable[str]) -> dict[str, dic
     sizes: dict[str, dict[str, float]] = {}
     for name in linears:
         layer: Any = model.get_submodule(name)
-        shape = layer.out_features, layer.in_features
-        # A binary input has a threshold a feature, and the offset of its levels makes a bias.
-        bnn = packed_linear_bytes(*shape, has_bias=True) + layer.in_features * FLOAT32_BYTES
-        bwn = packed_linear_bytes(*shape, has_bias=layer.bias is not None)
+        rows, columns = layer.weight.flatten(1).shape
+        # A binary input has a threshold a feature or channel, and the offset of its levels makes a bias.
+        bnn = packed_linear_bytes(rows, columns, has_bias=True) + layer.weight.shape[1] * FLOAT32_BYTES
+        bwn = packed_linear_bytes(rows, columns, has_bias=layer.bias is not None)
         whole = sum(parameter.numel() * parameter.element_size() for parameter in layer.parameters())
         header = header_bytes(f"{name}.input_activation.threshold")
         sizes[name] = {"bnn": bnn + 4 * header, "bwn": bwn + 3 * header, "float": whole + 2 * header}

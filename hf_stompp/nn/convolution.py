@@ -45,7 +45,7 @@ class Geometry:
         Raises:
             ValueError: it has groups, or pads by another rule than a number of zeros.
         """
-        padding: Any = convolution.padding
+        padding: Any = (0, 0) if convolution.padding == "valid" else convolution.padding
         if convolution.groups != 1 or convolution.padding_mode != "zeros" or isinstance(padding, str):
             raise ValueError(
                 f"a convolution with groups={convolution.groups}, padding={padding!r} and "

@@ -208,20 +208,25 @@ def check_masks(model: nn.Module, progression: Progression, step: int) -> None:
 
 @torch.no_grad()
 def initialize_activations(
-    model: nn.Module, inputs: dict[str, Any], reduce: Callable[[Tensor], Tensor] | None = None
+    model: nn.Module,
+    inputs: dict[str, Any],
+    reduce: Callable[[Tensor], Tensor] | None = None,
+    by_batch: bool = False,
 ) -> None:
     """
     Initialises scale, shift and threshold of every binary activation that has none yet, from what it reads in one
     batch.
 
     That is the float network where nothing is frozen yet, and the binary one, layer after layer, where everything is
-    from the first step on (vanilla STE). The network is in evaluation mode, except for BatchNorm, which normalises by
-    the batch as in training: what it has recorded is not yet true of a network that starts from its config.
+    from the first step on (vanilla STE). The network is in evaluation mode, except with `by_batch` for BatchNorm.
 
     Args:
         model (`PreTrainedModel`): after [`binarize`].
         inputs (`dict[str, Any]`): arguments of its forward.
         reduce (`Callable`, *optional*): sums a statistic over the ranks of a distributed run.
+        by_batch (`bool`, *optional*, defaults to `False`): for a step of training. BatchNorm in training mode
+            normalises by the batch, as it will in that step: what it has recorded is not yet true of a network that
+            starts from its config. It records nothing here.
     """
     waiting = [
         m for m in masked_modules(model).values() if isinstance(m, MaskedBinaryActivation) and not m.initialized
@@ -234,8 +239,12 @@ def initialize_activations(
         if not module.initialized:
             module.initialize(args[0], *(() if reduce is None else (reduce,)))
 
-    was_training = model.training
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    modes = {module: module.training for module in model.modules()}
+    norms = [
+        module
+        for module, is_training in modes.items()
+        if by_batch and is_training and isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
     recorded = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     with ExitStack() as hooks:
         for module in waiting:
@@ -246,6 +255,7 @@ def initialize_activations(
         try:
             model(**inputs)
         finally:
-            model.train(was_training)
+            for part, is_training in modes.items():
+                part.training = is_training
             for buffer, value in recorded:
                 buffer.copy_(value)

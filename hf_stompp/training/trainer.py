@@ -253,7 +253,7 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, PushingTrainer):
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, names)
         return super()._wrap_model(model, *args, **kwargs)
 
-    def _initialize_activations(self, inputs: dict[str, Any]) -> None:
+    def _initialize_activations(self, inputs: dict[str, Any], by_batch: bool = False) -> None:
         def reduce(statistic: Tensor) -> Tensor:
             return self.accelerator.reduce(statistic, reduction="sum")
 
@@ -261,11 +261,11 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, PushingTrainer):
             # They may be no classes.
             inputs = self.without_labels(inputs)
         with self.compute_loss_context_manager():
-            initialize_activations(self.model, self._prepare_inputs(inputs), reduce)
+            initialize_activations(self.model, self._prepare_inputs(inputs), reduce, by_batch)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         if self.state.global_step == 0:
-            self._initialize_activations(inputs)
+            self._initialize_activations(inputs, by_batch=True)
         return super().training_step(model, inputs, *args, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
