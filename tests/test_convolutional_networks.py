@@ -210,6 +210,20 @@ def test_activations_are_measured_by_what_batch_norm_has_recorded_where_nothing_
     assert found[0].abs().max() < 0.1 and convolution.input_activation.scale < 0.1
 
 
+def test_first_step_measures_activations_behind_batch_norm_in_training_mode_whatever_mode_the_model_came_in(
+    tmp_path: Path,
+) -> None:
+    rows = [{"pixel_values": 1e-3 * torch.randn(3, SIZE, SIZE), "labels": 0} for _ in range(8)]
+    model = binarize(resnet(), StoMPPConfig(activation_scale="fixed")).eval()
+    arguments = StoMPPTrainingArguments(
+        tmp_path, max_steps=6, per_device_train_batch_size=8, learning_rate=0.0, report_to=[], use_cpu=True
+    )
+
+    StoMPPTrainer(model=model, args=arguments, train_dataset=rows).train()
+
+    assert model.resnet.encoder.stages[0].layers[0].layer[1].convolution.input_activation.scale > 0.1
+
+
 def block_network(forward) -> nn.Module:
     """Two blocks of three convolutions, run as `forward(block, input)` says, and two heads."""
 

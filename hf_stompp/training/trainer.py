@@ -265,6 +265,8 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, PushingTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         if self.state.global_step == 0:
+            # As the step will.
+            model.train()
             self._initialize_activations(inputs, by_batch=True)
         return super().training_step(model, inputs, *args, **kwargs)
 
