@@ -26,8 +26,9 @@ from hf_stompp import (
     unpack,
 )
 from hf_stompp.export import plain_torch
-from hf_stompp.model.planning import find_stack, plan_modules
+from hf_stompp.model.planning import plan_modules
 from hf_stompp.model.sensitivity import layer_bytes
+from hf_stompp.model.stack import find_stack
 from hf_stompp.nn import MaskedBinaryConv2d, PackedBinaryConv2d
 from hf_stompp.training.freezing import initialize_activations
 

@@ -8,7 +8,8 @@ from transformers import AutoModelForMaskedLM, T5Config, T5Model
 
 from hf_stompp import StoMPPConfig
 from hf_stompp.model.example_inputs import example_inputs
-from hf_stompp.model.planning import find_layer_stack, is_excluded, plan_modules
+from hf_stompp.model.planning import is_excluded, plan_modules
+from hf_stompp.model.stack import find_layer_stack
 from hf_stompp.plan import Plan
 
 
