@@ -29,10 +29,10 @@ COLUMNS = {
     "`bwn`, text first": ("bwn-distilled",),
     "`bnn`": ("ste",),
     "`bnn`, StoMPP's masks": ("stompp-ste-window",),
-    "`bnn`, attention `bwn`": ("ste-bwn-attention",),
-    "the same, text first": ("bwn-attention-distilled-2-epochs", "bwn-attention-distilled"),
+    "`bnn`, bytes in attention": ("ste-bwn-attention",),
+    "bytes in attention, text first": ("bwn-attention-distilled-2-epochs", "bwn-attention-distilled"),
     "`bnn`, text first": ("ste-distilled-4-epochs", "ste-distilled"),
-    "`bnn`, and attention learned": ("ste-distilled-all-attentions-4-epochs", "ste-distilled-all-attentions"),
+    "`bnn`, teacher's attention learned": ("ste-distilled-all-attentions-4-epochs", "ste-distilled-all-attentions"),
     "bag of words": ("tfidf",),
     "most frequent answer": ("majority",),
 }

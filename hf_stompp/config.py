@@ -18,8 +18,8 @@ from .plan import Plan, read_plan, units_of
 QUANT_METHOD = "stompp"
 FORMAT_VERSION = 5
 """
-The newest version of the file format. Models are written as the oldest that says what they are: 4 with
-`word_embeddings="int8"`, 3 with `activation_bits`, 2 with `modes`, else 1.
+The newest version of the file format. Models are written as the oldest that says what they are: 5 with convolutions, 4
+with `word_embeddings="int8"`, 3 with `activation_bits`, 2 with `modes`, else 1.
 """
 
 CHOICES: dict[str, tuple[str, ...]] = {

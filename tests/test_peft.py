@@ -13,10 +13,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, ResNetConfig, ResNetForImageClassification
 
 import hf_stompp
-from hf_stompp import StoMPPConfig, StoMPPTrainer, StoMPPTrainingArguments, binarization_report, binarize, pack, unpack
+from hf_stompp import (
+    StoMPPConfig,
+    StoMPPTrainer,
+    StoMPPTrainingArguments,
+    binarization_report,
+    binarize,
+    commit,
+    pack,
+    unpack,
+)
 from hf_stompp.export import plain_torch
 from hf_stompp.model.modules import masked_modules, packed_modules
 from hf_stompp.nn import MaskedBinaryLinear, PackedBinaryActivation, PackedBinaryLinear
@@ -423,3 +432,15 @@ def test_peft_is_imported_on_use_and_its_absence_is_told(tmp_path: Path):
     )
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert printed == "LoRA over binary layers needs peft: pip install peft\n"
+
+
+@pytest.mark.parametrize("packs", [False, True], ids=["latent", "packed"])
+def test_lora_beside_a_binary_convolution_is_refused(packs: bool) -> None:
+    network = ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", num_labels=3)
+    )
+    model = binarize(network, StoMPPConfig(mode="bwn"))
+    model = pack(commit(model)) if packs else model
+
+    with pytest.raises(ValueError, match="LoRA beside a binary convolution is not supported: name linear layers"):
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["layer.1.convolution"]))

@@ -136,8 +136,9 @@ def pack(model: Model) -> Model:
     for name, module in packed_modules(packed).items():
         source: Any = latent[name]
         if isinstance(module, PackedBinaryLinear):
-            scale, bias = source.folded()
-            module.packed_weight.copy_(source.packed()[0])
+            packed_rows = source.packed()
+            scale, bias = source.folded(packed_rows)
+            module.packed_weight.copy_(packed_rows[0])
             module.scale.copy_(scale)
             if module.bias is not None and bias is not None:
                 module.bias.copy_(bias)

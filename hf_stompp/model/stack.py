@@ -155,9 +155,13 @@ def find_layer_stack(model: nn.Module, layer_stack: str | None = None) -> tuple[
                 f"{type(model).__name__} cannot be binarized: its layers are {kind}, and only nn.Linear and nn.Conv2d "
                 "become binary. Choose a Transformer encoder such as BERT, RoBERTa or ViT, or a network such as ResNet"
             )
+        missing = {
+            "Linear": "no nn.ModuleList of modules of one class that hold nn.Linear",
+            "Conv2d": "no list of modules of one class that hold two or more nn.Conv2d each",
+        }
         raise ValueError(
-            f"{type(model).__name__} has no stack of layers: no nn.ModuleList of modules of one class that hold "
-            f"nn.{kind}. If the layers are kept elsewhere, name their list in StoMPPConfig(layer_stack=...)"
+            f"{type(model).__name__} has no stack of layers: {missing[kind]}. If the layers are kept elsewhere, name "
+            "their list in StoMPPConfig(layer_stack=...)"
         )
     by_size = sorted(found, key=lambda name: _linear_weights(found[name]), reverse=True)
     if len(by_size) > 1 and _linear_weights(found[by_size[1]]) >= AMBIGUOUS_SHARE * _linear_weights(found[by_size[0]]):

@@ -28,6 +28,7 @@ from ..nn import (
 from ..nn.convolution import Geometry
 from ..nn.module import BinaryInputModule
 from ..nn.residual_norm import is_residual_norm
+from ..plan import PlannedModule
 from .cautions import attend, watch
 from .modules import packed_modules
 
@@ -55,6 +56,11 @@ def _sizes(layer: Any) -> tuple[Any, ...]:
     if isinstance(layer, MaskedBinaryConv2d | PackedBinaryConv2d):
         return layer.in_channels, layer.out_features, layer.geometry
     return layer.in_features, layer.out_features
+
+
+def _activation_bits(entry: PlannedModule, config: StoMPPConfig) -> int | None:
+    """To how many bits a layer rounds its input: linear layers alone, where that stays float."""
+    return config.activation_bits if entry.kind == "linear" and not entry.reads_bits else None
 
 
 def check_fits(model: nn.Module, config: StoMPPConfig, kinds: dict[str, tuple[type[nn.Module], ...]]) -> None:
@@ -159,7 +165,7 @@ def swap_in_masked(model: nn.Module, config: StoMPPConfig) -> None:
                 entry.bias,
                 scale=config.weight_scale,
                 center=config.weight_center,
-                activation_bits=None if entry.reads_bits else config.activation_bits,
+                activation_bits=_activation_bits(entry, config),
                 **settings,
                 **place,
             )
@@ -220,7 +226,7 @@ def swap_in_packed(model: nn.Module, config: StoMPPConfig, dtype: torch.dtype | 
                 *_sizes(old),
                 entry.bias,
                 binary_input=entry.reads_bits,
-                activation_bits=None if entry.reads_bits else config.activation_bits,
+                activation_bits=_activation_bits(entry, config),
                 device=old.weight.device,
             )
         elif entry.kind in EMBEDDINGS:

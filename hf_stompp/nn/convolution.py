@@ -50,7 +50,7 @@ class Geometry:
             raise ValueError(
                 f"a convolution with groups={convolution.groups}, padding={padding!r} and "
                 f"padding_mode={convolution.padding_mode!r} cannot be binarized: only groups=1 and a number of zeros "
-                "can; leave it float, in modules_to_not_convert"
+                "can; leave it float: in modules_to_not_convert, and in no pattern of modes"
             )
         sizes: Any = convolution.kernel_size, convolution.stride, padding, convolution.dilation
         return cls(*sizes)
@@ -144,7 +144,7 @@ def convolve_bits(
 
 
 class HasGeometry:
-    """What a model may ask a convolution for: some pad by it."""
+    """The attributes of [`~torch.nn.Conv2d`] that a model may read: some pad by them."""
 
     geometry: Geometry
     in_channels: int
@@ -168,7 +168,7 @@ class MaskedBinaryConv2d(HasGeometry, MaskedBinaryLinear):
         in_channels (`int`), out_channels (`int`).
         geometry (`Geometry`).
         bias (`bool`, *optional*, defaults to `True`).
-        others: as in [`MaskedBinaryLinear`]. Float inputs are not rounded.
+        settings: as in [`MaskedBinaryLinear`], but for `activation_bits`: float inputs are not rounded.
 
     Shapes: `(batch, in_channels, height, width)` to `(batch, out_channels, out_height, out_width)`.
     """
@@ -183,14 +183,16 @@ class MaskedBinaryConv2d(HasGeometry, MaskedBinaryLinear):
         self.weight = nn.Parameter(self.weight.detach().reshape(shape))
         self.freeze_mask = self.freeze_mask.reshape(shape)
 
-    def centered_weight(self) -> Tensor:
-        """As rows of shape `(out_channels, in_channels * taps)`, in the order of the filters."""
-        return self._centered(self.weight.flatten(1))
+    def weight_rows(self) -> Tensor:
+        """The latent filters as rows of shape `(out_channels, in_channels * taps)`."""
+        return self.weight.flatten(1)
 
     def rows_to_pack(self) -> Tensor:
+        """The centred filters as rows in the order of [`patches`]."""
         return in_patch_order(self.centered_weight().view_as(self.weight))
 
     def input_levels(self) -> tuple[Tensor, Tensor]:
+        """The offset of every entry of a patch, of shape `(taps * channels,)` or `()`, and the amplitude."""
         offset, amplitude = super().input_levels()
         # Every pixel of a patch has the channels.
         return (offset.repeat(self.geometry.taps) if offset.dim() else offset), amplitude
@@ -235,21 +237,13 @@ class PackedBinaryConv2d(HasGeometry, PackedBinaryLinear):
         bias (`bool`, *optional*, defaults to `True`).
         binary_input (`bool`, *optional*, defaults to `True`): mode `bnn`, for which the channels must be a multiple of
             8; otherwise `bwn`, a float convolution with `+-scale`.
-        activation_bits (`int`, *optional*): has no effect: float inputs are not rounded.
         device (`torch.device`, *optional*).
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        geometry: Geometry,
-        bias: bool = True,
-        binary_input: bool = True,
-        activation_bits: int | None = None,
-        device: torch.device | None = None,
+        self, in_channels: int, out_channels: int, geometry: Geometry, bias: bool = True, **settings: Any
     ) -> None:
-        super().__init__(in_channels * geometry.taps, out_channels, bias, binary_input, activation_bits, device)
+        super().__init__(in_channels * geometry.taps, out_channels, bias, **settings)
         self.in_channels = in_channels
         self.geometry = geometry
 

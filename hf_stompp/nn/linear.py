@@ -87,12 +87,16 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
         """Entries that the mask of a binary input has."""
         return self.in_features
 
-    def centered_weight(self) -> Tensor:
-        """What signs and scales are taken of: the latent weight, less its mean where that is asked for."""
-        return self._centered(self.weight)
+    def weight_rows(self) -> Tensor:
+        """The latent weight, of shape `(out_features, in_features)`."""
+        return self.weight
 
-    def _centered(self, rows: Tensor) -> Tensor:
-        return WEIGHT_CENTERS[self.center](rows)
+    def centered_weight(self) -> Tensor:
+        """
+        What signs and scales are taken of: the latent weight, less its mean where that is asked for, of shape
+        `(out_features, in_features)`.
+        """
+        return WEIGHT_CENTERS[self.center](self.weight_rows())
 
     def rows_to_pack(self) -> Tensor:
         """[`centered_weight`] in the order in which a packed layer reads its input."""

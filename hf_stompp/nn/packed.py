@@ -175,7 +175,7 @@ class PackedBinaryLinear(Float32Buffers, BinaryInputModule):
             bits, dtype = as_bits(input)
             return bits, None, dtype
         activation = self.input_activation
-        if self.binarizes_input and not _is_soon_packed(input):
+        if self.binarizes_input and not _is_cheap_to_pack(input):
             # A single reader signs floats within its product.
             signs = activation.shared_bits if len(activation.readers) > 1 else activation.kept_bits
             bits = signs(input, self)
@@ -222,7 +222,7 @@ class PackedBinaryLinear(Float32Buffers, BinaryInputModule):
         )
 
 
-def _is_soon_packed(input: Tensor) -> bool:
+def _is_cheap_to_pack(input: Tensor) -> bool:
     """Whether to look for bits that were packed before takes longer than to pack them again."""
     # In a compiled graph nothing is looked for.
     return not torch.compiler.is_compiling() and input.is_cpu and input.numel() < FEW_ELEMENTS
