@@ -25,7 +25,7 @@ from hf_stompp import (
     pack,
     unpack,
 )
-from hf_stompp.export import plain_torch
+from hf_stompp.export import export_onnx, plain_torch
 from hf_stompp.model.planning import plan_modules
 from hf_stompp.model.sensitivity import layer_bytes
 from hf_stompp.model.stack import find_stack
@@ -158,6 +158,21 @@ def test_packed_network_answers_exactly_as_the_committed_one_saved_and_loaded_to
     # PyTorch's own convolution of one pixel, in MobileNetV2, depends on where in memory its weight lies.
     assert torch.allclose(logits(loaded, batch), expected, atol=1e-6)
     assert torch.allclose(logits(plain_torch(packed), batch), expected, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["bnn", "bwn"])
+def test_exported_network_answers_as_the_packed_one_for_any_number_of_images(mode, tmp_path: Path) -> None:
+    for name in ("onnx", "onnxscript"):
+        pytest.importorskip(name)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    packed = pack(committed("basic", StoMPPConfig(mode=mode)))
+
+    export_onnx(packed, tmp_path / "network.onnx", {"pixel_values": images()})
+
+    session, batch = onnxruntime.InferenceSession(tmp_path / "network.onnx"), images(3)
+    (found,) = session.run(["logits"], {"pixel_values": batch.numpy()})
+    assert torch.allclose(torch.from_numpy(found), logits(packed, batch), atol=1e-5)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
