@@ -16,10 +16,11 @@ from .plan import Plan, read_plan, units_of
 
 
 QUANT_METHOD = "stompp"
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 """
-The newest version of the file format. Models are written as the oldest that says what they are: 5 with convolutions, 4
-with `word_embeddings="int8"`, 3 with `activation_bits`, 2 with `modes`, else 1.
+The newest version of the file format. Models are written as the oldest that says what they are: 6 with
+`activation_functions="sign"`, 5 with convolutions, 4 with `word_embeddings="int8"`, 3 with `activation_bits`, 2 with
+`modes`, else 1.
 """
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -30,6 +31,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "activation_scale": ("learned", "fixed"),
     "activation_shift": ("learned", "fixed", "none"),
     "feed_forward_levels": tuple(LEVELS),
+    "activation_functions": ("kept", "sign"),
     "unit": ("layer", "sublayer", "module"),
     "word_embeddings": ("float", "int8", "binary"),
     "state": ("latent", "packed"),
@@ -140,6 +142,11 @@ class StoMPPConfig(QuantizationConfigMixin):
         feed_forward_levels (`str`, *optional*, defaults to `"signed"`):
             Levels behind the feed-forward activation function: `"signed"` = {-a, +a} about the shift, `"zero_one"` =
             {0, a} (BiT's set for non-negative tensors).
+        activation_functions (`str`, *optional*, defaults to `"kept"`):
+            Those in the blocks of a convolutional network: `"kept"`, and a sign is taken of what each convolution
+            reads (ours), or replaced by the `"sign"` (+-1; what is not frozen is clipped at `activation_clip`), so
+            that shortcuts read signs too, and a frozen one lets no gradient pass (paper). For training from scratch:
+            a pretrained network has learned with its own.
         unit (`str`, *optional*, defaults to `"layer"`):
             What the progression moves through: encoder `"layer"` (paper), `"sublayer"` (attention, feed-forward; ours)
             or `"module"` (each linear layer; ours).
@@ -156,12 +163,12 @@ class StoMPPConfig(QuantizationConfigMixin):
         state (`str`, *optional*, defaults to `"latent"`):
             `"latent"`: float weights with freeze masks, trainable; `"packed"`: 1-bit weights. Set by the library.
         format_version (`int`, *optional*):
-            Version of the file format: 5 with convolutions, 4 with `word_embeddings="int8"`, 3 with `activation_bits`,
-            2 with `modes`, else 1. Set by the library.
+            Version of the file format: 6 with `activation_functions="sign"`, 5 with convolutions, 4 with
+            `word_embeddings="int8"`, 3 with `activation_bits`, 2 with `modes`, else 1. Set by the library.
         modules (`list[dict]`, *optional*):
             What was replaced, from input to output: `name`, `kind` (`"linear"`, `"convolution"`, `"activation"`,
-            `"embedding"`, `"int8_embedding"`), `unit`, and for a linear layer or a convolution `input`, the module
-            that binarizes its input (`None` where that stays float), and `bias`, whether it has one. Set by
+            `"sign"`, `"embedding"`, `"int8_embedding"`), `unit`, and for a linear layer or a convolution `input`, the
+            module that binarizes its input (`None` where that stays float), and `bias`, whether it has one. Set by
             [`binarize`]; `plan` holds it by name.
         example_inputs (`Mapping[str, Any]`, *optional*):
             As in [`binarize`], for `from_pretrained(..., quantization_config=StoMPPConfig(...))`. Never saved.
@@ -184,6 +191,7 @@ class StoMPPConfig(QuantizationConfigMixin):
         activation_clip: float = 10.0,
         activation_window: float | None = 2.0,
         feed_forward_levels: str = "signed",
+        activation_functions: str = "kept",
         unit: str = "layer",
         modules_to_not_convert: list[str] | None = None,
         word_embeddings: str = "float",
@@ -215,6 +223,7 @@ class StoMPPConfig(QuantizationConfigMixin):
         self.activation_clip = activation_clip
         self.activation_window = activation_window
         self.feed_forward_levels = feed_forward_levels
+        self.activation_functions = activation_functions
         self.unit = unit
         self.modules_to_not_convert = (
             ["embeddings", "pooler", "classifier"] if modules_to_not_convert is None else modules_to_not_convert
@@ -231,7 +240,7 @@ class StoMPPConfig(QuantizationConfigMixin):
             self.format_version = self.oldest_version()
         elif self.oldest_version() > format_version:
             raise ValueError(
-                f"StoMPPConfig.modules: convolutions need format version {self.oldest_version()}, got {format_version}"
+                f"StoMPPConfig.modules needs format version {self.oldest_version()}, got {format_version}"
             )
 
     def _check(self, unknown: dict[str, Any]) -> None:
@@ -303,7 +312,7 @@ class StoMPPConfig(QuantizationConfigMixin):
         Returns:
             `dict[str, Any]`: plain JSON.
         """
-        since = {"modes": 2, "activation_bits": 3, "word_embeddings": 4}
+        since = {"modes": 2, "activation_bits": 3, "word_embeddings": 4, "activation_functions": 6}
         saved = {
             name: copy.deepcopy(value)
             for name, value in self._fields().items()
@@ -324,6 +333,8 @@ class StoMPPConfig(QuantizationConfigMixin):
         Returns:
             `int`.
         """
+        if self.activation_functions != "kept":
+            return 6
         if any(entry.kind == "convolution" for entry in self.plan.values()):
             return 5
         if self.word_embeddings == "int8":

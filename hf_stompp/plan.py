@@ -17,8 +17,11 @@ EMBEDDING_KINDS = {"binary": "embedding", "int8": "int8_embedding"}
 LAYER_KINDS = ("linear", "convolution")
 """The kinds of layers that multiply by a binary weight: a convolution is a linear layer on patches."""
 
-KINDS = (*LAYER_KINDS, "activation", *EMBEDDING_KINDS.values())
-"""What a planned module may be: such a layer, an activation function before one, or the word embeddings."""
+KINDS = (*LAYER_KINDS, "activation", "sign", *EMBEDDING_KINDS.values())
+"""
+What a planned module may be: such a layer, an activation function before one, an activation function that the sign
+replaces, or the word embeddings.
+"""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class PlannedModule:
         input (`str`, *optional*):
             Of a linear layer, the module that binarizes its input: itself, the first of the linear layers that read
             the same tensor, or an activation function; `None` where the input stays float. Of an activation function,
-            the linear layer whose output it alone reads, if there is one.
+            the linear layer whose output it alone reads, if there is one. Of a sign, the convolution before it, which
+            has its channels.
         bias (`bool`, *optional*, defaults to `False`): whether a linear layer has one.
     """
 
@@ -50,7 +54,7 @@ class PlannedModule:
 
     @property
     def is_activation(self) -> bool:
-        """Whether it is an activation function."""
+        """Whether it is an activation function before a linear layer."""
         return self.kind == "activation"
 
     @property
@@ -60,7 +64,7 @@ class PlannedModule:
 
     def to_dict(self) -> dict[str, Any]:
         """As `config.json` has it."""
-        own = ("input", "bias") if self.is_linear else ("input",) if self.is_activation else ()
+        own = ("input", "bias") if self.is_linear else ("input",) if self.kind in ("activation", "sign") else ()
         return {field: getattr(self, field) for field in ("name", "kind", "unit", *own)}
 
 
@@ -165,10 +169,18 @@ def _check_entry(entry: PlannedModule, plan: Plan, mode_of: Callable[[str], str]
             raise ValueError(f"StoMPPConfig.modules: input {entry.input!r} of {name!r} does not fit mode {mode!r}")
     if entry.is_activation and not is_read:
         raise ValueError(f"StoMPPConfig.modules: {name!r} is an activation that no linear layer reads")
-    if entry.input is not None and (source is None or not (source.is_linear or source.is_activation)):
+    if entry.input is not None and (source is None or source.kind in EMBEDDING_KINDS.values()):
         raise ValueError(
             f"StoMPPConfig.modules: input of {name!r} must name a linear layer or an activation of the same list, got "
             f"{entry.input!r}"
+        )
+    if (entry.kind == "sign" or (source is not None and source.kind == "sign")) and "convolution" not in (
+        entry.kind,
+        source.kind if source is not None else None,
+    ):
+        raise ValueError(
+            f"StoMPPConfig.modules: a sign stands between convolutions of the same list; {name!r} with input "
+            f"{entry.input!r} does not"
         )
     if entry.is_activation and source is not None and source.is_activation:
         raise ValueError(

@@ -29,6 +29,7 @@ OTHER_VALUES = {
     "activation_clip": 1.5,
     "activation_window": 0.5,
     "feed_forward_levels": "zero_one",
+    "activation_functions": "sign",
     "unit": "sublayer",
     "modules_to_not_convert": ["pooler"],
     "word_embeddings": "int8",
@@ -120,7 +121,7 @@ def test_a_pattern_that_is_no_regular_expression_is_refused() -> None:
         ([{**LINEAR, "name": None}], "must have a name, a kind of"),
         (
             [{**LINEAR, "kind": "conv"}],
-            r"a kind of \['linear', 'convolution', 'activation', 'embedding', 'int8_embedding'\]",
+            r"a kind of \['linear', 'convolution', 'activation', 'sign', 'embedding', 'int8_embedding'\]",
         ),
         ([{**LINEAR, "unit": None}], "the name of a unit"),
         ([{name: value for name, value in LINEAR.items() if name != "bias"}], "bias of 'encoder.layer.0.dense'"),
@@ -228,8 +229,16 @@ def test_convolutions_need_the_format_that_knows_them() -> None:
     modules = [{**LINEAR, "kind": "convolution", "input": LINEAR["name"]}]
 
     assert StoMPPConfig(modules=modules).format_version == 5
-    with pytest.raises(ValueError, match="convolutions need format version 5, got 4"):
+    with pytest.raises(ValueError, match="modules needs format version 5, got 4"):
         StoMPPConfig(modules=modules, format_version=4)
+
+
+def test_signs_need_the_format_that_knows_them() -> None:
+    convolution = {**LINEAR, "kind": "convolution", "input": LINEAR["name"]}
+    sign = {"name": "encoder.layer.0.activation", "kind": "sign", "unit": "encoder.layer.0", "input": LINEAR["name"]}
+
+    assert StoMPPConfig(modules=[convolution, sign], activation_functions="sign").format_version == 6
+    assert "activation_functions" not in StoMPPConfig(modules=[convolution]).to_dict()
 
 
 # round trips
@@ -249,7 +258,7 @@ def test_a_config_survives_json(values: dict[str, object]) -> None:
     config = StoMPPConfig(**copy.deepcopy(values))
     saved = json.loads(json.dumps(config.to_dict(), sort_keys=True))
     # Only what needs a newer version is written in it.
-    assert saved["quant_method"] == "stompp" and saved["format_version"] == (4 if values else 1)
+    assert saved["quant_method"] == "stompp" and saved["format_version"] == (6 if values else 1)
     loaded = StoMPPConfig.from_dict(saved)
     assert type(loaded) is StoMPPConfig
     assert loaded.to_dict() == config.to_dict()

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     EvalPrediction,
@@ -35,7 +37,7 @@ from ..training.arguments import StoMPPTrainingArguments
 from ..training.callbacks import UnitProgressCallback
 from ..training.methods import RecipeArguments
 from ..training.recipe import Recipe, Results
-from ..training.stages import auto_class, card_details, is_binarized, run_recipe, write_card
+from ..training.stages import card_details, is_binarized, run_recipe, write_card
 from ..training.summary import compared_with_float, summarize
 from .errors import CommandError, hub_errors
 from .evaluation import CLASSIFIERS, read_tokenizer
@@ -180,7 +182,8 @@ def load_model(arguments: argparse.Namespace, examples: Examples) -> tuple[Any, 
         options |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     folder = Path(arguments.model).expanduser()
     with hub_errors("model", arguments.model):
-        model, loading = auto_class(wanted == TOKENS).from_pretrained(
+        auto: Any = AutoModelForTokenClassification if wanted == TOKENS else AutoModelForSequenceClassification
+        model, loading = auto.from_pretrained(
             folder if folder.is_dir() else arguments.model,
             dtype=torch.float32,
             ignore_mismatched_sizes=not known,

@@ -179,6 +179,11 @@ def plan_modules(model: nn.Module, config: StoMPPConfig, inputs: Mapping[str, An
             f"StoMPPConfig.unit='sublayer' is for attention and feed-forward, and {type(model).__name__} has "
             "convolutions: choose 'layer' (a block) or 'module'"
         )
+    if stack.kind == "linear" and config.activation_functions != "kept":
+        raise ValueError(
+            f"StoMPPConfig.activation_functions={config.activation_functions!r} is for blocks of convolutions, and "
+            f"{type(model).__name__} has linear layers: leave it 'kept'"
+        )
     trace = _trace(model, stack, example_inputs(model) if inputs is None else inputs)
     shared = [name for name, calls in trace.layer_calls.items() if calls > 1]
     if shared or len({id(layer) for layer in stack.layers.values()}) < len(stack.layers):
@@ -195,7 +200,7 @@ def plan_modules(model: nn.Module, config: StoMPPConfig, inputs: Mapping[str, An
     if config.word_embeddings != "float":
         plan.update(_plan_embedding(model, EMBEDDING_KINDS[config.word_embeddings]))
     for layer_name in stack.layers:
-        plan.update(_plan_layer(layer_name, stack, config, trace))
+        plan.update(_plan_layer(layer_name, stack, config, trace, plan))
     if not any(entry.is_linear for entry in plan.values()):
         raise ValueError(
             f"nothing to binarize in {type(model).__name__}: every {stack.in_words} of {stack.name} is float by "
@@ -253,7 +258,7 @@ def _plan_embedding(model: nn.Module, kind: str) -> Plan:
     return {name: PlannedModule(name, kind, unit=name)}
 
 
-def _plan_layer(layer_name: str, stack: Stack, config: StoMPPConfig, trace: _Trace) -> Plan:
+def _plan_layer(layer_name: str, stack: Stack, config: StoMPPConfig, trace: _Trace, before: Plan) -> Plan:
     candidates = stack.within(layer_name)
     linears = {
         name: module
@@ -273,16 +278,62 @@ def _plan_layer(layer_name: str, stack: Stack, config: StoMPPConfig, trace: _Tra
         units = _sublayer_units(layer_name, names)
     else:
         units = {name: name for name in names}
+    if stack.kind == "convolution":
+        return _plan_block(layer_name, linears, units, config, trace, before)
     plan: Plan = {}
     for name in names:
-        if config.mode_of(name) == "bwn":
-            source = None
-        else:
-            source = name if stack.kind == "convolution" else _input_of(name, linears, plan, trace, config)
+        source = None if config.mode_of(name) == "bwn" else _input_of(name, linears, plan, trace, config)
         if source is not None and source not in plan and source != name:
             plan[source] = PlannedModule(source, "activation", units[name], _producer_of(source, plan, trace))
         plan[name] = PlannedModule(name, stack.kind, units[name], source, linears[name].bias is not None)
     return plan
+
+
+def _plan_block(
+    block_name: str,
+    convolutions: Mapping[str, nn.Module],
+    units: Mapping[str, str],
+    config: StoMPPConfig,
+    trace: _Trace,
+    before: Plan,
+) -> Plan:
+    """
+    The binary convolutions of a block, each of which binarizes its own input where no sign has done it, and the
+    activation functions that the sign replaces: behind a convolution of as many channels that reads bits itself.
+
+    Args:
+        block_name (`str`).
+        convolutions (`Mapping[str, nn.Conv2d]`): by name.
+        units (`Mapping[str, str]`): the unit of each.
+        before (`dict[str, PlannedModule]`): the plan of the blocks before this one.
+    """
+    plan: Plan = {}
+    last: str | None = None
+    for name, read in trace.reads.items():
+        if name in units:
+            last = name
+            source = None if config.mode_of(name) == "bwn" else _sign_before(read, {**before, **plan}, trace) or name
+            has_bias = convolutions[name].bias is not None
+            plan[name] = PlannedModule(name, "convolution", units[name], source, has_bias)
+        elif (
+            config.activation_functions == "sign"
+            and last is not None
+            and plan[last].reads_bits
+            and name in trace.functions
+            and name.startswith(f"{block_name}.")
+            and not is_excluded(name, config.modules_to_not_convert)
+            and read is not None
+            and read[0].dim() == 4
+            and read[0].shape[1] == trace.outputs[last][0].shape[1]
+        ):
+            plan[name] = PlannedModule(name, "sign", units[last], last)
+    return plan
+
+
+def _sign_before(read: tuple[Tensor, int] | None, plan: Plan, trace: _Trace) -> str | None:
+    """The sign of the plan that has put out what a convolution reads."""
+    signs = [name for name, entry in plan.items() if entry.kind == "sign"]
+    return next((name for name in signs if read is not None and trace.outputs[name][0] is read[0]), None)
 
 
 def _stays_float(name: str, candidates: Mapping[str, nn.Conv2d], config: StoMPPConfig, trace: _Trace) -> bool:
@@ -374,7 +425,7 @@ def check_not_tied(model: nn.Module, plan: Plan) -> None:
         names.setdefault(id(parameter), []).append(name)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, entry in plan.items():
-        if entry.is_activation:
+        if entry.kind in ("activation", "sign"):
             continue
         aliases = [other for other in names[id(parameters[f"{name}.weight"])] if other != f"{name}.weight"]
         if aliases:

@@ -16,10 +16,12 @@ from ..nn import (
     MaskedBinaryEmbedding,
     MaskedBinaryLinear,
     MaskedBinaryModule,
+    MaskedBinarySign,
     PackedBinaryActivation,
     PackedBinaryConv2d,
     PackedBinaryEmbedding,
     PackedBinaryLinear,
+    PackedBinarySign,
     PackedEmbedding,
     PackedInt8Embedding,
     PackedResidualNorm,
@@ -95,7 +97,7 @@ def _wire_inputs(model: nn.Module, config: StoMPPConfig, make: Callable[[nn.Modu
     modules = dict(model.named_modules())
     for name, entry in config.plan.items():
         source = entry.input
-        if source is None:
+        if source is None or entry.kind == "sign":
             continue
         if entry.is_activation:
             producer, activation = modules[source], modules[name]
@@ -118,6 +120,12 @@ def _features(config: StoMPPConfig, name: str, modules: dict[str, nn.Module]) ->
     return int(linear.in_features)
 
 
+def _channels(entry: PlannedModule, modules: dict[str, nn.Module]) -> int:
+    """Channels of a sign: those of the convolution before it."""
+    convolution: Any = modules[entry.input or ""]
+    return int(convolution.out_channels)
+
+
 def swap_in_masked(model: nn.Module, config: StoMPPConfig) -> None:
     """
     Replaces what the plan names by masked modules, in place. Weights are kept, not copied.
@@ -130,7 +138,7 @@ def swap_in_masked(model: nn.Module, config: StoMPPConfig) -> None:
         ValueError: see [`check_fits`].
     """
     kinds: dict[str, tuple[type[nn.Module], ...]] = {kind: (layer,) for kind, layer in FLOAT_LAYERS.items()}
-    kinds.update(activation=(nn.Module,), embedding=(nn.Embedding,), int8_embedding=(nn.Embedding,))
+    kinds.update(activation=(nn.Module,), sign=(nn.Module,), embedding=(nn.Embedding,), int8_embedding=(nn.Embedding,))
     check_fits(model, config, kinds)
     modules = dict(model.named_modules())
     settings: dict[str, Any] = {
@@ -178,6 +186,9 @@ def swap_in_masked(model: nn.Module, config: StoMPPConfig) -> None:
             new.weight = old.weight
         elif entry.kind == "int8_embedding":
             new = RoundedEmbedding.of(old)
+        elif entry.kind == "sign":
+            sign = {**settings, "clip": config.activation_clip, "window": config.activation_window}
+            new = MaskedBinarySign(_channels(entry, modules), old, **sign, device=device)
         else:
             new = activation(_features(config, name, modules), device, old)
         new.train(old.training)
@@ -211,6 +222,7 @@ def swap_in_packed(model: nn.Module, config: StoMPPConfig, dtype: torch.dtype | 
             "linear": (nn.Linear, MaskedBinaryLinear),
             "convolution": (nn.Conv2d, MaskedBinaryConv2d),
             "activation": (nn.Module,),
+            "sign": (nn.Module,),
             "embedding": (nn.Embedding, MaskedBinaryEmbedding),
             "int8_embedding": (nn.Embedding,),
         },
@@ -234,7 +246,10 @@ def swap_in_packed(model: nn.Module, config: StoMPPConfig, dtype: torch.dtype | 
             new = EMBEDDINGS[entry.kind](old.num_embeddings, old.embedding_dim, old.padding_idx, **place)
         else:
             function = old.activation if isinstance(old, MaskedBinaryActivation) else old
-            new = PackedBinaryActivation(_features(config, name, modules), function, device=device)
+            if entry.kind == "sign":
+                new = PackedBinarySign(_channels(entry, modules), function, device=device)
+            else:
+                new = PackedBinaryActivation(_features(config, name, modules), function, device=device)
         new.train(old.training)
         model.set_submodule(name, new)
 

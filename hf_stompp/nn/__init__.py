@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .activation import MaskedBinaryActivation
-from .convolution import MaskedBinaryConv2d, PackedBinaryConv2d
+from .convolution import MaskedBinaryConv2d, MaskedBinarySign, PackedBinaryConv2d, PackedBinarySign
 from .linear import MaskedBinaryEmbedding, MaskedBinaryLinear, RoundedEmbedding
 from .module import MaskedBinaryModule
 from .packed import (
@@ -22,10 +22,12 @@ __all__ = [
     "MaskedBinaryEmbedding",
     "MaskedBinaryLinear",
     "MaskedBinaryModule",
+    "MaskedBinarySign",
     "PackedBinaryActivation",
     "PackedBinaryConv2d",
     "PackedBinaryEmbedding",
     "PackedBinaryLinear",
+    "PackedBinarySign",
     "PackedEmbedding",
     "PackedInt8Embedding",
     "PackedResidualNorm",

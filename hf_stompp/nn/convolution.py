@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import binary_linear, pack_sign, packed_bytes
-from .functional import compute_dtype, masked_binary_weight, weight_scale
+from ..ops import binary_linear, pack_sign, packed_bytes, plus_minus_one
+from .activation import MaskedBinaryActivation
+from .functional import compute_dtype, masked_binary_activation, masked_binary_weight, weight_scale
 from .linear import MaskedBinaryLinear
-from .packed import PackedBinaryLinear
+from .packed import PackedBinaryActivation, PackedBinaryLinear
 
 
 Pair = tuple[int, int]
@@ -97,6 +98,24 @@ def patches(pixels: Tensor, geometry: Geometry) -> Tensor:
     return torch.cat([pixels[..., row, column, :] for row in down for column in right], dim=-1)
 
 
+def surrounded(pixels: Tensor, border: Tensor, padding: Pair) -> Tensor:
+    """
+    Images within a border.
+
+    Args:
+        pixels (`Tensor` of shape `(..., height, width, channels)`).
+        border (`Tensor` of shape `(channels,)`): every pixel of it.
+        padding (`tuple[int, int]`): how many of them, above and below, left and right.
+    """
+    if not any(padding):
+        return pixels
+    down, right = padding
+    *batch, height, width, channels = pixels.shape
+    result = border.to(pixels.dtype).expand(*batch, height + 2 * down, width + 2 * right, channels).clone()
+    result[..., down : down + height, right : right + width, :] = pixels
+    return result
+
+
 def in_patch_order(filters: Tensor) -> Tensor:
     """Filters `(out_channels, in_channels, height, width)` as rows in the order of [`patches`]."""
     return filters.permute(0, 2, 3, 1).flatten(1)
@@ -128,12 +147,7 @@ def convolve_bits(
     """
     channels = pixels.shape[-1]
     bits = pack_sign(pixels, threshold)[0]
-    height, width = geometry.padding
-    if height or width:
-        around = pack_sign(pixels.new_zeros(channels), threshold)[0]
-        inner, size = bits, bits.shape
-        bits = around.expand(*size[:-3], size[-3] + 2 * height, size[-2] + 2 * width, size[-1]).clone()
-        bits[..., height : height + size[-3], width : width + size[-2], :] = inner
+    bits = surrounded(bits, pack_sign(pixels.new_zeros(channels), threshold)[0], geometry.padding)
     if geometry.taps > 1:
         row = patches(bits[..., : channels // 8], geometry)
         bits = F.pad(row, (0, packed_bytes(geometry.taps * channels) - row.shape[-1]))
@@ -157,6 +171,58 @@ class HasGeometry:
     groups = property(lambda self: 1)
     out_channels = property(lambda self: self.out_features)
     activation_features = property(lambda self: self.in_channels)
+
+
+class MaskedBinarySign(MaskedBinaryActivation):
+    """
+    The sign in the place of an activation function (paper): `M * sign(u) + (1 - M) * clip(u)` with one mask entry a
+    channel. Its levels are +-1: behind BatchNorm a scale and a threshold would say nothing that is not learned there.
+
+    Args:
+        channels (`int`).
+        activation (`nn.Module`): the activation function that is replaced. It is not called.
+        settings: `clip`, `surrogate`, `window` and `device`, as in [`MaskedBinaryActivation`].
+
+    Shapes: `(..., channels, height, width)` to the same.
+    """
+
+    def __init__(self, channels: int, activation: nn.Module, **settings: Any) -> None:
+        super().__init__(channels, activation, scale="fixed", shift="none", **settings)
+        self.scale.fill_(1.0)
+        self.initialized = True
+
+    def level_of_zero(self) -> Tensor:
+        """What it makes of 0, channel by channel, float32: +1 where that is frozen."""
+        return self.freeze_mask.float()
+
+    def forward(self, input: Tensor) -> Tensor:
+        pixels = pixels_of(input)
+        levels = masked_binary_activation(
+            pixels,
+            pixels,
+            self.freeze_mask,
+            self.threshold,
+            self.scale,
+            self.shift,
+            self.clip,
+            self.surrogate,
+            window=self.window,
+            blocked=self.blocks_gradient,
+        )
+        return images_of(levels)
+
+
+class PackedBinarySign(PackedBinaryActivation):
+    """
+    [`MaskedBinarySign`], packed: +-1.
+
+    Args:
+        channels (`int`), activation (`nn.Module`, *optional*), device (`torch.device`, *optional*): as in
+            [`PackedBinaryActivation`].
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return plus_minus_one(input >= self.threshold.view(-1, 1, 1), input.dtype)
 
 
 class MaskedBinaryConv2d(HasGeometry, MaskedBinaryLinear):
@@ -198,9 +264,10 @@ class MaskedBinaryConv2d(HasGeometry, MaskedBinaryLinear):
         return (offset.repeat(self.geometry.taps) if offset.dim() else offset), amplitude
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.binarizes_input:
+        activation = self.input_activation
+        if activation is None:
             return self._convolve(input, self.padding)
-        activation, pixels = self.input_activation, pixels_of(input)
+        pixels = pixels_of(input)
         if not activation.initialized:
             # Of the image alone, not of what surrounds it.
             activation(pixels)
@@ -208,8 +275,10 @@ class MaskedBinaryConv2d(HasGeometry, MaskedBinaryLinear):
             packed = self.packed()
             threshold = activation.threshold.detach().float()
             return convolve_bits(pixels, threshold, packed[0], *self.folded(packed), self.geometry)
-        height, width = self.padding
-        levels = activation(F.pad(pixels, (0, 0, width, width, height, height)))
+        if self.binarizes_input:
+            levels = activation(surrounded(pixels, pixels.new_zeros(self.in_channels), self.padding))
+        else:
+            levels = surrounded(pixels, activation.level_of_zero(), self.padding)
         return self._convolve(images_of(levels.to(compute_dtype(input))), (0, 0))
 
     def _convolve(self, images: Tensor, padding: Pair) -> Tensor:

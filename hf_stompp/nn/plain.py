@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import quantize_rows, scale_sums
-from .convolution import HasGeometry, PackedBinaryConv2d, images_of, in_filter_order, pixels_of
+from .convolution import HasGeometry, PackedBinaryConv2d, PackedBinarySign, images_of, in_filter_order, pixels_of
 from .packed import (
     Float32Buffers,
     PackedBinaryActivation,
@@ -65,6 +65,13 @@ class PlainBinaryActivation(Float32Buffers):
 
     def forward(self, input: Tensor) -> Tensor:
         return _plus_minus_one(input >= self.threshold, input.dtype)
+
+
+class PlainBinarySign(PlainBinaryActivation):
+    """[`PackedBinarySign`], likewise."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _plus_minus_one(input >= self.threshold.view(-1, 1, 1), input.dtype)
 
 
 class PlainBinaryLinear(_PackedRows):
@@ -126,6 +133,8 @@ class PlainBinaryConv2d(HasGeometry, PlainBinaryLinear):
 
     def __init__(self, packed: PackedBinaryConv2d) -> None:
         super().__init__(packed)
+        # What an activation function in front has signed, too: the border is signed here.
+        self.threshold = packed.input_activation.threshold if packed.binary_input else None
         self.geometry, self.in_channels, self.out_features = packed.geometry, packed.in_channels, packed.out_features
 
     def forward(self, input: Tensor) -> Tensor:
@@ -189,6 +198,8 @@ def plain_module(packed: nn.Module, in_integers: bool = False) -> nn.Module:
             `PackedInt8Embedding`.
         in_integers (`bool`, *optional*, defaults to `False`): as in [`PlainBinaryLinear`].
     """
+    if isinstance(packed, PackedBinarySign):
+        return PlainBinarySign(packed)
     if isinstance(packed, PackedBinaryActivation):
         return PlainBinaryActivation(packed)
     if isinstance(packed, PackedBinaryConv2d):

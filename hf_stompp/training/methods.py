@@ -178,6 +178,10 @@ class RecipeArguments:
     feed_forward_levels: str | None = option(
         "The two values of the activations between the feed-forward linears.", choices=CHOICES["feed_forward_levels"]
     )
+    activation_functions: str | None = option(
+        "Those of a convolutional network's blocks: kept, or replaced by the sign.",
+        choices=CHOICES["activation_functions"],
+    )
     unit: str | None = option(
         "What freezes at a time: an encoder layer, half of one, or a single linear.", choices=CHOICES["unit"]
     )

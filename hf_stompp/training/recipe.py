@@ -50,7 +50,7 @@ class Recipe:
         args (`StoMPPTrainingArguments`): of the binary stage (with the method `float`, of the float fine-tuning),
             completed by `asked.complete(args, ...)`. Checkpoints and the trained model go to its `output_dir`.
         output_dir (`Path`): folder of the run: gets `float` and `packed`, each with a model.
-        tokenizer (`PreTrainedTokenizerBase`).
+        tokenizer (`PreTrainedTokenizerBase`): or what makes images the model's input.
         train_dataset (`Dataset`, *optional*): tokenized; not needed to evaluate.
         eval_datasets (`dict[str, Dataset]`): tokenized, by the prefix of their measures (`eval`, ...). The first is
             evaluated in training.

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -28,7 +30,10 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.modelcard import TrainingSummary
-from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
 
@@ -78,7 +83,7 @@ def run_recipe(recipe: Recipe, model: PreTrainedModel, head_is_trained: bool = T
             )
     claim_output_dir(recipe)
     # Before anything is trained: a teacher that cannot be loaded should not show after hours of work.
-    teacher = load_teacher(recipe.asked.teacher, recipe.tokenizer, classifies_words(model))
+    teacher = load_teacher(recipe.asked.teacher, recipe.tokenizer, auto_class(model))
     results = Results()
     keep_names(model)
     if recipe.asked.method == "float":
@@ -124,14 +129,14 @@ def is_binarized(model: PreTrainedModel) -> bool:
     return getattr(model.config, "quantization_config", None) is not None
 
 
-def classifies_words(model: PreTrainedModel) -> bool:
-    """Whether a model has logits for every token: a token classifier."""
-    return type(model).__name__ in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values()
-
-
-def auto_class(of_words: bool) -> Any:
-    """The class of Transformers that loads a classifier of texts, or of words."""
-    return AutoModelForTokenClassification if of_words else AutoModelForSequenceClassification
+def auto_class(model: PreTrainedModel) -> Any:
+    """The class of Transformers that loads a classifier of the kind of `model`: of words, of images, else of texts."""
+    kinds: dict[Any, Any] = {
+        AutoModelForTokenClassification: MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+        AutoModelForImageClassification: MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    }
+    found = (auto for auto, names in kinds.items() if type(model).__name__ in names.values())
+    return next(found, AutoModelForSequenceClassification)
 
 
 # --- the stages ------------------------------------------------------------------------------------------------------
@@ -201,10 +206,14 @@ def fine_tune_float(
     return trainer
 
 
-def load_teacher(name: str, tokenizer: Any, of_words: bool = False) -> PreTrainedModel | None:
+def load_teacher(name: str, tokenizer: Any, auto: Any = AutoModelForSequenceClassification) -> PreTrainedModel | None:
     """
-    A teacher by its name or folder, a classifier of texts or of words; `None` for those of
-    [`~hf_stompp.training.recipe.TEACHERS`].
+    A teacher by its name or folder; `None` for those of [`~hf_stompp.training.recipe.TEACHERS`].
+
+    Args:
+        name (`str`).
+        tokenizer (`PreTrainedTokenizerBase`): of the student; what makes images its input is not compared.
+        auto (`type`): the class of Transformers that loads it.
 
     Raises:
         ValueError: it is binarized, has no trained head, or comes with another tokenizer than the student's.
@@ -215,12 +224,12 @@ def load_teacher(name: str, tokenizer: Any, of_words: bool = False) -> PreTraine
     # Of a folder without one Transformers would make one that knows no words. The size of the vocabulary is checked in
     # any case.
     has_tokenizer = not folder.is_dir() or any(folder.glob("tokenizer*")) or any(folder.glob("vocab.*"))
-    if has_tokenizer and AutoTokenizer.from_pretrained(name).get_vocab() != tokenizer.get_vocab():
+    reads_text = isinstance(tokenizer, PreTrainedTokenizerBase)
+    if has_tokenizer and reads_text and AutoTokenizer.from_pretrained(name).get_vocab() != tokenizer.get_vocab():
         raise ValueError(
             f"the teacher {name} has another tokenizer than the student, and would read other words in the same token "
             "ids. Name a teacher with the student's."
         )
-    auto = auto_class(of_words)
     teacher, loading = auto.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     if loading["missing_keys"]:
         raise ValueError(

@@ -1,0 +1,179 @@
+"""
+The papers' finding, from scratch: residual networks of three depths on CIFAR-10, with and without growing masks.
+
+    python benchmarks/vision.py WORK --train_file train.parquet --validation_file test.parquet
+
+Every run is a command line of `examples/image_classification/run_image_classification.py`, which its line in the
+results file holds. Finished runs are skipped; one that was stopped goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accuracy import append_line, read_lines
+
+
+SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "image_classification" / "run_image_classification.py"
+RESULTS = Path(__file__).resolve().parent / "results" / "vision.jsonl"
+
+DEPTHS: dict[int, dict[str, Any]] = {
+    18: {"depths": [2, 2, 2, 2], "layer_type": "basic"},
+    34: {"depths": [3, 4, 6, 3], "layer_type": "basic"},
+    50: {"depths": [3, 4, 6, 3], "layer_type": "bottleneck"},
+}
+"""What the residual networks of the papers differ by."""
+
+WIDTH = 16
+"""Channels of the first stage, of basic blocks; the papers have 64. Bottleneck blocks put out four times as many."""
+
+SIGNS = {"activation_functions": "sign", "weight_scale": "none"}
+"""The papers' networks: signs in the place of activation functions, weights of +-1."""
+
+CLIPPED = {"surrogate": "clipped_ste", "weight_window": 1.0, "activation_window": 1.0}
+"""The straight-through estimator that learns: the gradient of the clipped identity."""
+
+CELLS: dict[str, dict[str, Any]] = {
+    "float": {"method": "float"},
+    "ste": {"method": "ste", **SIGNS, **CLIPPED},
+    "ste-identity": {"method": "ste", **SIGNS, "surrogate": "ste"},
+    "stompp": {"method": "stompp", **SIGNS},
+    "stompp_ste": {"method": "stompp_ste", **SIGNS, **CLIPPED},
+    "stompp-global": {"method": "stompp", **SIGNS, "progression_order": "global"},
+    "stompp-reverse": {"method": "stompp", **SIGNS, "progression_order": "reverse"},
+    "bwn-stompp": {"method": "stompp", **SIGNS, "mode": "bwn", "activation_bits": "none"},
+    "bwn-stompp-reverse": {
+        **{"method": "stompp", **SIGNS, "mode": "bwn", "activation_bits": "none"},
+        "progression_order": "reverse",
+    },
+    "kept-ste": {"method": "ste", **CLIPPED},
+    "kept-stompp": {"method": "stompp"},
+    "kept-stompp_ste": {"method": "stompp_ste", **CLIPPED},
+    "kept-stompp-reverse": {"method": "stompp", "progression_order": "reverse"},
+}
+"""What is compared. `kept`: activation functions stay, and shortcuts are float."""
+
+
+def command_of(cell: str, depth: int, seed: int, folder: Path, arguments: argparse.Namespace) -> list[str]:
+    """The command line of a run, without the program's name."""
+    wide = 4 if DEPTHS[depth]["layer_type"] == "bottleneck" else 1
+    network = {"embedding_size": WIDTH, "hidden_sizes": [WIDTH * wide * 2**stage for stage in range(4)]}
+    asked = {
+        "model_type": "resnet",
+        "config_overrides": json.dumps({**network, **DEPTHS[depth]}),
+        "train_file": arguments.train_file,
+        "validation_file": arguments.validation_file,
+        "image_size": arguments.image_size,
+        "output_dir": str(folder),
+        "do_train": True,
+        "do_eval": True,
+        **CELLS[cell],
+        "num_train_epochs": arguments.epochs,
+        "per_device_train_batch_size": arguments.batch_size,
+        "seed": seed,
+        "bf16": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "save_strategy": "epoch",
+        "save_total_limit": 1,
+        "logging_steps": 20,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    words = []
+    for name, value in asked.items():
+        words += [f"--{name}"] if value is True and name.startswith("do_") else [f"--{name}", str(value)]
+    return words
+
+
+def run(cell: str, depth: int, seed: int, arguments: argparse.Namespace) -> None:
+    """Does a run, unless its line is there, and appends that."""
+    folder = arguments.work / f"{cell}-{depth}-seed{seed}"
+    key = {"cell": cell, "depth": depth, "seed": seed, "epochs": arguments.epochs, "batch_size": arguments.batch_size}
+    if any(key.items() <= line.items() for line in read_lines(arguments.results)):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    command = command_of(cell, depth, seed, folder, arguments)
+    print(shlex.join([SCRIPT.name, *command]), flush=True)
+    with open(f"{folder}.log", "a", encoding="utf-8") as log:
+        done = subprocess.run([sys.executable, str(SCRIPT), *command], stdout=log, stderr=subprocess.STDOUT)
+    if done.returncode:
+        print(f"failed: {folder}.log", flush=True)
+        return
+    append_line(arguments.results, {**key, **line_of(folder)})
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+
+def line_of(folder: Path) -> dict[str, Any]:
+    """What a finished run is remembered by."""
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    kind = "float" if summary["method"] == "float" else "packed"
+    return {
+        "task": "cifar10",
+        "method": summary["method"],
+        "mode": summary["mode"],
+        "accuracy": round(100 * summary["metrics"][kind]["eval_accuracy"], 2),
+        "losses": [round(entry["loss"], 4) for entry in log if "loss" in entry],
+        "steps": summary["steps"],
+        "bytes": summary["bytes"][kind],
+        "seconds": summary["seconds"],
+        "machine": {**summary["machine"], **summary["versions"]},
+        # Where the images lie is no part of the experiment.
+        "command": " ".join(
+            os.path.basename(word) if word.startswith("/") else word for word in summary["command"].split(" ")
+        ),
+    }
+
+
+def table_of(lines: Iterable[dict[str, Any]]) -> str:
+    """Accuracy by cell and depth, the mean over seeds, in Markdown."""
+    found: dict[tuple[str, int], list[float]] = {}
+    for line in lines:
+        found.setdefault((line["cell"], line["depth"]), []).append(line["accuracy"])
+    rows = ["| | " + " | ".join(f"ResNet-{depth}" for depth in DEPTHS) + " |", "|---|" + "---|" * len(DEPTHS)]
+    for cell in CELLS:
+        values = [found.get((cell, depth)) for depth in DEPTHS]
+        if any(values):
+            shown = ("-" if value is None else f"{statistics.mean(value):.1f}" for value in values)
+            rows.append(f"| `{cell}` | " + " | ".join(shown) + " |")
+    return "\n".join(rows)
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, help="folder of the runs")
+    parser.add_argument("--train_file", required=True, help="CIFAR-10 as a Parquet file of images and classes")
+    parser.add_argument("--validation_file", required=True, help="the same of its test set")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--depth", type=int, nargs="+", choices=DEPTHS, default=list(DEPTHS))
+    parser.add_argument("--cell", nargs="+", choices=CELLS, default=list(CELLS))
+    parser.add_argument("--seed", type=int, nargs="+", default=[0])
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--image_size", type=int, default=64)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    for seed in arguments.seed:
+        for depth in arguments.depth:
+            for cell in arguments.cell:
+                run(cell, depth, seed, arguments)
+    print(table_of(read_lines(arguments.results)))
+
+
+if __name__ == "__main__":
+    main()
