@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import json
 import pickle
+import random
+import re
 import shutil
 import struct
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hf_stompp.model.integrity import (
@@ -216,19 +219,39 @@ def test_no_flipped_bit_goes_unnoticed(file):
     assert unnoticed == []
 
 
-def test_mask_that_is_not_boolean_is_corrupted(tmp_path):
-    file = tmp_path / "model.safetensors"
-    save_file({"x.freeze_mask": torch.zeros(4, dtype=torch.uint8)}, file)
+@pytest.mark.parametrize(
+    ("name", "dtypes"),
+    [
+        ("freeze_mask", [torch.uint8, torch.float32]),
+        ("packed_weight", [torch.int8, torch.bool, torch.int64, torch.float32, torch.float8_e4m3fn]),
+        ("int8_weight", [torch.uint8, torch.float32]),
+        *((name, [torch.int64, torch.bool, torch.complex64]) for name in ("scale", "threshold", "shift")),
+    ],
+)
+def test_tensor_of_a_type_that_its_name_rules_out_is_corrupted(tmp_path, name, dtypes):
+    for dtype in dtypes:
+        file = tmp_path / f"{dtype}.safetensors"
+        tensors = {f"x.{name}": torch.zeros(4, dtype=torch.float32).to(dtype)}
+        save_file(tensors, file, metadata=digests(tensors))
 
-    with pytest.raises(ValueError, match=r"freeze mask 'x.freeze_mask' is corrupted"):
-        verify_files([file])
+        with pytest.raises(ValueError, match=rf"tensor 'x.{name}' is corrupted: it is {dtype}"):
+            verify_files([file])
+
+
+def test_tensor_in_two_files_is_refused(tmp_path):
+    files = [tmp_path / "model-00001-of-00002.safetensors", tmp_path / "model-00002-of-00002.safetensors"]
+    for value, file in enumerate(files):
+        save_file({"x.scale": torch.full((2,), float(value))}, file)
+
+    with pytest.raises(ValueError, match=r"both hold a tensor 'x.scale'"):
+        verify_files(files)
 
 
 def test_mask_with_bytes_beyond_one_is_corrupted(tmp_path):
     file = tmp_path / "model.safetensors"
     join(file, {"x.freeze_mask": {"dtype": "BOOL", "shape": [4], "data_offsets": [0, 4]}}, b"\x00\x01\x02\x01")
 
-    with pytest.raises(ValueError, match=r"freeze mask 'x.freeze_mask' is corrupted"):
+    with pytest.raises(ValueError, match=r"tensor 'x.freeze_mask' is corrupted"):
         verify_files([file])
 
 
@@ -264,7 +287,14 @@ def test_files_of_a_sharded_folder_are_each_named_once(tmp_path):
         checkpoint_files(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"weight_map": 3}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 5}}', '{"weight_map": null}', "[" * 100_000),
+        *('{"weight_map": {"a": "../outside.safetensors"}}', '{"weight_map": {"a": "/etc/passwd"}}'),
+    ],
+    ids=lambda content: content[:40],
+)
 def test_damaged_index_names_the_folder(tmp_path, content):
     (tmp_path / "model.safetensors.index.json").write_text(content)
 
@@ -285,6 +315,9 @@ def test_last_checkpoint_that_was_written_to_its_end_is_taken(
     def checkpoint(step: int, weights: bool, state: str | None) -> Path:
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            torch.save({}, folder / name)
+        (folder / "config.json").write_text("{}")
         if weights:
             save_file({"weight": torch.zeros(2)}, folder / "model.safetensors")
         if state is not None:
@@ -303,6 +336,65 @@ def test_last_checkpoint_that_was_written_to_its_end_is_taken(
     checkpoint(30, True, None)
     checkpoint(40, True, '{"epoch": 1')
     checkpoint(50, False, "{}")
+    checkpoint(60, True, "[]")
     assert last_whole_checkpoint(tmp_path) == str(whole)
-    for step in (20, 30, 40, 50):
+    for step in (20, 30, 40, 50, 60):
         assert f"checkpoint-{step} was not written to its end" in caplog.text
+
+
+# hostile files
+
+
+@pytest.mark.parametrize("offset", ["1e999", "-1", "null", "[" * 100_000], ids=lambda offset: offset[:8])
+def test_header_that_makes_no_sense_is_refused(file, offset):
+    header, data = split(file)
+    text = json.dumps(header, separators=(",", ":")).replace('"data_offsets":[0', f'"data_offsets":[{offset}').encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+    with pytest.raises(ValueError, match=rf"{file} is damaged: its header cannot be read"):
+        verify_files([file])
+
+
+def damaged(content: bytes, draw: random.Random) -> bytes:
+    """A file with a few bytes, a number of its header, or its length changed."""
+    (size,) = struct.unpack("<Q", content[:8])
+    text = content[8 : 8 + size].decode()
+    way = draw.randrange(5)
+    if way == 0:
+        return content[: draw.randrange(len(content))]
+    if way == 1:
+        position = draw.randrange(len(content))
+        return content[:position] + bytes([draw.randrange(256)]) + content[position + 1 :]
+    if way == 2:
+        number = draw.choice(list(re.finditer(r"(?<=[\[,])\d+", text)))
+        other = draw.choice(["-1", "1e999", "18446744073709551616", "null", "0.5", '"a"', str(draw.randrange(10**6))])
+        text = text[: number.start()] + other + text[number.end() :]
+    elif way == 3:
+        old = draw.choice(["F32", "BOOL", "U8", "data_offsets", "shape", "__metadata__", "sha256:", "weight", ":"])
+        text = text.replace(old, draw.choice(["F64", "I64", "", "{", "[" * 300, "\x1b[31m", "freeze_mask"]), 1)
+    else:
+        position = draw.randrange(len(text))
+        text = text[:position] + draw.choice('{}[]",:0x\\') + text[position + 1 :]
+    encoded = text.encode()
+    length = draw.choice([len(encoded), len(encoded), len(encoded) + 1, 2**63, 0])
+    return struct.pack("<Q", length) + encoded + content[8 + size :]
+
+
+@pytest.mark.parametrize("count", [500, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_whatever_is_done_to_a_file_it_is_read_as_it_was_or_refused(file, tmp_path, count):
+    content, draw, target = file.read_bytes(), random.Random(0), tmp_path / "damaged.safetensors"
+    refused = 0
+    for _ in range(count):
+        target.write_bytes(damaged(content, draw))
+        try:
+            names = verify_files([target])
+        except ValueError as error:
+            refused += 1
+            assert str(target) in str(error)
+            continue
+        with safe_open(target, framework="pt") as handle:
+            known = {k: v for k, v in (handle.metadata() or {}).items() if k.startswith(METADATA_PREFIX)}
+            for name in names:
+                # What passes has a digest of the file, or no digest is left in it.
+                assert not known or tensor_digest(handle.get_tensor(name)) in known.values()
+    assert refused > count // 2

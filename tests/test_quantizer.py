@@ -21,6 +21,7 @@ from transformers import (
 
 from hf_stompp import StoMPPConfig, binarize, commit, pack
 from hf_stompp.config import FORMAT_VERSION
+from hf_stompp.model import quantizer
 from hf_stompp.model.checkpoint import guard_name
 from hf_stompp.model.modules import masked_modules, packed_modules
 from hf_stompp.nn import (
@@ -544,7 +545,11 @@ def test_bits_beyond_the_columns_are_refused(packed_folder):
         load(packed_folder)
 
 
-@pytest.mark.parametrize("name", [PACKED_TENSORS[1], PACKED_TENSORS[4]], ids=["scale", "threshold"])
+@pytest.mark.parametrize(
+    "name",
+    [PACKED_TENSORS[1], PACKED_TENSORS[4], f"{LAYER}.output.LayerNorm.weight"],
+    ids=["scale", "threshold", "layer_norm"],
+)
 def test_packed_tensor_that_is_not_finite_is_refused(packed_folder, name):
     edit_tensors(packed_folder, lambda tensors: tensors[name][0].fill_(float("nan")), keep_digests=False)
 
@@ -563,15 +568,52 @@ def test_tensor_of_another_shape_is_refused(packed_folder, ignore):
         load(packed_folder, ignore_mismatched_sizes=ignore)
 
 
-def test_packed_tensor_of_another_dtype_is_refused(packed_folder):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.int8, torch.bool, torch.complex64])
+def test_packed_tensor_of_another_dtype_is_refused(packed_folder, dtype):
     name = f"{LAYER}.output.dense.packed_weight"
-    edit_tensors(packed_folder, lambda tensors: tensors.update({name: tensors[name].float()}), keep_digests=False)
+    edit_tensors(packed_folder, lambda tensors: tensors.update({name: tensors[name].to(dtype)}), keep_digests=False)
 
-    try:
-        loaded = load(packed_folder)
-    except (ValueError, RuntimeError):
-        return
-    assert loaded.bert.encoder.layer[1].output.dense.packed_weight.dtype == torch.uint8
+    # Transformers cannot read every type.
+    with pytest.raises((ValueError, NotImplementedError), match="is corrupted|not implemented"):
+        load(packed_folder)
+
+
+def test_file_without_digests_loads_with_a_warning(packed_folder, caplog):
+    load(packed_folder)
+    assert "digests" not in caplog.text
+
+    edit_tensors(packed_folder, lambda tensors: None, keep_digests=False)
+    load(packed_folder)
+    assert "holds no digests: nothing tells whether it was altered" in caplog.text
+
+
+@pytest.mark.parametrize("state", ["packed", "latent"])
+def test_file_that_is_overwritten_later_does_not_change_a_model_in_use(request, tmp_path, tiny_inputs, state):
+    folder = request.getfixturevalue(f"{state}_folder")
+    model, inputs = load(folder).eval(), tiny_inputs("bert")
+    file = folder / "model.safetensors"
+    with torch.no_grad():
+        before = model(**inputs).logits
+        with file.open("r+b") as stream:
+            stream.seek(file.stat().st_size // 8)
+            stream.write(bytes(file.stat().st_size * 7 // 8))
+        after = model(**inputs).logits
+
+    assert torch.equal(before, after)
+
+
+def test_file_that_is_replaced_while_it_is_loaded_is_refused(packed_folder, monkeypatch):
+    file = packed_folder / "model.safetensors"
+    swap_in = quantizer.swap_in_packed
+
+    def replaced(*arguments, **settings):
+        # The files are open by now, and nothing of them is read yet.
+        edit_tensors(packed_folder, lambda tensors: tensors[PACKED_TENSORS[0]].bitwise_not_())
+        swap_in(*arguments, **settings)
+
+    monkeypatch.setattr(quantizer, "swap_in_packed", replaced)
+    with pytest.raises(ValueError, match=rf"{file}.* was (replaced or written while it was loaded|altered)"):
+        load(packed_folder)
 
 
 def test_pickle_is_not_read(packed_folder):

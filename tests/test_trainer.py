@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from hf_stompp import StoMPPConfig, StoMPPTrainer, StoMPPTrainingArguments, binarize, commit, pack, unpack
+from hf_stompp.model.integrity import last_whole_checkpoint
 from hf_stompp.model.modules import masked_modules
 from hf_stompp.nn import MaskedBinaryActivation
 from hf_stompp.nn.mask import advance_mask_, mask_generator
@@ -383,6 +384,55 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path: Path, caplog: py
     assert_same_state(state_of(resumed.model), state_of(whole.model))
     with pytest.raises(ValueError, match="holds no checkpoint to resume from"):
         make_trainer(tmp_path / "none", **arguments).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "config.json", "trainer_state.json"]
+)
+def test_a_run_resumes_from_the_last_checkpoint_that_is_whole(tmp_path: Path, name: str, damage: str) -> None:
+    arguments = {"save_strategy": "steps", "save_steps": 3}
+    make_trainer(tmp_path, callbacks=[StopAfter(6)], **arguments).train()
+    file = tmp_path / "checkpoint-6" / name
+    content = file.read_bytes()
+    file.unlink()
+    if damage == "cut":
+        file.write_bytes(content[: len(content) // 2])
+
+    with pytest.raises(ValueError, match=str(tmp_path / "checkpoint-6")):
+        make_trainer(tmp_path, **arguments).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+
+
+@pytest.mark.parametrize("content", ["[]", "5", "null", '{"stateful_callbacks": []}', "[" * 100_000], ids=str)
+def test_a_trainer_state_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
+    checkpoint = saved_run(tmp_path)
+    (checkpoint / "trainer_state.json").write_text(content)
+    trainer = make_trainer(tmp_path)
+
+    with pytest.raises(ValueError, match=r"trainer_state.json"):
+        trainer._check_checkpoint(checkpoint)
+
+
+def test_the_best_checkpoint_is_checked_before_it_is_loaded(tmp_path: Path) -> None:
+    class Alter(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == state.max_steps:
+                file = Path(state.best_model_checkpoint) / "model.safetensors"
+                content = file.read_bytes()
+                file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+    steps = {"eval_steps": 2, "save_steps": 2, "eval_strategy": "steps", "save_strategy": "steps"}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    trainer = make_trainer(tmp_path, callbacks=[Alter()], **steps, **best)
+    with pytest.raises(ValueError, match=r"was altered after it was saved"):
+        trainer.train()
+
+
+def test_an_empty_evaluation_set_is_as_to_any_trainer(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+
+    assert "eval_loss" not in trainer.evaluate(make_dataset().select([]))
 
 
 def test_resuming_a_finished_run_takes_no_step(tmp_path: Path) -> None:

@@ -96,12 +96,23 @@ def skip_initialization(model: nn.Module) -> None:
         holder._is_hf_initialized = True
 
 
+@torch.no_grad()
+def leave_files(model: nn.Module) -> None:
+    """
+    Gives every tensor on the CPU memory of its own. Those that were loaded lie in the file as it is on disk: whoever
+    overwrites it changes the weights of a model in use, and whoever cuts it ends the process.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+
+
 def check_loaded(model: nn.Module) -> None:
     """
     Checks that the checkpoint held every tensor of the encoder: what it does not hold would be uninitialised memory.
 
     Raises:
-        ValueError: names the missing tensors, or a value that no packed model has.
+        ValueError: names the missing tensors, NaN or infinity, or a value that no packed model has.
     """
     base = getattr(model, "base_model_prefix", "")
     inside = f"{base}." if base and hasattr(model, base) else ""
@@ -123,6 +134,9 @@ def check_loaded(model: nn.Module) -> None:
         )
     for name, module in packed_modules(model).items():
         _check_packed(name, module)
+    for name, tensor in persistent.items():
+        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"tensor {name!r} holds NaN or infinity: the checkpoint is damaged")
 
 
 def _offloaded(model: nn.Module) -> set[str]:
@@ -159,8 +173,6 @@ def _check_packed(name: str, module: PackedModule) -> None:
                 f"tensor {name + '.' + tensor_name!r} is offloaded, which packed layers do not work with: load the "
                 "model with offload_buffers=False, the default; parameters may be offloaded"
             )
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"tensor {name + '.' + tensor_name!r} holds NaN or infinity: the checkpoint is damaged")
     if isinstance(module, PackedBinaryActivation | PackedInt8Embedding):
         return
     columns = module.in_features if isinstance(module, PackedBinaryLinear) else module.embedding_dim

@@ -12,9 +12,11 @@ import json
 import logging
 import re
 import struct
+import zipfile
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +26,15 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 METADATA_PREFIX = "sha256:"
+
+DTYPES = {"freeze_mask": (torch.bool,), "packed_weight": (torch.uint8,), "int8_weight": (torch.int8,)}
+"""What tensors of these names are stored as. Transformers would cast others to it without a word."""
+
+FLOATS = ("scale", "threshold", "shift")
+"""Names of tensors that are stored as one of the floating point types."""
+
+RESUMED_FROM = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
+"""Files of a checkpoint without which a run that is resumed would not be the one that was stopped."""
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -40,16 +51,15 @@ def digests(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
 
 def _first_cut_tensor(path: Path) -> str:
     """Name of the first tensor whose bytes the file does not hold, from its header."""
-    content = path.read_bytes()
-    if len(content) < 8:
-        return "its header"
-    (header_size,) = struct.unpack("<Q", content[:8])
+    size = path.stat().st_size
     try:
-        header = json.loads(content[8 : 8 + header_size])
+        with path.open("rb") as file:
+            (header_size,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(header_size, size)))
         ends = {name: int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"}
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError, struct.error):
         return "its header"
-    cut = [name for name in sorted(ends, key=ends.__getitem__) if 8 + header_size + ends[name] > len(content)]
+    cut = [name for name in sorted(ends, key=ends.__getitem__) if 8 + header_size + ends[name] > size]
     return f"tensor {cut[0]!r} and {len(cut) - 1} more" if cut else "its header"
 
 
@@ -64,27 +74,62 @@ def verify_files(files: Iterable[str | Path]) -> dict[str, Path]:
         `dict[str, Path]`: tensor name -> the file that holds it.
 
     Raises:
-        ValueError: a file is not safetensors, is cut, or holds a tensor that was altered or a mask that is not
-            boolean; names the tensor.
+        ValueError: a file is not safetensors, is cut, or holds a tensor that was altered, is in another file too or
+            has a type that its name rules out; names the tensor.
     """
-    return start_verification(files).result()
+    paths = [Path(file) for file in files]
+    return _verify_tensors(paths, _names_in(paths))
 
 
-def start_verification(files: Iterable[str | Path]) -> Future[dict[str, Path]]:
+class Verification:
     """
-    [`verify_files`] of which the longer part, hashing, runs in a thread of its own while the model is loaded.
+    [`verify_files`] for files that are loaded meanwhile: the longer part, hashing, runs in a thread of its own.
 
     Args:
         files (`Iterable[str | Path]`): safetensors files; others raise.
 
-    Returns:
-        `Future[dict[str, Path]]`: its `result()` is what `verify_files` returns, or raises for a tensor that was
-            altered.
-
     Raises:
         ValueError: a file is not safetensors, or is cut.
     """
-    paths = [Path(file) for file in files]
+
+    def __init__(self, files: Iterable[str | Path]) -> None:
+        paths = [Path(file) for file in files]
+        self._states = {path: _state_of(path) for path in paths}
+        names = _names_in(paths)
+        for path in paths:
+            with safe_open(path, framework="pt") as handle:
+                if not any(key.startswith(METADATA_PREFIX) for key in handle.metadata() or {}):
+                    logger.warning("%s holds no digests: nothing tells whether it was altered after saving", path)
+        executor = ThreadPoolExecutor(max_workers=1)
+        self._names = executor.submit(_verify_tensors, paths, names)
+        executor.shutdown(wait=False)
+
+    def finish(self) -> None:
+        """
+        Waits for the hashes. To be called when all that was read is in memory of its own.
+
+        Raises:
+            ValueError: a tensor was altered, or a file was written while it was read.
+        """
+        self._names.result()
+        for path, state in self._states.items():
+            if _state_of(path) != state:
+                raise ValueError(
+                    f"{path} was replaced or written while it was loaded: load it again. To update a model in use, "
+                    "write a new folder, then rename it"
+                )
+
+
+def _state_of(path: Path) -> tuple[int, ...] | None:
+    """Changes when a file is replaced or written."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _names_in(paths: Iterable[Path]) -> dict[str, Path]:
     names: dict[str, Path] = {}
     for path in paths:
         if path.suffix != ".safetensors":
@@ -93,15 +138,19 @@ def start_verification(files: Iterable[str | Path]) -> Future[dict[str, Path]]:
             )
         try:
             with safe_open(path, framework="pt") as handle:
-                names.update(dict.fromkeys(handle.keys(), path))
+                keys = handle.keys()
         except SafetensorError as error:
             raise ValueError(
                 f"{path} is damaged: {_first_cut_tensor(path)} cannot be read ({error}); download or copy it again"
             ) from error
-    executor = ThreadPoolExecutor(max_workers=1)
-    future = executor.submit(_verify_tensors, paths, names)
-    executor.shutdown(wait=False)
-    return future
+        for name in keys:
+            if name in names:
+                raise ValueError(
+                    f"{path} and {names[name]} both hold a tensor {name!r}: they are not of one model; download or "
+                    "copy the folder again"
+                )
+            names[name] = path
+    return names
 
 
 def _verify_tensors(files: Iterable[Path], names: dict[str, Path]) -> dict[str, Path]:
@@ -128,11 +177,15 @@ def _verify_tensor(name: str, tensor: Tensor, allowed: set[str], file: Path) -> 
             f"metadata); download or "
             "copy the file again"
         )
-    if name.endswith("freeze_mask") and (
-        tensor.dtype != torch.bool or bool((tensor.flatten().view(torch.uint8) > 1).any())
-    ):
+    kind = name.rpartition(".")[2]
+    if tensor.dtype not in DTYPES.get(kind, (tensor.dtype,)) or (kind in FLOATS and not tensor.is_floating_point()):
         raise ValueError(
-            f"{file}: freeze mask {name!r} is corrupted: it holds other values than 0 and 1; use another checkpoint"
+            f"{file}: tensor {name!r} is corrupted: it is {tensor.dtype}, which a {kind} never is; download or copy "
+            "the file again"
+        )
+    if kind == "freeze_mask" and bool((tensor.flatten().view(torch.uint8) > 1).any()):
+        raise ValueError(
+            f"{file}: tensor {name!r} is corrupted: it holds other values than 0 and 1; use another checkpoint"
         )
 
 
@@ -154,9 +207,7 @@ def last_whole_checkpoint(output_dir: str | Path) -> str | None:
             folders[int(step[1])] = folder
     for _, folder in sorted(folders.items(), reverse=True):
         try:
-            checkpoint_files(folder)
-            # Transformers writes it last.
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+            check_whole(folder)
         except (OSError, ValueError) as error:
             logger.warning("%s was not written to its end, and is passed over: %s", folder, error)
         else:
@@ -164,20 +215,67 @@ def last_whole_checkpoint(output_dir: str | Path) -> str | None:
     return None
 
 
+def check_whole(folder: Path) -> dict[str, Path]:
+    """
+    Checks that a checkpoint of a Trainer holds all that a run goes on from, unaltered.
+
+    Returns:
+        `dict[str, Path]`: tensor name -> the file that holds it.
+
+    Raises:
+        ValueError: something is missing, cut or altered; names it.
+    """
+    names = verify_files(checkpoint_files(folder))
+    for pattern in RESUMED_FROM:
+        files = sorted(folder.glob(pattern))
+        if not files:
+            raise ValueError(
+                f"{folder} holds no {pattern}: a run that goes on from it would not be the one that was stopped (was "
+                "it saved with save_only_model?); use another checkpoint, or start a new run from its weights"
+            )
+        for file in files:
+            if not zipfile.is_zipfile(file):
+                raise ValueError(f"{file} is damaged or was not written to its end; use another checkpoint")
+    for name in ("config.json", "trainer_state.json"):
+        read_json(folder / name)
+    return names
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """
+    A file of a checkpoint that holds a JSON object.
+
+    Raises:
+        ValueError: it is missing or holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): the checkpoint is incomplete; use another one") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no JSON object: the checkpoint is damaged; use another one")
+    return found
+
+
 def checkpoint_files(folder: str | Path) -> list[Path]:
     """
     The safetensors files of a model folder, sharded or not.
 
     Raises:
-        ValueError: there are none, or a shard is missing.
+        ValueError: there are none, a shard is missing, or the index is damaged.
     """
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
             shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            outside = [shard for shard in shards if Path(shard).name != shard]
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"{index} is damaged ({error!r}); download or copy the folder again") from error
+        if outside:
+            raise ValueError(
+                f"{index} names {outside[0]!r}, which is not a file of its folder: do not use this folder"
+            )
         missing = [shard for shard in shards if not (folder / shard).is_file()]
         if missing:
             raise ValueError(

@@ -20,10 +20,11 @@ from .checkpoint import (
     expect_guard,
     follow_prefix,
     guard_name,
+    leave_files,
     refuse_packed,
     skip_initialization,
 )
-from .integrity import digests, start_verification
+from .integrity import Verification, digests
 from .modules import masked_modules, packed_modules
 from .planning import check_not_tied
 from .swap import swap_in_float, swap_in_masked, swap_in_packed
@@ -53,9 +54,8 @@ class StoMPPQuantizer(HfQuantizer):
                 )
             return
         follow_prefix(model, config)
-        # Hashing takes as long as the rest of loading; it is waited for before the model is handed out.
         files = kwargs.get("checkpoint_files") or []
-        self._verification = start_verification(files)
+        self._verification = Verification(files)
         if config.state == "latent":
             refuse_packed(files)
             swap_in_masked(model, config)
@@ -71,7 +71,8 @@ class StoMPPQuantizer(HfQuantizer):
             attach_quantizer(model, self.quantization_config)
             return
         keep_names(model)
-        self._verification.result()
+        leave_files(model)
+        self._verification.finish()
         # The model keeps this quantizer, and must stay one that can be copied.
         del self._verification
         check_shapes(model, self._shapes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..model.integrity import checkpoint_files, last_whole_checkpoint, tensor_digest, verify_files
+from ..model.integrity import check_whole, last_whole_checkpoint, read_json, tensor_digest, verify_files
 from ..model.modules import config_of, frozen_counts, fully_binary, masked_modules, packed_modules
 from ..nn import MaskedBinaryActivation
 from ..reports.dynamics import ALL_UNITS, FRACTION_PREFIX
@@ -321,7 +322,9 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, PushingTrainer):
     def _initialize_from(self, dataloader: Any) -> None:
         modules = masked_modules(self.model).values()
         if any(isinstance(m, MaskedBinaryActivation) and not m.initialized for m in modules):
-            self._initialize_activations(next(iter(dataloader)))
+            # An empty set has no batch, and nothing to evaluate either.
+            for batch in itertools.islice(dataloader, 1):
+                self._initialize_activations(batch)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -379,6 +382,11 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, PushingTrainer):
         self._check_checkpoint(Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_best_model(self) -> None:
+        # It was on disk for a while.
+        verify_files(sorted(Path(str(self.state.best_model_checkpoint)).glob("*.safetensors")))
+        super()._load_best_model()
+
     def _check_checkpoint(self, folder: Path) -> None:
         """
         Checks a checkpoint before anything is loaded from it.
@@ -386,7 +394,7 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, PushingTrainer):
         Raises:
             ValueError: it is damaged, incomplete, of another config, or was not written by this Trainer.
         """
-        names = verify_files(checkpoint_files(folder))
+        names = check_whole(folder)
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
         missing = [name for name in self.model.state_dict() if name not in names and name not in tied]
         if missing:
@@ -394,7 +402,7 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, PushingTrainer):
                 f"{folder}: the checkpoint lacks {len(missing)} tensors, the first of them {missing[0]!r}; use "
                 f"another one"
             )
-        saved = _read_json(folder / "config.json").get("quantization_config", {})
+        saved = read_json(folder / "config.json").get("quantization_config", {})
         mine = json.loads(config_of(self.model).to_json_string())
         changed = sorted(name for name in mine if mine[name] != saved.get(name))
         if changed:
@@ -403,8 +411,11 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, PushingTrainer):
                 "with. Fields that differ, saved -> now: "
                 + "; ".join(f"{name}: {saved.get(name)!r} -> {mine[name]!r}" for name in changed)
             )
-        callback = _read_json(folder / "trainer_state.json").get("stateful_callbacks", {})
-        attributes = callback.get(ProgressionCallback.__name__, {}).get("attributes", {})
+        try:
+            callbacks = read_json(folder / "trainer_state.json").get("stateful_callbacks", {})
+            attributes = dict(callbacks.get(ProgressionCallback.__name__, {}).get("attributes", {}))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder}/trainer_state.json is damaged ({error}); use another checkpoint") from error
         seeds = attributes.get("seeds", self.seeds())
         if seeds != self.seeds():
             raise ValueError(
@@ -436,10 +447,3 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, PushingTrainer):
             "optimizer steps": progression.total_steps,
             "fully binary from step": progression.committed_step,
         }
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): the checkpoint is incomplete; use another one") from error
