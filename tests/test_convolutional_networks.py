@@ -26,6 +26,7 @@ from hf_stompp import (
     unpack,
 )
 from hf_stompp.export import export_onnx, plain_torch
+from hf_stompp.model.modules import masked_modules
 from hf_stompp.model.planning import plan_modules
 from hf_stompp.model.sensitivity import layer_bytes
 from hf_stompp.model.stack import find_stack
@@ -139,19 +140,24 @@ def test_channels_that_bits_do_not_fill_are_refused_by_name_and_may_be_bwn() -> 
     assert sum(isinstance(m, MaskedBinaryConv2d) for m in model.modules()) == 6
 
 
+SIGNS = {"activation_functions": "sign", "weight_scale": "none"}
+
+
 @networks
-@pytest.mark.parametrize("mode", ["bnn", "bwn"])
+@pytest.mark.parametrize(
+    ("settings", "version"), [({}, 5), ({"mode": "bwn"}, 5), (SIGNS, 6)], ids=["bnn", "bwn", "signs"]
+)
 def test_packed_network_answers_exactly_as_the_committed_one_saved_and_loaded_too(
-    network, mode, tmp_path: Path
+    network, settings, version, tmp_path: Path
 ) -> None:
-    model, batch = committed(network, StoMPPConfig(mode=mode)), images()
+    model, batch = committed(network, StoMPPConfig(**settings)), images()
 
     packed = pack(model)
     packed.save_pretrained(tmp_path)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
 
     expected = logits(model, batch)
-    assert loaded.config.quantization_config.format_version == 5
+    assert loaded.config.quantization_config.format_version == version
     assert any(isinstance(m, PackedBinaryConv2d) for m in loaded.modules())
     assert torch.equal(logits(packed, batch), expected) and torch.equal(logits(pack(unpack(packed)), batch), expected)
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in packed.state_dict().items())
@@ -160,13 +166,59 @@ def test_packed_network_answers_exactly_as_the_committed_one_saved_and_loaded_to
     assert torch.allclose(logits(plain_torch(packed), batch), expected, atol=1e-5)
 
 
+def test_signs_take_the_place_of_the_activation_functions_of_blocks() -> None:
+    model = resnet()
+    plan = plan_modules(model, StoMPPConfig(activation_functions="sign"))
+
+    signs = {name: entry for name, entry in plan.items() if entry.kind == "sign"}
+    functions = [name for name, module in model.resnet.encoder.named_modules() if isinstance(module, nn.ReLU)]
+    assert list(signs) == [f"resnet.encoder.{name}" for name in functions]
+    # All but the first convolution, which reads the stem, read a sign; and so does the float shortcut.
+    own, *others = [entry for entry in plan.values() if entry.kind == "convolution"]
+    assert own.input == own.name and {entry.input for entry in others} == set(list(signs)[:-1])
+    assert all(plan[entry.input].unit == entry.unit for entry in signs.values())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"mode": "bwn"}, {"modules_to_not_convert": ["activation"]}, {"activation_functions": "kept"}],
+    ids=str,
+)
+def test_activation_functions_stay_where_no_sign_is_asked_for(settings) -> None:
+    plan = plan_modules(resnet(), StoMPPConfig(**{"activation_functions": "sign", **settings}))
+
+    assert {entry.kind for entry in plan.values()} == {"convolution"}
+
+
+def test_signs_in_the_place_of_activation_functions_are_for_convolutions_only(tiny_model) -> None:
+    with pytest.raises(ValueError, match=r"activation_functions='sign' is for blocks of convolutions"):
+        binarize(tiny_model("bert"), StoMPPConfig(activation_functions="sign"))
+
+
+@pytest.mark.parametrize(("functions", "is_blocked"), [("sign", True), ("kept", False)])
+def test_a_frozen_sign_lets_no_gradient_pass_and_a_float_shortcut_does(functions, is_blocked) -> None:
+    config = StoMPPConfig(surrogate="none", activation_functions=functions)
+    model = binarize(resnet(), config).train()
+    initialize_activations(model, {"pixel_values": images()}, by_batch=True)
+    unit = model.config.quantization_config.units[1]
+    for name, module in masked_modules(model).items():
+        if name.startswith(unit):
+            module.commit()
+
+    model(pixel_values=images(), labels=torch.tensor([0, 1, 2, 0])).loss.backward()
+
+    gradient = model.resnet.embedder.embedder.convolution.weight.grad
+    assert (gradient is None or not bool(gradient.any())) == is_blocked
+    assert bool(model.resnet.encoder.stages[1].layers[1].layer[1].convolution.weight.grad.any())
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["bnn", "bwn"])
-def test_exported_network_answers_as_the_packed_one_for_any_number_of_images(mode, tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [{}, {"mode": "bwn"}, SIGNS], ids=["bnn", "bwn", "signs"])
+def test_exported_network_answers_as_the_packed_one_for_any_number_of_images(settings, tmp_path: Path) -> None:
     for name in ("onnx", "onnxscript"):
         pytest.importorskip(name)
     onnxruntime = pytest.importorskip("onnxruntime")
-    packed = pack(committed("basic", StoMPPConfig(mode=mode)))
+    packed = pack(committed("basic", StoMPPConfig(**settings)))
 
     export_onnx(packed, tmp_path / "network.onnx", {"pixel_values": images()})
 
@@ -176,8 +228,9 @@ def test_exported_network_answers_as_the_packed_one_for_any_number_of_images(mod
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_packed_network_compiles_without_a_graph_break(memory_format) -> None:
-    packed, batch = pack(committed("basic", StoMPPConfig())), images().to(memory_format=memory_format)
+@pytest.mark.parametrize("settings", [{}, SIGNS], ids=["kept", "signs"])
+def test_packed_network_compiles_without_a_graph_break(memory_format, settings) -> None:
+    packed, batch = pack(committed("basic", StoMPPConfig(**settings))), images().to(memory_format=memory_format)
     compiled = torch.compile(packed, backend="aot_eager", fullgraph=True)
 
     assert torch.equal(logits(compiled, batch), logits(packed, batch))

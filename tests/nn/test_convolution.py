@@ -7,7 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_stompp.nn import MaskedBinaryActivation, MaskedBinaryConv2d, PackedBinaryActivation, PackedBinaryConv2d
+from hf_stompp.nn import (
+    MaskedBinaryActivation,
+    MaskedBinaryConv2d,
+    MaskedBinarySign,
+    PackedBinaryActivation,
+    PackedBinaryConv2d,
+    PackedBinarySign,
+)
 from hf_stompp.nn.convolution import Geometry, in_filter_order, in_patch_order, patches
 from hf_stompp.nn.plain import plain_module
 from hf_stompp.ops import pack_bits
@@ -181,3 +188,69 @@ def test_convolution_that_bits_cannot_express_is_refused(settings) -> None:
         ValueError, match=r"cannot be binarized: only groups=1 and a number of zeros can; leave it float"
     ):
         Geometry.of(nn.Conv2d(4, 4, 3, **settings))
+
+
+# signs in the place of activation functions
+
+
+def half_frozen(surrogate: str = "none", clip: float = 1.0) -> MaskedBinarySign:
+    sign = MaskedBinarySign(8, nn.ReLU(), clip=clip, surrogate=surrogate)
+    sign.freeze_mask[::2] = True
+    return sign
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sign_is_plus_or_minus_one_in_frozen_channels_and_the_clipped_identity_in_others(dtype) -> None:
+    sign, images = half_frozen(clip=1.5), (2 * torch.randn(2, 8, 7, 9)).to(dtype)
+    images[0, :, 0, 0], images[0, :, 0, 1] = 0.0, -0.0
+
+    expected = images.double().clamp(-1.5, 1.5)
+    expected[:, ::2] = torch.where(images[:, ::2] >= 0, 1.0, -1.0).double()
+
+    found = sign(images)
+    assert found.dtype == dtype and torch.equal(found.double(), expected)
+
+
+@pytest.mark.parametrize(("surrogate", "passes"), [("none", 0.0), ("ste", 1.0), ("clipped_ste", None)])
+def test_gradient_of_a_sign_is_that_of_the_clip_and_of_the_surrogate(surrogate, passes) -> None:
+    sign, images = half_frozen(surrogate), (2 * torch.randn(2, 8, 7, 9)).requires_grad_()
+    gradient = torch.randn(2, 8, 7, 9)
+
+    sign(images).backward(gradient)
+
+    inside = (images.detach().abs() <= 1).float()
+    expected = gradient * inside
+    if passes is not None:
+        expected[:, ::2] = passes * gradient[:, ::2]
+    assert torch.equal(images.grad, expected)
+
+
+@geometries
+@pytest.mark.parametrize("committed", [False, True])
+def test_convolution_behind_a_sign_is_surrounded_by_what_that_makes_of_zero(geometry, committed) -> None:
+    layer, sign = latent(geometry, binary=False), half_frozen()
+    layer.set_input_activation(sign, owned=False, upstream=True)
+    if committed:
+        sign.commit()
+        layer.commit()
+    images = sign(torch.randn(2, 8, 7, 9))
+
+    border = sign.freeze_mask.double().view(-1, 1, 1)
+    around = surrounded(images.double() - border, geometry) + border
+    scale = layer.weight.abs().double().mean(dim=(1, 2, 3), keepdim=True)
+    clipped = layer.weight.double().clamp(-layer.clip * scale, layer.clip * scale)
+    filters = torch.where(layer.freeze_mask, torch.where(layer.weight >= 0, scale, -scale), clipped)
+    expected = F.conv2d(around, filters, layer.bias.double(), **place(geometry, padded=True))
+
+    assert torch.allclose(layer(images).double(), expected, atol=1e-4)
+    with torch.no_grad():
+        assert torch.allclose(layer.eval()(images).double(), expected, atol=1e-4)
+
+
+def test_packed_sign_is_plus_or_minus_one() -> None:
+    images = torch.randn(2, 8, 7, 9)
+    images[0, :, 0, 0], images[0, :, 0, 1] = 0.0, -0.0
+    expected = torch.where(images >= 0, 1.0, -1.0)
+
+    assert torch.equal(PackedBinarySign(8)(images), expected)
+    assert torch.equal(plain_module(PackedBinarySign(8))(images), expected)
