@@ -99,6 +99,12 @@ class DataTrainingArguments:
     max_train_samples: int | None = option("Train on this many images only.")
     max_eval_samples: int | None = option("Evaluate on this many images only.")
 
+    def __post_init__(self) -> None:
+        for name in ("image_size", "max_train_samples", "max_eval_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} {value} leaves nothing. Give at least 1.")
+
     def sources(self) -> dict[str, dict[str, Any]]:
         """What `load_dataset` takes for the two parts; refuses several sources, and none."""
         folders = {"train": self.train_dir, "validation": self.validation_dir}
