@@ -435,6 +435,58 @@ def test_an_empty_evaluation_set_is_as_to_any_trainer(tmp_path: Path) -> None:
     assert "eval_loss" not in trainer.evaluate(make_dataset().select([]))
 
 
+class SkipStep(TrainerCallback):
+    """A step without gradients."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            model.zero_grad()
+
+
+class BreakAfter(TrainerCallback):
+    """What a step that diverges leaves."""
+
+    def __init__(self, step: int, value: float) -> None:
+        self.step, self.value = step, value
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            model.classifier.bias.data[0] = self.value
+
+
+@pytest.mark.parametrize(("save_steps", "left"), [(2, ["checkpoint-2"]), (3, ["checkpoint-3"])])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_run_that_diverges_stops_with_the_step_and_keeps_what_was_saved_before(
+    tmp_path: Path, save_steps: int, left: list[str], value: float
+) -> None:
+    trainer = make_trainer(
+        tmp_path, callbacks=[BreakAfter(4, value)], save_strategy="steps", save_steps=save_steps, save_total_limit=2
+    )
+
+    with pytest.raises(
+        ValueError, match=r"after step 4 classifier.bias holds NaN .* encoder.layer.1 was in transition"
+    ):
+        trainer.train()
+    assert sorted(folder.name for folder in tmp_path.glob("checkpoint-*")) == left
+
+
+def test_a_loss_that_is_nan_once_does_not_end_a_run(tmp_path: Path) -> None:
+    class Bad(StoMPPTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(*args, **kwargs)
+            # As one batch may do in half precision, whose step is then left out.
+            return loss * (torch.zeros(()) * math.inf) if self.state.global_step == 2 else loss
+
+    trainer = make_trainer(tmp_path)
+    trainer.__class__ = Bad
+    trainer.add_callback(SkipStep(2))
+    trainer.train()
+    assert trainer.state.global_step == 12
+
+
 def test_resuming_a_finished_run_takes_no_step(tmp_path: Path) -> None:
     # 12 steps end in the middle of the second epoch of 8.
     trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=12)

@@ -269,7 +269,36 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, PushingTrainer):
             # As the step will.
             model.train()
             self._initialize_activations(inputs, by_batch=True)
-        return super().training_step(model, inputs, *args, **kwargs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        # Transformers looks at it too, but to leave it out of the log.
+        if not bool(torch.isfinite(loss).all()):
+            self._check_weights()
+        return loss
+
+    def _check_weights(self) -> None:
+        """
+        Checks that training has not diverged: once weights are NaN, no later step mends them.
+
+        Raises:
+            ValueError: it has; names the step, the unit in transition and the first weight.
+        """
+        found = (name for name, weight in self.model.named_parameters() if not bool(torch.isfinite(weight).all()))
+        name = next(found, None)
+        if name is None:
+            return
+        step, progression = self.state.global_step, self.progression_callback.progression
+        unit = None if progression is None else progression.unit_in_transition(step - 1)
+        where = "no unit was" if unit is None else f"{config_of(self.model).units[unit]} was"
+        raise ValueError(
+            f"training diverged: after step {step} {name} holds NaN or infinity, while {where} in transition. Lower "
+            f"learning_rate (it was {self.args.learning_rate:g}), or set max_grad_norm or another surrogate. "
+            f"Checkpoints in {self.args.output_dir} are from before that"
+        )
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        # It would push an older one out that is still of use.
+        self._check_weights()
+        super()._save_checkpoint(*args, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         ours = _activation_parameters(model)
