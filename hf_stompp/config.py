@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .nn.functional import LEVELS, SURROGATES, WEIGHT_CENTERS, WEIGHT_SCALES
-from .plan import Plan, read_plan, units_of
+from .plan import Plan, in_short, is_module_name, read_plan, units_of
 
 
 QUANT_METHOD = "stompp"
@@ -42,21 +42,35 @@ MODES_OF_MODULES = (*CHOICES["mode"], "float")
 """What a single linear layer may be."""
 
 
+def _part_of_a_name(pattern: str) -> re.Pattern[str]:
+    # Groups of the pattern keep their numbers.
+    return re.compile(rf"(?:^|\.)(?:{pattern})(?:\.|$)")
+
+
 def matches(name: str, pattern: str) -> bool:
     """Whether whole dot-separated parts of a module's name match a regular expression."""
-    return re.search(rf"(^|\.)(?:{pattern})(\.|$)", name) is not None
+    return _part_of_a_name(pattern).search(name) is not None
 
 
 def _check_patterns(field: str, patterns: list[str]) -> None:
     for pattern in patterns:
+        if not pattern.isprintable():
+            raise ValueError(f"StoMPPConfig.{field}: {in_short(pattern)} holds characters that cannot be printed")
         try:
+            # By itself as well: one that closes a group of ours would be another in there.
             re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"StoMPPConfig.{field}: {pattern!r} is no regular expression ({error})") from error
+            _part_of_a_name(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(
+                f"StoMPPConfig.{field}: {in_short(pattern)} is no regular expression for parts of a module's name "
+                f"({str(error)[:100]}); flags belong in a group, as in '(?i:query)'"
+            ) from error
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    # NaN is not, and a whole number may be larger than any float.
+    return is_number and abs(value) <= sys.float_info.max
 
 
 def _word_embeddings(asked: str, is_binary: Any) -> str:
@@ -64,11 +78,11 @@ def _word_embeddings(asked: str, is_binary: Any) -> str:
     if is_binary is None:
         return asked
     if not isinstance(is_binary, bool):
-        raise ValueError(f"StoMPPConfig.binary_word_embeddings must be True or False, got {is_binary!r}")
+        raise ValueError(f"StoMPPConfig.binary_word_embeddings must be True or False, got {in_short(is_binary)}")
     by_older_name = "binary" if is_binary else "float"
     if asked not in ("float", by_older_name):
         raise ValueError(
-            f"StoMPPConfig.word_embeddings={asked!r} and binary_word_embeddings={is_binary}, its older name, "
+            f"StoMPPConfig.word_embeddings={in_short(asked)} and binary_word_embeddings={is_binary}, its older name, "
             "contradict each other: drop the latter"
         )
     return by_older_name
@@ -84,7 +98,9 @@ def checked_inputs(inputs: Any) -> dict[str, Any] | None:
     if inputs is None:
         return None
     if not isinstance(inputs, Mapping):
-        raise ValueError(f"example_inputs must map names of the model's forward arguments to values, got {inputs!r}")
+        raise ValueError(
+            f"example_inputs must map names of the model's forward arguments to values, got {in_short(inputs)}"
+        )
     return {name: value.detach() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
 
 
@@ -210,7 +226,7 @@ class StoMPPConfig(QuantizationConfigMixin):
         self.mode = mode
         self.modes = modes
         if activation_bits is not None and (type(activation_bits) is not int or activation_bits != 8):
-            raise ValueError(f"StoMPPConfig.activation_bits must be 8 or None, got {activation_bits!r}")
+            raise ValueError(f"StoMPPConfig.activation_bits must be 8 or None, got {in_short(activation_bits)}")
         self.activation_bits = activation_bits if self._may_round_inputs(format_version) else None
         self.surrogate = surrogate
         self.weight_scale = weight_scale
@@ -246,48 +262,53 @@ class StoMPPConfig(QuantizationConfigMixin):
     def _check(self, unknown: dict[str, Any]) -> None:
         version = self.format_version
         if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-            raise ValueError(f"StoMPPConfig.format_version must be a whole number from 1 on, got {version!r}")
+            raise ValueError(f"StoMPPConfig.format_version must be a whole number from 1 on, got {in_short(version)}")
         if version > FORMAT_VERSION:
             raise ValueError(
-                f"this model has format version {version}; this hf_stompp reads up to {FORMAT_VERSION}: upgrade "
-                f"hf_stompp"
+                f"this model has format version {in_short(version)}; this hf_stompp reads up to {FORMAT_VERSION}: "
+                "upgrade hf_stompp"
             )
         if unknown:
             raise ValueError(
-                f"StoMPPConfig has no field {', '.join(sorted(unknown))}: it may come from a newer hf_stompp (then "
-                f"upgrade) or be "
-                f"misspelt (fields: {', '.join(sorted(self._fields()))})"
+                f"StoMPPConfig has no fields {in_short(sorted(unknown))}: they may come from a newer hf_stompp (then "
+                f"upgrade) or be misspelt (fields: {', '.join(sorted(self._fields()))})"
             )
         if self.quant_method != QUANT_METHOD:
-            raise ValueError(f"StoMPPConfig.quant_method must be {QUANT_METHOD!r}, got {self.quant_method!r}")
+            raise ValueError(f"StoMPPConfig.quant_method must be {QUANT_METHOD!r}, got {in_short(self.quant_method)}")
         for field, choices in CHOICES.items():
             if getattr(self, field) not in choices:
-                raise ValueError(f"StoMPPConfig.{field} must be one of {list(choices)}, got {getattr(self, field)!r}")
+                raise ValueError(
+                    f"StoMPPConfig.{field} must be one of {list(choices)}, got {in_short(getattr(self, field))}"
+                )
         for field in ("weight_clip", "activation_clip"):
             if not _is_finite(getattr(self, field)) or getattr(self, field) < 1:
                 raise ValueError(
                     f"StoMPPConfig.{field} must be a finite number of at least 1 (a multiple of the scale), got "
-                    f"{getattr(self, field)!r}"
+                    f"{in_short(getattr(self, field))}"
                 )
         if not _is_finite(self.initial_activation_scale) or self.initial_activation_scale <= 0:
             raise ValueError(
                 f"StoMPPConfig.initial_activation_scale must be a finite number above 0, got "
-                f"{self.initial_activation_scale!r}"
+                f"{in_short(self.initial_activation_scale)}"
             )
         for field in ("weight_window", "activation_window"):
             value = getattr(self, field)
             if value is not None and (not _is_finite(value) or value <= 0):
                 raise ValueError(
                     f"StoMPPConfig.{field} must be a finite number above 0 (a multiple of the scale) or None (the "
-                    f"clip range), got {value!r}"
+                    f"clip range), got {in_short(value)}"
                 )
         if self.word_embeddings == "int8" and version < 4:
             raise ValueError(f"StoMPPConfig.word_embeddings='int8' needs format version 4, got {version}")
-        if self.layer_stack is not None and not isinstance(self.layer_stack, str):
-            raise ValueError(f"StoMPPConfig.layer_stack must be a module name or None, got {self.layer_stack!r}")
+        if self.layer_stack is not None and not is_module_name(self.layer_stack):
+            raise ValueError(
+                f"StoMPPConfig.layer_stack must be a module name or None, got {in_short(self.layer_stack)}"
+            )
         patterns = self.modules_to_not_convert
         if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
-            raise ValueError(f"StoMPPConfig.modules_to_not_convert must be a list of strings, got {patterns!r}")
+            raise ValueError(
+                f"StoMPPConfig.modules_to_not_convert must be a list of strings, got {in_short(patterns)}"
+            )
         _check_patterns("modules_to_not_convert", patterns)
         self._check_modes(self.modes)
 
@@ -299,7 +320,7 @@ class StoMPPConfig(QuantizationConfigMixin):
         ):
             raise ValueError(
                 f"StoMPPConfig.modes must give one of {list(MODES_OF_MODULES)} for each pattern of module names, got "
-                f"{modes!r}"
+                f"{in_short(modes)}"
             )
         _check_patterns("modes", list(modes))
         if modes and self.format_version < 2:
@@ -355,7 +376,9 @@ class StoMPPConfig(QuantizationConfigMixin):
         """
         found = {pattern: mode for pattern, mode in (self.modes or {}).items() if matches(name, pattern)}
         if len(set(found.values())) > 1:
-            raise ValueError(f"StoMPPConfig.modes contradicts itself for {name!r}: {found}; let one pattern match it")
+            raise ValueError(
+                f"StoMPPConfig.modes contradicts itself for {name!r}: {in_short(found)}; let one pattern match it"
+            )
         return next(iter(found.values()), self.mode)
 
     @property
@@ -377,7 +400,16 @@ class StoMPPConfig(QuantizationConfigMixin):
 
     @modules.setter
     def modules(self, entries: list[dict[str, Any]] | None) -> None:
-        self.plan = {} if entries is None else read_plan(entries, self.mode_of)
+        plan = {} if entries is None else read_plan(entries)
+        # Which layer a pattern means is not asked: matching one from a file may never end.
+        modes = (self.mode, *(self.modes or {}).values())
+        other = next((entry for entry in plan.values() if entry.is_linear and entry.mode not in modes), None)
+        if other is not None:
+            raise ValueError(
+                f"StoMPPConfig.modules: input {other.input!r} of {other.name!r} is that of mode {other.mode!r}, which "
+                "neither mode nor modes have: the config is damaged or was changed; take the original"
+            )
+        self.plan = plan
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         # `dict(config)`, as of every Transformers config.

@@ -5,6 +5,8 @@ model runs none of its code.
 
 from __future__ import annotations
 
+import re
+import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -23,6 +25,45 @@ What a planned module may be: such a layer, an activation function before one, a
 replaces, or the word embeddings.
 """
 
+SOURCES: dict[str, tuple[str, ...]] = {
+    "linear": ("linear", "activation"),
+    "convolution": ("sign",),
+    "activation": ("linear",),
+    "sign": ("convolution",),
+}
+"""What the `input` of a planned module may be, by their kinds; linear layers and convolutions may name themselves."""
+
+_NAME = re.compile(r"[A-Za-z0-9_.+-]+")
+
+LONGEST = 400
+"""Characters of a value in a message."""
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 200
+_repr.maxdict = 8
+
+
+def in_short(value: Any) -> str:
+    """
+    The `repr` of a value for a message, cut where it is long: a file may hold a list of millions of entries.
+
+    Args:
+        value (`Any`).
+    """
+    text = _repr.repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+def is_module_name(name: Any) -> bool:
+    """
+    Whether something can be the name of a module: letters and digits of ASCII, `_`, `.`, `-`, `+`. Names come from
+    files, and end on terminals and in model cards.
+
+    Args:
+        name (`Any`).
+    """
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None
+
 
 @dataclass(frozen=True)
 class PlannedModule:
@@ -39,6 +80,9 @@ class PlannedModule:
             the linear layer whose output it alone reads, if there is one. Of a sign, the convolution before it, which
             has its channels.
         bias (`bool`, *optional*, defaults to `False`): whether a linear layer has one.
+
+    Raises:
+        ValueError: see [`is_module_name`].
     """
 
     name: str
@@ -46,6 +90,15 @@ class PlannedModule:
     unit: str
     input: str | None = None
     bias: bool = False
+
+    def __post_init__(self) -> None:
+        for field in ("name", "unit", "input"):
+            value = getattr(self, field)
+            if not is_module_name(value) and not (field == "input" and value is None):
+                raise ValueError(
+                    f"StoMPPConfig.modules: {field} of {in_short(self.name)} must be the name of a module, of letters "
+                    f"and digits of ASCII and '_', '.', '-', '+', got {in_short(value)}"
+                )
 
     @property
     def is_linear(self) -> bool:
@@ -61,6 +114,11 @@ class PlannedModule:
     def reads_bits(self) -> bool:
         """Whether it is a linear layer with a binary input."""
         return self.is_linear and self.input is not None
+
+    @property
+    def mode(self) -> str:
+        """Of a linear layer: `"bnn"` with a binary input, `"bwn"` with a float one."""
+        return "bwn" if self.input is None else "bnn"
 
     def to_dict(self) -> dict[str, Any]:
         """As `config.json` has it."""
@@ -119,30 +177,40 @@ def renamed(plan: Plan, rename: Callable[[str], str]) -> Plan:
     return {entry.name: entry for entry in entries}
 
 
-def read_plan(entries: Any, mode_of: Callable[[str], str]) -> Plan:
+def read_plan(entries: Any) -> Plan:
     """
     The plan in a `config.json`.
 
     Args:
         entries (`list[dict]`): see [`PlannedModule`].
-        mode_of (`Callable`): gives the mode of a linear layer by its name.
 
     Returns:
         `dict[str, PlannedModule]`.
 
     Raises:
-        ValueError: an entry is no such dict, contradicts another one or the mode of its layer.
+        ValueError: an entry is no such dict, or reads what it cannot read.
     """
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"StoMPPConfig.modules must be a list of entries, got {entries!r}")
+        raise ValueError(f"StoMPPConfig.modules must be a list of entries, got {in_short(entries)}")
     planned = [_read_entry(entry) for entry in entries]
-    plan = {entry.name: entry for entry in planned}
-    if len(plan) < len(planned):
-        twice = [name for name, count in Counter(entry.name for entry in planned).items() if count > 1]
-        raise ValueError(f"StoMPPConfig.modules must name every module once; {twice} are there more often")
+    twice = [name for name, count in Counter(entry.name for entry in planned).items() if count > 1]
+    if twice:
+        raise ValueError(f"StoMPPConfig.modules must name every module once; {in_short(twice)} are there more often")
     read = {entry.input for entry in planned if entry.is_linear}
+    plan: Plan = {}
     for entry in planned:
-        _check_entry(entry, plan, mode_of, is_read=entry.name in read)
+        if not _may_read(entry, plan):
+            kinds = " or ".join(SOURCES.get(entry.kind, ())) or "no other module"
+            raise ValueError(
+                f"StoMPPConfig.modules: input {in_short(entry.input)} of {in_short(entry.name)} is none that binarize "
+                f"writes: of the kind {entry.kind} it names {kinds}, before it in the list and in the same layer, and "
+                "what it names reads no further one: the config is damaged or was changed; take the original"
+            )
+        if entry.is_activation and entry.name not in read:
+            raise ValueError(
+                f"StoMPPConfig.modules: {in_short(entry.name)} is an activation that no linear layer reads"
+            )
+        plan[entry.name] = entry
     return plan
 
 
@@ -151,39 +219,30 @@ def _read_entry(entry: dict[str, Any]) -> PlannedModule:
     if not isinstance(name, str) or kind not in KINDS or not isinstance(unit, str):
         raise ValueError(
             f"StoMPPConfig.modules: an entry must have a name, a kind of {list(KINDS)} and the name of a unit, got "
-            f"{entry!r}"
+            f"{in_short(entry)}"
         )
-    if source is not None and not isinstance(source, str):
-        raise ValueError(f"StoMPPConfig.modules: input of {name!r} must be the name of a module, got {source!r}")
     bias = entry.get("bias")
     if kind in LAYER_KINDS and not isinstance(bias, bool):
-        raise ValueError(f"StoMPPConfig.modules: bias of {name!r} must be true or false, got {bias!r}")
+        raise ValueError(f"StoMPPConfig.modules: bias of {in_short(name)} must be true or false, got {in_short(bias)}")
     return PlannedModule(name, kind, unit, source, bias is True)
 
 
-def _check_entry(entry: PlannedModule, plan: Plan, mode_of: Callable[[str], str], is_read: bool) -> None:
-    name, source = entry.name, None if entry.input is None else plan.get(entry.input)
-    if entry.is_linear:
-        mode = mode_of(name)
-        if mode == "float" or (entry.input is None) != (mode == "bwn"):
-            raise ValueError(f"StoMPPConfig.modules: input {entry.input!r} of {name!r} does not fit mode {mode!r}")
-    if entry.is_activation and not is_read:
-        raise ValueError(f"StoMPPConfig.modules: {name!r} is an activation that no linear layer reads")
-    if entry.input is not None and (source is None or source.kind in EMBEDDING_KINDS.values()):
-        raise ValueError(
-            f"StoMPPConfig.modules: input of {name!r} must name a linear layer or an activation of the same list, got "
-            f"{entry.input!r}"
-        )
-    if (entry.kind == "sign" or (source is not None and source.kind == "sign")) and "convolution" not in (
-        entry.kind,
-        source.kind if source is not None else None,
-    ):
-        raise ValueError(
-            f"StoMPPConfig.modules: a sign stands between convolutions of the same list; {name!r} with input "
-            f"{entry.input!r} does not"
-        )
-    if entry.is_activation and source is not None and source.is_activation:
-        raise ValueError(
-            f"StoMPPConfig.modules: input of the activation {name!r} must name a linear layer of the same list or be "
-            f"null, got {entry.input!r}"
-        )
+def _may_read(entry: PlannedModule, before: Plan) -> bool:
+    """Whether the input of an entry is one that [`binarize`] writes."""
+    if entry.input is None:
+        return entry.kind != "sign"
+    if entry.input == entry.name:
+        return entry.is_linear
+    source = before.get(entry.input)
+    if source is None or source.kind not in SOURCES.get(entry.kind, ()):
+        return False
+    if not source.is_linear:
+        return True
+    # Layers that read one tensor are in one layer of the stack, and so are a layer and the function behind it.
+    return _layer_of(entry.name) == _layer_of(source.name) and (not entry.is_linear or source.input == source.name)
+
+
+def _layer_of(name: str) -> str:
+    """What the names of all modules in one layer begin with: the name up to its first number."""
+    number = re.search(r"(?:^|\.)\d+(?=\.|$)", name)
+    return "" if number is None else name[: number.end()]

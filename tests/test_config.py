@@ -3,13 +3,15 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
 from transformers import AutoConfig, BertConfig
 
 from hf_stompp import StoMPPConfig
-from hf_stompp.config import CHOICES, FORMAT_VERSION
+from hf_stompp.config import CHOICES, FORMAT_VERSION, matches
+from hf_stompp.plan import KINDS, in_short
 
 
 LINEAR = {"name": "encoder.layer.0.dense", "kind": "linear", "unit": "encoder.layer.0", "input": None, "bias": True}
@@ -64,20 +66,20 @@ def test_a_choice_that_does_not_exist_is_refused_by_name_with_what_there_is(fiel
 
 
 @pytest.mark.parametrize("field", ["weight_clip", "activation_clip"])
-@pytest.mark.parametrize("value", [0, 0.99, -3.0, math.nan, math.inf, "3", None, True, [3.0]], ids=repr)
+@pytest.mark.parametrize("value", [0, 0.99, -3.0, math.nan, math.inf, 10**400, "3", None, True, [3.0]], ids=in_short)
 def test_a_clip_range_below_one_or_not_finite_is_refused(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"StoMPPConfig.{field} must be a finite number of at least 1"):
         StoMPPConfig(**{field: value})
 
 
-@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, "2", True, None], ids=repr)
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, 10**400, "2", True, None], ids=in_short)
 def test_an_initial_scale_that_is_not_above_zero_or_not_finite_is_refused(value: object) -> None:
     with pytest.raises(ValueError, match="StoMPPConfig.initial_activation_scale must be a finite number above 0"):
         StoMPPConfig(initial_activation_scale=value)
 
 
 @pytest.mark.parametrize("field", ["weight_window", "activation_window"])
-@pytest.mark.parametrize("value", [0, -3.0, math.nan, math.inf, "3", True, [3.0]], ids=repr)
+@pytest.mark.parametrize("value", [0, -3.0, math.nan, math.inf, 10**400, "3", True, [3.0]], ids=in_short)
 def test_a_window_that_is_not_above_zero_or_not_finite_is_refused(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"StoMPPConfig.{field} must be a finite number above 0"):
         StoMPPConfig(surrogate="clipped_ste", **{field: value})
@@ -90,6 +92,9 @@ def test_a_window_that_is_not_above_zero_or_not_finite_is_refused(field: str, va
         ("binary_word_embeddings", 1, "must be True or False, got 1"),
         ("word_embeddings", "int4", "must be one of"),
         ("layer_stack", 3, "must be a module name or None, got 3"),
+        ("layer_stack", "", "must be a module name or None, got ''"),
+        ("layer_stack", "encoder layer", "must be a module name or None, got 'encoder layer'"),
+        ("layer_stack", "encoder\x1b[2J", "must be a module name or None"),
         ("modules_to_not_convert", "pooler", "must be a list of strings, got 'pooler'"),
         ("modules_to_not_convert", ["pooler", 3], "must be a list of strings"),
         ("quant_method", "gptq", "must be 'stompp', got 'gptq'"),
@@ -108,9 +113,38 @@ def test_a_bad_value_is_refused_by_name_with_what_it_may_be(field: str, value: o
         StoMPPConfig(**{field: value})
 
 
-def test_a_pattern_that_is_no_regular_expression_is_refused() -> None:
-    with pytest.raises(ValueError, match="StoMPPConfig.modules_to_not_convert"):
-        StoMPPConfig(modules_to_not_convert=["pooler("])
+@pytest.mark.parametrize("field", ["modules_to_not_convert", "modes"])
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("pooler(", "is no regular expression"),
+        ("a)|(b", "is no regular expression"),
+        ("(?x:a # )", "is no regular expression"),
+        ("a{99999999999}", "is no regular expression"),
+        ("(" * 20_000 + ")" * 20_000, "is no regular expression"),
+        (f"(?P={'x' * 10_000})", "is no regular expression"),
+        ("pooler\x1b[2J", "holds characters that cannot be printed"),
+        ("pooler\n\n# Heading", "holds characters that cannot be printed"),
+        ("pooler\x9b31m", "holds characters that cannot be printed"),
+        ("pooler\ud800", "holds characters that cannot be printed"),
+    ],
+    ids=lambda value: ascii(value)[1:20],
+)
+def test_a_pattern_that_could_not_be_run_or_printed_is_refused(field: str, pattern: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"StoMPPConfig.{field}: .* {message}") as error:
+        StoMPPConfig(**{field: [pattern] if field == "modules_to_not_convert" else {pattern: "bwn"}})
+    assert str(error.value).isprintable() and len(str(error.value)) < 1000
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="older versions of Python take such flags for all of a pattern")
+def test_flags_of_a_pattern_belong_in_a_group() -> None:
+    with pytest.raises(ValueError, match=r"flags belong in a group, as in '\(\?i:query\)'"):
+        StoMPPConfig(modules_to_not_convert=["(?i)QUERY"])
+    assert matches("layer.0.query", StoMPPConfig(modules_to_not_convert=["(?i:QUERY)"]).modules_to_not_convert[0])
+
+
+def test_groups_of_a_pattern_keep_their_numbers() -> None:
+    assert matches("layer.aa", r"(a)\1") and not matches("layer.a.a", r"(a)\1")
 
 
 @pytest.mark.parametrize(
@@ -126,15 +160,18 @@ def test_a_pattern_that_is_no_regular_expression_is_refused() -> None:
         ([{**LINEAR, "unit": None}], "the name of a unit"),
         ([{name: value for name, value in LINEAR.items() if name != "bias"}], "bias of 'encoder.layer.0.dense'"),
         ([{**LINEAR, "bias": 1}], "must be true or false, got 1"),
-        ([{**LINEAR, "input": "elsewhere"}], "input of 'encoder.layer.0.dense' must name .* got 'elsewhere'"),
-        ([{"name": "e", "kind": "embedding", "unit": "e"}, {**LINEAR, "input": "e"}], "must name a linear layer"),
+        (
+            [{**LINEAR, "input": "elsewhere"}],
+            "input 'elsewhere' of 'encoder.layer.0.dense' is none that binarize writes",
+        ),
+        ([{"name": "e", "kind": "embedding", "unit": "e"}, {**LINEAR, "input": "e"}], "input 'e' of .* is none"),
         ([LINEAR, LINEAR], "encoder.layer.0.dense"),
         (
             [
                 {"name": "act", "kind": "activation", "unit": "e", "input": "act"},
                 {**LINEAR, "input": "act"},
             ],
-            "input of the activation 'act' must name a linear layer",
+            "input 'act' of 'act' is none that binarize writes",
         ),
         ([{"name": "act", "kind": "activation", "unit": "e", "input": None}], "that no linear layer reads"),
     ],
@@ -149,9 +186,76 @@ def test_a_bad_table_of_modules_is_refused(modules: object, message: str) -> Non
 
 
 def test_an_unknown_field_is_refused_by_name_with_the_fields_there_are() -> None:
-    with pytest.raises(ValueError, match="StoMPPConfig has no field weight_clips: ") as error:
+    with pytest.raises(ValueError, match=r"StoMPPConfig has no fields \['weight_clips'\]: ") as error:
         StoMPPConfig(weight_clips=3.0)
     assert "weight_clip," in str(error.value)
+
+
+MILLIONS = [["a" * 100]] * 10**6
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({field: value} for field in [*OTHER_VALUES, "format_version"] for value in (MILLIONS, {"a": MILLIONS})),
+        {"modules": [dict.fromkeys(LINEAR, MILLIONS)]},
+        {"modules": [{**LINEAR, "name": "\n" * 10**6}]},
+        {"modules": [{**LINEAR, "name": f"a{number % 1000}"} for number in range(2000)]},
+        {f"field{number}": number for number in range(1000)},
+        {"a" * 10**6: 1},
+    ],
+    ids=lambda fields: ",".join(fields)[:30],
+)
+def test_a_value_of_millions_of_entries_makes_a_short_message(fields: dict[str, object]) -> None:
+    with pytest.raises(ValueError) as error:
+        StoMPPConfig(**fields)
+    assert len(str(error.value)) < 2000
+
+
+ESCAPE = "\x1b[2J\x1b]0;title\x07"
+DAMAGED = [
+    *([], ["a"], [[]], [None], [ESCAPE], {}, {"a": 1}, {ESCAPE: "bwn"}, {"a": ["bwn"]}, None, True, 0, -1, 1.5),
+    *(10**400, -(10**400), math.nan, math.inf, "", "a", ESCAPE, "\ud800", "a" * 10**5, "(" * 10**5),
+]
+
+
+def loads_or_is_refused(fields: dict[str, object]) -> None:
+    # Any other exception ends the test.
+    try:
+        config = StoMPPConfig.from_dict(fields)
+    except ValueError as error:
+        assert str(error).isprintable() and len(str(error)) < 2000
+    else:
+        # What is taken can be written, printed and read again.
+        saved = json.loads(json.dumps(config.to_dict()))
+        assert repr(saved).isprintable() and ESCAPE not in str(config)
+        assert StoMPPConfig.from_dict(saved).to_dict() == config.to_dict()
+
+
+SAVED = [
+    {"mode": "bnn", "modes": {"key": "bwn"}, "word_embeddings": "int8", "modules": twelve_layers()},
+    {"modules": [{**LINEAR, "kind": "convolution", "input": LINEAR["name"]}], "activation_functions": "sign"},
+]
+
+
+@pytest.mark.parametrize("values", SAVED, ids=["linear", "convolution"])
+@pytest.mark.parametrize("field", [*OTHER_VALUES, "format_version", "quant_method", "binary_word_embeddings", ESCAPE])
+def test_a_config_with_a_damaged_field_loads_or_is_refused(values: dict[str, object], field: str) -> None:
+    saved = StoMPPConfig(**copy.deepcopy(values)).to_dict()
+    for value in DAMAGED:
+        loads_or_is_refused({**saved, field: value})
+    loads_or_is_refused({name: value for name, value in saved.items() if name != field})
+
+
+@pytest.mark.parametrize("field", [*LINEAR, ESCAPE])
+def test_a_config_with_a_damaged_entry_loads_or_is_refused(field: str) -> None:
+    activation = {"name": "encoder.layer.0.act", "kind": "activation", "unit": "encoder.layer.0", "input": None}
+    sign = {**activation, "kind": "sign"}
+    words = {"name": "words", "kind": "embedding", "unit": "words"}
+    for entry in (LINEAR, {**LINEAR, "kind": "convolution"}, activation, sign, words):
+        for value in [*DAMAGED, *KINDS, *(other["name"] for other in (LINEAR, activation, words))]:
+            loads_or_is_refused({"mode": "bwn", "modules": [words, LINEAR, activation, {**entry, field: value}]})
+            loads_or_is_refused({"mode": "bwn", "modules": [{**entry, field: value}]})
 
 
 def test_a_newer_format_is_refused_with_what_to_do_even_with_fields_unknown_here() -> None:

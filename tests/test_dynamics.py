@@ -206,6 +206,72 @@ def test_measure_can_be_chosen_and_loss_is_drawn_only_where_there_is_no_other() 
         dynamics_of({"log_history": log}, "run", metric="mcc")
 
 
+def damaged(**changes: Any) -> dict[str, Any]:
+    """A state whose saved progression has other values; None: it lacks the field."""
+    state = synthetic(LAYERS_OF[2])
+    saved = state["stateful_callbacks"]["ProgressionCallback"]["attributes"]["progression"] | changes
+    saved = {name: value for name, value in saved.items() if value is not None}
+    return state | {"stateful_callbacks": {"ProgressionCallback": {"attributes": {"progression": saved}}}}
+
+
+LOG = [{"step": 1, "loss": 0.5}]
+WRONG = [5, "a", [], ["a"], [5], True, 1.5, [[0]], [[0, 1, 2]], [["a", 1]], {"a": 1}, [[0, 10**400]]]
+
+
+@pytest.mark.parametrize(
+    ("state", "cause"),
+    [
+        *((state, "holds no JSON object") for state in ([], 5, "a", None)),
+        *(({"log_history": log}, "holds no log_history") for log in (None, 5, {}, ["a"], [[]], [{"loss": 0.5}])),
+        *(
+            ({"log_history": [{"step": step, "loss": 0.5}]}, "entries that each have a step")
+            for step in (None, "1", 1.0, True, -1, [1], 10**400)
+        ),
+        *(({"log_history": LOG, "stateful_callbacks": value}, "its stateful_callbacks is no") for value in WRONG[:4]),
+        *(
+            ({"log_history": LOG, "stateful_callbacks": {"ProgressionCallback": value}}, "ProgressionCallback is no")
+            for value in WRONG[:2]
+        ),
+        *(
+            (
+                {"log_history": LOG, "stateful_callbacks": {"ProgressionCallback": {"attributes": value}}},
+                "attributes is no JSON object",
+            )
+            for value in WRONG[:2]
+        ),
+        *((damaged(units=value), "units of the progression") for value in [None, *WRONG[:3], *WRONG[4:]]),
+        (damaged(units=["a"]), "windows of the progression"),
+        *((damaged(windows=value), "windows of the progression") for value in [None, *WRONG]),
+        *((damaged(total_steps=value), "total_steps of the progression") for value in [None, *WRONG[1:], 10**400]),
+        *(
+            (damaged(**{name: None}), f"{name} of the progression")
+            for name in ("order", "schedule", "refresh_period", "seed")
+        ),
+        *(({"log_history": LOG, "metrics": value}, "metrics is no JSON object") for value in WRONG[:4]),
+        *(({"log_history": LOG, "metrics": {"float": value}}, "float is no JSON object") for value in WRONG[:4]),
+        *(({"log_history": LOG, "progression": value}, "progression is no JSON object") for value in WRONG[:4]),
+    ],
+)
+def test_a_damaged_state_is_refused_with_the_file_and_the_cause(state: Any, cause: str, tmp_path: Path) -> None:
+    file = tmp_path / "trainer_state.json"
+    file.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=cause) as error:
+        read_dynamics(tmp_path)
+    assert str(file) in str(error.value) and len(str(error.value)) < 1000
+
+
+def test_a_state_that_is_nested_too_deeply_is_refused_with_the_file(tmp_path: Path) -> None:
+    (tmp_path / "trainer_state.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"trainer_state\.json is no valid JSON"):
+        read_dynamics(tmp_path)
+
+
+def test_a_whole_number_that_no_float_holds_is_left_out() -> None:
+    rows = [{"step": 1, "loss": 10**400, "eval_f1": 10**400}, {"step": 2, "loss": 0.5, "eval_f1": 0.5}]
+    found = dynamics_of({"log_history": rows}, "run", summary={"metrics": {"float": {"eval_f1": 10**400}}})
+    assert found.loss.values == [0.5] and found.fully_binary.values == [0.5] and found.float_value is None
+
+
 # --- the picture -----------------------------------------------------------------------------------------------------
 
 
@@ -304,6 +370,21 @@ def test_short_names_drop_what_all_have_in_common() -> None:
     assert short_names(["a.layer.0.attention", "a.layer.0.output"]) == ["attention", "output"]
     assert short_names(["bert.embeddings.word", "bert.encoder.layer.0"]) == ["embeddings.word", "encoder.layer.0"]
     assert short_names(["layer.0"]) == ["layer.0"] and short_names(["0", "1"]) == ["0", "1"]
+
+
+@pytest.mark.parametrize("name", ["a$x$", "a$\\frac{$b", "$"])
+def test_a_dollar_in_a_name_is_drawn_as_it_is(name: str) -> None:
+    pytest.importorskip("matplotlib")
+    state = synthetic([name, f"{name}.other"])
+    state["log_history"].append({"step": 600, f"eval_{name}": 0.5})
+
+    found = dynamics_of(state, name, metric=name)
+    figure = draw(found)
+
+    assert png(found).startswith(b"\x89PNG")
+    figure.canvas.draw()
+    shown = [text for text in drawn_texts(figure) if "$" in text.get_text()]
+    assert len(shown) == 4 and not any(text.get_parse_math() for text in shown)
 
 
 # --- the report ------------------------------------------------------------------------------------------------------

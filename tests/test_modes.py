@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -241,8 +242,37 @@ def test_a_reader_of_version_1_names_the_version(
 def test_plan_of_another_mode_than_the_modes_say_is_refused(tiny_committed: Callable) -> None:
     fields = tiny_committed("bert", StoMPPConfig(modes={"query": "bwn"})).config.quantization_config.to_dict()
     for mode in ("bnn", "float"):
-        with pytest.raises(ValueError, match=f"does not fit mode '{mode}'"):
+        with pytest.raises(ValueError, match="that of mode 'bwn', which neither mode nor modes have"):
             StoMPPConfig(**{**fields, "modes": {"query": mode}})
+
+
+@pytest.mark.parametrize("auto_class", [AutoModelForSequenceClassification, AutoModel], ids=["head", "encoder"])
+@pytest.mark.parametrize("state", ["latent", "packed"])
+def test_patterns_of_a_file_are_not_run_on_loading_because_matching_one_may_never_end(
+    tiny_committed: Callable, tiny_inputs: Callable, tmp_path: Path, state: str, auto_class: Any
+) -> None:
+    model = tiny_committed("bert", StoMPPConfig(modes={"query": "bwn"}))
+    (pack(model) if state == "packed" else model).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    hostile = r"(\w+\.?)+-"
+    saved["quantization_config"]["modes"] = {hostile: "bwn"}
+    saved["quantization_config"]["modules_to_not_convert"] = [hostile]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError("loading did not end")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(10)
+    try:
+        loaded = auto_class.from_pretrained(tmp_path)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+    with torch.no_grad():
+        encoder = loaded if auto_class is AutoModel else loaded.bert
+        assert torch.equal(encoder.eval()(**tiny_inputs("bert"))[0], model.bert(**tiny_inputs("bert"))[0])
 
 
 def test_only_models_without_binary_activations_become_plain_float_ones(

@@ -10,7 +10,7 @@ from hf_stompp import StoMPPConfig
 from hf_stompp.model.example_inputs import example_inputs
 from hf_stompp.model.planning import is_excluded, plan_modules
 from hf_stompp.model.stack import find_layer_stack
-from hf_stompp.plan import Plan
+from hf_stompp.plan import Plan, read_plan
 
 
 BERT_LAYER = {
@@ -114,7 +114,10 @@ class Encoder(nn.Module):
 
 
 def plan(model: nn.Module, inputs: dict | None = None, **config) -> Plan:
-    return plan_modules(model, StoMPPConfig(**config), inputs)
+    found = plan_modules(model, StoMPPConfig(**config), inputs)
+    # Whatever is planned must be read again from a file.
+    assert read_plan([entry.to_dict() for entry in found.values()]) == found
+    return found
 
 
 def plan_encoder(model: nn.Module, **config) -> Plan:
@@ -303,7 +306,7 @@ def test_a_much_smaller_second_stack_is_not_ambiguous():
     assert find_layer_stack(model)[0] == "layers"
 
 
-@pytest.mark.parametrize("name", ["encoder", "layers.0", ""])
+@pytest.mark.parametrize("name", ["encoder", "layers.0"])
 def test_layer_stack_that_names_no_list_is_refused_with_the_lists_there_are(name):
     with pytest.raises(ValueError, match=rf"layer_stack='{name}' names no list of layers in Encoder.*'layers'"):
         plan_encoder(Encoder(), layer_stack=name)
@@ -313,6 +316,36 @@ def test_activation_is_fused_with_the_linear_layer_that_reads_it():
     entries = plan_encoder(Encoder())
 
     assert entries["layers.0.down"].input == "layers.0.act"
+
+
+class EndingInFunction(Block):
+    """A layer whose output is that of its activation function."""
+
+    def forward(self, x):
+        return self.act(self.up(self.down(x)))
+
+
+def test_function_that_ends_a_layer_is_fused_with_the_linear_layer_of_the_next():
+    model = Encoder()
+    model.layers = nn.ModuleList(EndingInFunction() for _ in range(2))
+    for layer in model.layers:
+        layer.down, layer.up = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    entries = plan_encoder(model)
+
+    assert entries["layers.1.down"].input == "layers.0.act"
+
+
+def test_name_that_no_config_may_hold_is_refused_before_training():
+    class Named(nn.ModuleDict):
+        def forward(self, x):
+            return self["up/down"](x)
+
+    model = Encoder()
+    model.layers = nn.ModuleList(Named({"up/down": nn.Linear(8, 8)}) for _ in range(2))
+
+    with pytest.raises(ValueError, match="name of 'layers.0.up/down' must be the name of a module"):
+        plan_encoder(model)
 
 
 class GatedBlock(Block):

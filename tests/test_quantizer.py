@@ -651,7 +651,7 @@ def test_newer_format_is_refused(packed_folder):
 def test_unknown_field_is_refused(packed_folder):
     edit_config(packed_folder, lambda config: config.update(weight_groups=4))
 
-    with pytest.raises(ValueError, match=r"no field weight_groups.*newer hf_stompp"):
+    with pytest.raises(ValueError, match=r"no fields \['weight_groups'\].*newer hf_stompp"):
         load(packed_folder)
 
 
@@ -676,6 +676,24 @@ def test_table_that_does_not_fit_is_refused_by_module_name(tiny_committed, tmp_p
     edit_config(tmp_path, lambda config: config["modules"][-1].update(name=name))
 
     with pytest.raises(ValueError, match=rf"{name}: .*BertForSequenceClassification has {what} there"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("state", ["latent", "packed"])
+@pytest.mark.parametrize("name", ["bert", LAYER, f"{LAYER}.output.LayerNorm", "classifier"])
+def test_activation_that_is_no_function_is_refused_by_name(tiny_committed, tmp_path, state, name):
+    model = tiny_committed("bert")
+    model = pack(model) if state == "packed" else model
+    model.save_pretrained(tmp_path)
+
+    def edit(config: dict) -> None:
+        *_, activation, reader = config["modules"]
+        activation["name"] = reader["input"] = name
+        activation["input"] = None
+
+    edit_config(tmp_path, edit)
+
+    with pytest.raises(ValueError, match=rf"{name}: .* says it is an activation function, but .* tensors of its own"):
         load(tmp_path)
 
 

@@ -39,8 +39,8 @@ def follow_prefix(model: nn.Module, config: StoMPPConfig) -> None:
         return
     if config.modes:
         # A pattern may have held the prefix. What is left float is in no plan, so nothing is lost with its pattern.
-        modes = {name: config.mode_of(name) for name, entry in config.plan.items() if entry.is_linear}
-        config.modes = {re.escape(rename(name)): mode for name, mode in modes.items() if mode != config.mode}
+        linears = [entry for entry in config.plan.values() if entry.is_linear]
+        config.modes = {re.escape(rename(e.name)): e.mode for e in linears if e.mode != config.mode}
     config.plan = renamed(config.plan, rename)
 
 

@@ -70,7 +70,7 @@ def check_fits(model: nn.Module, config: StoMPPConfig, kinds: dict[str, tuple[ty
     Checks that a model has the modules that the config says are replaced.
 
     Raises:
-        ValueError: no plan, or a module is missing or of another kind; names it.
+        ValueError: no plan, or a module is missing, of another kind, or has parts where it must not; names it.
     """
     if not config.plan:
         raise ValueError(
@@ -84,6 +84,13 @@ def check_fits(model: nn.Module, config: StoMPPConfig, kinds: dict[str, tuple[ty
             raise ValueError(
                 f"{name}: quantization_config.modules says it is a {expected[0].__name__}, but {type(model).__name__} "
                 f"has {what} there; load the checkpoint with the model class that wrote it"
+            )
+        is_function = entry.kind in ("activation", "sign") and not isinstance(module, MaskedBinaryModule)
+        if is_function and (any(True for _ in module.children()) or module.state_dict()):
+            raise ValueError(
+                f"{name}: quantization_config.modules says it is an activation function, but in "
+                f"{type(model).__name__} it is a {type(module).__name__} with modules or tensors of its own; load the "
+                "checkpoint with the model class that wrote it"
             )
         if entry.is_linear and not entry.bias and getattr(module, "bias", None) is not None:
             raise ValueError(

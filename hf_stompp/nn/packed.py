@@ -271,7 +271,8 @@ class PackedBinaryEmbedding(PackedEmbedding):
         self.register_buffer("packed_weight", torch.zeros(shape, dtype=torch.uint8, device=place.get("device")))
 
     def forward(self, input: Tensor) -> Tensor:
-        signs = unpack_signs(self.packed_weight[input], self.embedding_dim)
+        # Refuses a negative number, as in `look_up`.
+        signs = unpack_signs(F.embedding(input, self.packed_weight), self.embedding_dim)
         return signs.to(self.scale.dtype) * self.scale[input].unsqueeze(-1)
 
 

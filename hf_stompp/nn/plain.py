@@ -166,7 +166,8 @@ class PlainBinaryEmbedding(_PackedRows):
         self.register_buffer("scale", packed.scale)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.signs(self.packed_weight[input], self.scale.dtype) * self.scale[input].unsqueeze(-1)
+        # Refuses a negative number, as in `look_up`.
+        return self.signs(F.embedding(input, self.packed_weight), self.scale.dtype) * self.scale[input].unsqueeze(-1)
 
 
 class PlainInt8Embedding(nn.Module):

@@ -36,6 +36,9 @@ BYTE_LINEAR = (
     "-> Tensor"
 )
 
+TOO_MANY_FEATURES = 2**24
+"""From so many features on float32, in which the reference adds, does not hold every sum."""
+
 MAX_BYTE_FEATURES = (2**31 - 1) // 254
 """More features than this could give a sum of bytes of which int32 does not hold the double, which kernels form."""
 
@@ -59,8 +62,11 @@ def _check(
     if dtype not in FLOATS:
         raise TypeError(f"hf_stompp::{op}: dtype must be float32, bfloat16 or float16, got {dtype}")
     check_dtype(op, "packed_weight", packed_weight, torch.uint8)
-    if in_features < 1:
-        raise ValueError(f"hf_stompp::{op}: in_features must be at least 1, got {in_features}")
+    if not 1 <= in_features < TOO_MANY_FEATURES:
+        raise ValueError(
+            f"hf_stompp::{op}: in_features must be at least 1 and below {TOO_MANY_FEATURES}, or sums are not exact; "
+            f"got {in_features}"
+        )
     if is_bits and threshold is not None:
         raise ValueError(f"hf_stompp::{op}: a threshold was given for an input that is bits already")
     row_bytes = packed_bytes(in_features)
@@ -127,7 +133,7 @@ def binary_linear(
             for bits.
         packed_weight (`Tensor` of shape `(out_features, packed_bytes(in_features))`): uint8. Bits beyond `in_features`
             must be zero, here and in the input: kernels count them.
-        in_features (`int`): at least 1.
+        in_features (`int`): at least 1, below 2^24.
         scale (`Tensor` of shape `(out_features,)`): float32.
         bias (`Tensor` of shape `(out_features,)`, *optional*): float32.
         dtype (`torch.dtype`): of the result: float32, bfloat16 or float16.

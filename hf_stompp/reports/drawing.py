@@ -103,10 +103,17 @@ def draw(dynamics: Dynamics, dark: bool = False) -> Any:
         ImportError: matplotlib is not installed.
         ValueError: nothing that was logged is a finite number.
     """
+    from matplotlib import rc_context
+
+    # Names of units and measures may hold a `$`, which is no formula.
+    with rc_context({"text.parse_math": False}):
+        return _figure(dynamics, DARK if dark else LIGHT)
+
+
+def _figure(dynamics: Dynamics, theme: _Theme) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    theme = DARK if dark else LIGHT
     units = [unit for unit in dynamics.units if unit.frozen]
     panels: list[tuple[float, Any]] = []
     if units:

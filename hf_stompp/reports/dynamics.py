@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,9 @@ FRACTION_PREFIX = "frozen_fraction/"
 ALL_UNITS = "all"
 """Stands for a unit's name where the share of all binary entries is logged."""
 
+MOST_STEPS = 2**53
+"""More steps than this no run has, and a float does not hold all of them."""
+
 # What an evaluation logs beside the measures of the model.
 NO_MEASURES = ("runtime", "samples", "samples_per_second", "steps_per_second", "model_preparation_time")
 
@@ -34,6 +38,11 @@ MODELS = {
     "packed": "packed",
 }
 """How the models in a `summary.json` are called for people, in the order of a table."""
+
+
+def _is_number(value: Any) -> bool:
+    """Whether `float` takes a value: a whole number may be too large."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) <= sys.float_info.max)
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,7 @@ class Series:
     def of(cls, pairs: Iterable[tuple[int, Any]]) -> Series:
         """Of pairs of step and value; of several with the same step the last counts, and only finite ones."""
         # JSON of other programs has None or "NaN" where there was no number.
-        kept = {step: float(value) for step, value in pairs if isinstance(value, int | float) and math.isfinite(value)}
+        kept = {step: float(value) for step, value in pairs if _is_number(value) and math.isfinite(value)}
         steps = sorted(kept)
         return cls(steps, [kept[step] for step in steps])
 
@@ -179,7 +188,7 @@ def read_dynamics(run: Path, metric: str | None = None) -> Dynamics:
 def _read_object(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{file} is no valid JSON ({error}): the run may have been stopped while it was written; name another "
             "checkpoint of the run"
@@ -210,8 +219,11 @@ def dynamics_of(
         ValueError: see [`read_dynamics`].
     """
     log = state.get("log_history")
-    if not isinstance(log, list) or not all(isinstance(entry, dict) and _step(entry) is not None for entry in log):
-        raise ValueError(f"{source} holds no log_history of a Trainer: name a {STATE_FILE}, or the folder of a run")
+    if not isinstance(log, list) or not all(isinstance(entry, dict) and _is_step(entry.get("step")) for entry in log):
+        raise ValueError(
+            f"{source} holds no log_history of a Trainer, entries that each have a step: name a {STATE_FILE}, or the "
+            "folder of a run"
+        )
     training = [entry for entry in log if "loss" in entry]
     evaluations = [entry for entry in log if measures_of(entry, "eval_") or measures_of(entry, "eval_mixed_")]
     if not training and not evaluations:
@@ -220,14 +232,15 @@ def dynamics_of(
             "number of its steps"
         )
     summary = summary or {}
-    saved = state.get("stateful_callbacks", {}).get(CALLBACK, {}).get("attributes", {}).get("progression") or {}
+    saved = _saved_progression(state, source)
     steps = max(int(entry["step"]) for entry in log)
     chosen = _choose_metric(evaluations, metric, source)
 
     def series(entries: Sequence[Mapping[str, Any]], key: str) -> Series:
         return Series.of((int(entry["step"]), entry.get(key)) for entry in entries)
 
-    results = _results(evaluations, summary.get("metrics") or {})
+    summary_source = f"the summary of {source}"
+    results = _results(evaluations, _part(summary, "metrics", summary_source), summary_source)
     return Dynamics(
         name=name,
         source=source,
@@ -241,14 +254,52 @@ def dynamics_of(
         loss=series(training, "loss"),
         grad_norm=series(training, "grad_norm"),
         learning_rate=series(training, "learning_rate"),
-        progression=_settings(saved, summary.get("progression") or {}),
+        progression=_settings(saved, _part(summary, "progression", summary_source)),
         results=results,
     )
 
 
-def _step(entry: Mapping[str, Any]) -> int | None:
-    step = entry.get("step")
-    return step if isinstance(step, int) else None
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_STEPS
+
+
+def _part(whole: Mapping[str, Any], name: str, source: str) -> Mapping[str, Any]:
+    """An object within one of JSON; empty where there is none."""
+    part = whole.get(name)
+    if part is not None and not isinstance(part, Mapping):
+        raise ValueError(f"{source} is damaged: its {name} is no JSON object; name another checkpoint of the run")
+    return part or {}
+
+
+def _saved_progression(state: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    """
+    The progression that a Trainer's state keeps; empty where there is none.
+
+    Raises:
+        ValueError: it is no progression.
+    """
+    saved = state
+    for name in ("stateful_callbacks", CALLBACK, "attributes", "progression"):
+        saved = _part(saved, name, source)
+    if not saved:
+        return {}
+    units, windows = saved.get("units"), saved.get("windows")
+    right = {
+        "units": isinstance(units, list) and bool(units) and all(isinstance(unit, str) for unit in units),
+        "windows": isinstance(windows, list)
+        and all(isinstance(window, list) and len(window) == 2 and all(map(_is_step, window)) for window in windows)
+        and isinstance(units, list)
+        and len(windows) == len(units),
+        "total_steps": _is_step(saved.get("total_steps")),
+        **{name: name in saved for name in ("order", "schedule", "refresh_period", "seed")},
+    }
+    wrong = [name for name, is_right in right.items() if not is_right]
+    if wrong:
+        raise ValueError(
+            f"{source} is damaged: {wrong[0]} of the progression in its stateful_callbacks is missing, or not as a "
+            "Trainer writes it; name another checkpoint of the run"
+        )
+    return saved
 
 
 def measures_of(entry: Mapping[str, Any], prefix: str) -> dict[str, float]:
@@ -257,7 +308,7 @@ def measures_of(entry: Mapping[str, Any], prefix: str) -> dict[str, float]:
     return {
         name: float(value)
         for name, value in found.items()
-        if name not in NO_MEASURES and not name.startswith("mixed_") and isinstance(value, int | float)
+        if name not in NO_MEASURES and not name.startswith("mixed_") and _is_number(value)
     }
 
 
@@ -284,7 +335,7 @@ def _units(training: Sequence[Mapping[str, Any]], saved: Mapping[str, Any], step
         key.removeprefix(FRACTION_PREFIX) for entry in training for key in entry if key.startswith(FRACTION_PREFIX)
     }
     names = saved.get("units") or sorted(logged - {ALL_UNITS}, key=_natural)
-    windows = dict(zip(names, saved.get("windows") or [], strict=False))
+    windows = dict(zip(names, saved.get("windows", []), strict=False))
     units = []
     for name in names:
         frozen = Series.of((int(entry["step"]), entry.get(FRACTION_PREFIX + name)) for entry in training)
@@ -317,8 +368,10 @@ def _settings(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
     }
 
 
-def _results(evaluations: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    found = {name: measures_of(metrics[name] or {}, "eval_") for name in MODELS if name in metrics}
+def _results(
+    evaluations: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], source: str
+) -> dict[str, dict[str, float]]:
+    found = {name: measures_of(_part(metrics, name, source), "eval_") for name in MODELS if name in metrics}
     if "binary_final" not in found and "binary" not in found:
         own = [measures for entry in evaluations if (measures := measures_of(entry, "eval_"))]
         found["binary"] = own[-1] if own else {}

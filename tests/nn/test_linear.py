@@ -17,6 +17,7 @@ from hf_stompp.nn import (
     PackedBinaryLinear,
 )
 from hf_stompp.nn.mask import mask_generator
+from hf_stompp.nn.plain import plain_module
 from hf_stompp.ops import pack_bits
 
 
@@ -395,3 +396,13 @@ def test_a_committed_embedding_equals_the_packed_one_bit_for_bit(dtype: torch.dt
     packed.scale.copy_(table.row_scale().flatten())
     assert packed(ids).dtype == dtype
     assert torch.equal(packed(ids), table(ids))
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["packed", "plain"])
+@pytest.mark.parametrize("id", [-1, -12, 12])
+def test_an_id_that_is_not_in_the_table_is_refused_as_by_an_embedding_of_floats(id: int, plain: bool) -> None:
+    packed = PackedBinaryEmbedding(12, 19)
+    table = plain_module(packed) if plain else packed
+    for embedding in (nn.Embedding(12, 19), table):
+        with pytest.raises(IndexError, match="out of range"):
+            embedding(torch.tensor([[3, id]]))

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 # Importing them registers the operators.
-from hf_stompp.ops import binary_linear, binary_linear_sign, cpu, layer_norm_sign, pack_sign
+from hf_stompp.ops import binary_linear, binary_linear_sign, cpu, layer_norm_sign, pack_sign, packed_bytes
 
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -566,3 +566,19 @@ def test_compiling_a_call_that_does_not_fit_is_refused(op: str, fresh_compiler: 
     with pytest.raises(Exception) as raised:
         torch.compile(lambda: OPS[op](**arguments), fullgraph=True, backend="eager")()
     assert is_named(op, argument, str(raised.value))
+
+
+@pytest.mark.parametrize("op", ["binary_linear", "binary_linear_sign"])
+def test_so_many_features_that_sums_are_not_exact_are_refused(op: str) -> None:
+    operator = getattr(torch.ops.hf_stompp, op)
+
+    def run(in_features: int) -> Tensor:
+        bits = torch.empty(1, packed_bytes(in_features), dtype=torch.uint8, device="meta")
+        more = (None,) if op == "binary_linear_sign" else ()
+        scale = torch.ones(1, device="meta")
+        return operator(bits, None, bits, in_features, scale, None, torch.float32, *more)
+
+    assert len(run(2**24 - 1)) == 1
+    for in_features in (2**24, 2**24 + 1, 2**40):
+        with pytest.raises(ValueError, match=f"in_features must be .* below {2**24}, .*; got {in_features}"):
+            run(in_features)
