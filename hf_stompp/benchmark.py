@@ -180,7 +180,7 @@ def minilm() -> nn.Module | None:
     if spec is None or spec.origin is None:
         return None
     folder = next(Path(spec.origin).parent.rglob("model.safetensors")).parent
-    return AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
+    return AutoModel.from_pretrained(folder, add_pooling_layer=False, trust_remote_code=False).eval()
 
 
 def packed_copy(model: nn.Module, mode: str = "bnn", **options: Any) -> Any:

@@ -25,6 +25,7 @@ from .model.modules import config_of, packed_modules
 from .model.quantizer import mark_as_plain
 from .model.swap import swap_out_norms
 from .nn.plain import plain_module
+from .output import replacing
 
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -134,13 +135,8 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], inputs: Mapping[
             verbose=False,
         )
         _simplify(program.model)
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
+    with replacing(Path(path)) as partial:
         program.save(str(partial), external_data=False)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _multiply_integers(a: Any, b: Any) -> Any:

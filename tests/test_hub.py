@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard, metadata_load
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from safetensors import safe_open
 from safetensors.torch import load, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.utils.hub import create_and_tag_model_card
 
 from hf_stompp.model.card import (
     add_section,
@@ -30,6 +31,7 @@ from hf_stompp.model.card import (
     model_card,
     usage_section,
 )
+from hf_stompp.output import printable
 from hf_stompp.reports.dynamics import final_evaluation
 from hf_stompp.training.pushing import explained, same_weights_kept
 
@@ -278,6 +280,90 @@ def test_a_card_that_somebody_wrote_keeps_its_text(tiny_packed: Any, tmp_path: P
     assert metadata_load(card)["tags"] == ["mine", "stompp", "binary", "1-bit"]
     complete_card(tiny_packed("bert"), card, "me/tiny")
     assert card.read_text() == text
+
+
+@pytest.fixture
+def empty_form(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The card that Transformers makes for a repository that has none."""
+
+    def missing(*args: Any, **kwargs: Any) -> None:
+        raise EntryNotFoundError("there is no README.md")
+
+    monkeypatch.setattr(ModelCard, "load", missing)
+    card = str(create_and_tag_model_card("me/tiny", tags=["mine"]))
+    monkeypatch.undo()
+    return card
+
+
+def test_an_empty_form_is_replaced_and_its_metadata_stay(tiny_packed: Any, tmp_path: Path, empty_form: str) -> None:
+    card = tmp_path / "README.md"
+    card.write_text(empty_form.replace("tags:", "license: mit\ntags:"))
+    complete_card(tiny_packed("bert"), card, "me/tiny")
+    assert "[More Information Needed]" not in card.read_text() and "## What is binary" in card.read_text()
+    metadata = metadata_load(card)
+    assert metadata["license"] == "mit" and metadata["tags"] == ["mine", "stompp", "binary", "1-bit"]
+
+
+@pytest.mark.parametrize(
+    ("form", "written"),
+    [
+        ("automatically generated.", "automatically generated. I trained it for three weeks."),
+        ("## Uses\n", "## Uses\n\nAsk me first.\n"),
+        ("# Model Card for Model ID", "# Card of the model that I trained"),
+        ("### Direct Use", "Mine.\n\n### Direct Use"),
+    ],
+)
+def test_an_empty_form_that_was_written_in_keeps_every_line(
+    tiny_packed: Any, tmp_path: Path, empty_form: str, form: str, written: str
+) -> None:
+    card = tmp_path / "README.md"
+    assert form in empty_form
+    card.write_text(empty_form.replace(form, written))
+    complete_card(tiny_packed("bert"), card, "me/tiny")
+    text = ModelCard(card.read_text()).text
+    lines = iter(text.splitlines())
+    assert all(line in lines for line in ModelCard(empty_form.replace(form, written)).text.splitlines())
+    assert "import hf_stompp" in text and metadata_load(card)["tags"] == ["mine", "stompp", "binary", "1-bit"]
+
+
+# Names that would be headings, images, links, cells, or code that ends early.
+NAMES = [
+    "a\n\n# Heading",
+    "![x](http://e/i)",
+    "`\n\n## Heading\n`",
+    "``` `` `x",
+    "[a](b)",
+    "a|b|c",
+    "\x1b[2J",
+    "a",
+]
+
+
+def elements(text: str) -> list[tuple[str, str]]:
+    """What Markdown makes of a card: kinds and contents of all but its plain text."""
+    markdown_it = pytest.importorskip("markdown_it")
+    tokens = markdown_it.MarkdownIt("commonmark").enable("table").parse(text)
+    inner = [child for token in tokens for child in (token.children or [token])]
+    return [(token.type, token.content) for token in inner if token.type not in ("text", "softbreak")]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_names_of_a_config_are_code_in_a_card(tiny_packed: Any, name: str) -> None:
+    packed = tiny_packed("bert")
+    config = packed.config.quantization_config
+    config.modes = {"pattern": "bwn"}
+    plain = elements(model_card(packed, "tiny", "me/tiny").text)
+    for entry in config.plan.values():
+        object.__setattr__(entry, "unit", name + entry.unit)
+    config.modules_to_not_convert = [name + pattern for pattern in config.modules_to_not_convert]
+    config.modes = {name: "bwn"}
+    text = model_card(packed, "tiny", "me/tiny").text
+    found = elements(text)
+    assert [kind for kind, _ in found] == [kind for kind, _ in plain]
+    codes = [content for kind, content in found if kind == "code_inline"]
+    for shown in (name + "bert.encoder.layer.1", name + "pooler"):
+        assert printable(shown) in codes
+    assert all(character.isprintable() or character == "\n" for character in text)
 
 
 def test_errors_that_are_not_of_the_hub_pass_unchanged(tmp_path: Path) -> None:

@@ -397,6 +397,17 @@ class TestTeacher:
                 run_recipe(recipe(asked={"teacher": str(tmp_path / name), "float_num_train_epochs": 1.0}), model)
         assert not (tmp_path / "run" / "float").exists()
 
+    def test_the_code_of_a_teacher_is_not_run(
+        self, recipe: Callable, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "evil").mkdir()
+        (tmp_path / "evil" / "evil.py").write_text("raise SystemExit")
+        config = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C"}}
+        (tmp_path / "evil" / "config.json").write_text(json.dumps(config))
+        monkeypatch.setattr("builtins.input", lambda question: "y")
+        with pytest.raises(ValueError, match="comes with code of its own, which is not run"):
+            run_recipe(recipe(asked={"teacher": str(tmp_path / "evil")}), model)
+
     def test_a_teacher_with_another_tokenizer_is_refused_before_anything_is_trained(
         self, folder: str, recipe: Callable, model: Any
     ) -> None:

@@ -66,9 +66,40 @@ def test_modules_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     (folder / "modules.json").write_text("[")
     with pytest.raises(ValueError, match="cannot be read"):
         pooling_of(folder)
+    (folder / "modules.json").write_text("[]")
+    with pytest.raises(ValueError, match="pools by nothing"):
+        pooling_of(folder)
     other = write_modules(tmp_path / "other", {"pooling_mode": "mean"}, "sentence_transformers.models.Dense")
     with pytest.raises(ValueError, match="pools by nothing"):
         pooling_of(other)
+
+
+ANYTHING = [None, 5, [], {}, "text", [5], {"a": 1}, [None], ["cls", 5], {"pooling_mode": 5}, {"pooling_mode": [5]}]
+
+
+@pytest.mark.parametrize("content", ANYTHING, ids=str)
+def test_files_that_say_something_else_are_refused(tmp_path: Path, content: Any) -> None:
+    folder = write_modules(tmp_path / "pooling", content)
+    with pytest.raises(ValueError, match=r"pools by (nothing|5):|1_Pooling/config.json .*copy the folder again"):
+        pooling_of(folder)
+    folder = write_modules(tmp_path / "modules", {"pooling_mode": "mean"})
+    modules = json.loads((folder / "modules.json").read_text())
+    for edited in (content, [content], *([{**modules[1], key: content}] for key in ("type", "path"))):
+        (folder / "modules.json").write_text(json.dumps(edited))
+        with pytest.raises(ValueError, match=r"pools by nothing|(modules|config).json .*copy the folder again"):
+            pooling_of(folder)
+
+
+@pytest.mark.parametrize("name", ["1_Pooling/secret.json", "sentence_bert_config.json", "2_Normalize"])
+def test_a_link_that_leads_out_of_a_sentence_encoder_is_refused(tmp_path: Path, name: str) -> None:
+    source = write_modules(tmp_path / "source", {"pooling_mode": "mean"})
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "key").write_text("secret")
+    (source / name).symlink_to(tmp_path / "secret" / ("key" if name.endswith(".json") else ""))
+    (tmp_path / "target").mkdir()
+    with pytest.raises(ValueError, match=f"{name}.* leads to {tmp_path / 'secret'}"):
+        copy_modules(source, tmp_path / "target")
+    assert "secret" not in [path.read_text() for path in (tmp_path / "target").rglob("*") if path.is_file()]
 
 
 def test_a_plain_encoder_has_no_modules(tmp_path: Path) -> None:

@@ -841,6 +841,29 @@ def test_an_empty_dataset_is_refused(tmp_path: Path) -> None:
         make_trainer(tmp_path, train_dataset=make_dataset().select([])).train()
 
 
+class TrainerWithItsOwnLoss(StoMPPTrainer):
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        labels = inputs.pop("labels").float()
+        return (model(**inputs).logits[:, 0] - labels).square().mean()
+
+
+@pytest.mark.parametrize("is_a_function", [True, False])
+def test_labels_that_a_loss_of_ones_own_reads_are_not_taken_for_classes(tmp_path: Path, is_a_function: bool) -> None:
+    rows = make_dataset().to_dict()
+    rows["labels"] = list(range(len(rows["labels"])))
+    ordinary = make_trainer(tmp_path, train_dataset=Dataset.from_dict(rows), max_steps=6)
+    kind = StoMPPTrainer if is_a_function else TrainerWithItsOwnLoss
+    options: dict[str, Any] = {}
+    if is_a_function:
+        options["compute_loss_func"] = lambda outputs, labels, **kwargs: (
+            (outputs.logits[:, 0] - labels).square().mean()
+        )
+    trainer = kind(ordinary.model, ordinary.args, train_dataset=ordinary.train_dataset, **options)
+    assert math.isfinite(trainer.train().training_loss)
+    with pytest.raises(ValueError, match="label out of range"):
+        ordinary.train()
+
+
 @pytest.mark.parametrize("label", [2, -1, 5])
 def test_a_label_out_of_range_is_refused_before_the_first_step(tmp_path: Path, label: int) -> None:
     rows = make_dataset().to_dict()

@@ -9,7 +9,9 @@ from datasets import Dataset
 from transformers import (
     BertConfig,
     BertForMultipleChoice,
+    BertForNextSentencePrediction,
     BertForSequenceClassification,
+    BertModel,
     PreTrainedModel,
 )
 
@@ -63,7 +65,8 @@ def test_labels_are_checked_where_they_are_classes_that_the_model_learns() -> No
     with pytest.raises(ValueError, match="row 1 of train_dataset has labels=7"):
         check_training_set(OUT_OF_RANGE, model())
     check_training_set(OUT_OF_RANGE, model(), answered=True)
-    check_training_set(OUT_OF_RANGE, model(BertForMultipleChoice))
+    for head in (BertForMultipleChoice, BertForNextSentencePrediction, BertModel):
+        check_training_set(OUT_OF_RANGE, model(head))
     check_training_set(OUT_OF_RANGE, model(problem_type="multi_label_classification"))
     check_training_set(OUT_OF_RANGE, model(num_labels=1))
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,16 +18,16 @@ from transformers import PreTrainedModel
 
 from ..model.card import model_card
 from ..model.conversion import pack, unpack
+from ..output import copy_file
 from .errors import CommandError
 from .models import TOKENIZER_FILES, load, local_folder, megabytes, read_config, state_of
 
 
-OLD_WEIGHTS = (
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model*.bin",
-    "pytorch_model.bin.index.json",
+WEIGHTS = re.compile(
+    r"model(\.safetensors(\.index\.json)?|-\d{5}-of-\d{5}\.safetensors)"
+    r"|pytorch_model(\.bin(\.index\.json)?|-\d{5}-of-\d{5}\.bin)"
 )
+"""Names of the files that Transformers writes weights to."""
 
 
 @contextmanager
@@ -43,32 +45,52 @@ def output_folder(output: str, force: bool, model: str) -> Iterator[Path]:
         CommandError: `output` is a file, holds something, is the model itself, or cannot be written to.
     """
     folder = Path(output).expanduser()
-    if folder.exists() and not folder.is_dir():
+    if os.path.lexists(folder) and not folder.is_dir():
         raise CommandError(f"{output} is a file: name a folder")
     if folder.is_dir() and Path(model).expanduser().is_dir() and folder.samefile(Path(model).expanduser()):
         raise CommandError(f"{output} is the model that is read: choose another folder for the result")
     if folder.is_dir() and any(folder.iterdir()) and not force:
         raise CommandError(f"{output} is not empty: choose another folder, or replace the model in it with --force")
     # Within it where it is there: that is what may be written to, and moving a file stays a renaming.
-    partial = (folder if folder.is_dir() else folder.parent) / f".{folder.name}.{os.getpid()}.partial"
+    place = folder if folder.is_dir() else folder.parent
     try:
-        partial.mkdir(parents=True)
+        place.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".hf_stompp-", dir=place))
     except OSError as error:
         raise CommandError(
-            f"cannot write to {partial.parent} ({error.strerror}): choose another folder, or change its permissions"
+            f"cannot write to {place} ({error.strerror}): choose another folder, or change its permissions"
         ) from error
     try:
-        yield partial
+        made = work / "new"
+        made.mkdir()
+        yield made
         if folder.is_dir():
-            for pattern in OLD_WEIGHTS:
-                for old in folder.glob(pattern):
-                    old.unlink()
-            for path in partial.iterdir():
-                path.replace(folder / path.name)
+            _replace_model(folder, made, work / "old")
         else:
-            partial.rename(folder)
+            made.rename(folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _replace_model(folder: Path, new: Path, old: Path) -> None:
+    """Moves a model's files from `new` into a folder, and then its other weights to `old`; or leaves it as it was."""
+    names = sorted(path.name for path in new.iterdir())
+    stale = [path.name for path in folder.iterdir() if WEIGHTS.fullmatch(path.name) and path.name not in names]
+    old.mkdir()
+    try:
+        for name in names:
+            if os.path.lexists(folder / name) and not (folder / name).is_dir():
+                (folder / name).replace(old / name)
+            (new / name).replace(folder / name)
+        for name in stale:
+            (folder / name).replace(old / name)
+    except BaseException:
+        for name in names:
+            if not (new / name).exists():
+                (folder / name).replace(new / name)
+        for path in old.iterdir():
+            path.replace(folder / path.name)
+        raise
 
 
 def weight_bytes(folder: Path) -> int:
@@ -111,14 +133,14 @@ def _convert(
         bar.update()
         bar.set_description("writing")
         made.save_pretrained(partial)
-        folder = Path(arguments.output).expanduser()
+        folder = Path(arguments.output).expanduser().resolve()
         # A card that is there may be somebody's own.
         if getattr(made.config, "quantization_config", None) is not None and not (folder / "README.md").exists():
-            model_card(made, folder.name, arguments.output).save(partial / "README.md")
+            model_card(made, folder.name, folder.name).save(partial / "README.md")
         for pattern in TOKENIZER_FILES:
             for path in source.glob(pattern):
-                # Through the links of the Hub's cache.
-                shutil.copyfile(path, partial / path.name)
+                if path.is_symlink() or not path.is_dir():
+                    copy_file(path, source, partial / path.name)
         result = {
             "model": arguments.model,
             "output": arguments.output,

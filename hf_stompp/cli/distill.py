@@ -22,6 +22,7 @@ from ..data.text import Text, hold_out, read_texts, split_sentences
 from ..model.card import add_section
 from ..model.conversion import binarize
 from ..model.modules import config_of
+from ..output import write_json
 from ..training.arguments import StoMPPTrainingArguments
 from ..training.distillation import LABELS, LOSSES, check_teacher
 from ..training.methods import RecipeArguments
@@ -119,7 +120,10 @@ def load_encoder(arguments: argparse.Namespace) -> Encoder:
         folder = modules_folder(name)
         pooling = "mean" if folder is None else pooling_of(folder)
         model, report = AutoModel.from_pretrained(
-            path if path.is_dir() else name, dtype=torch.float32, output_loading_info=True
+            path if path.is_dir() else name,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
         if model.main_input_name != "input_ids":
             raise CommandError(f"{name} takes {model.main_input_name}, not text: name a text encoder")
@@ -155,7 +159,9 @@ def load_student(arguments: argparse.Namespace, encoder: Encoder, asked: RecipeA
         )
     path = Path(arguments.student).expanduser()
     with hub_errors("model", arguments.student):
-        student: Any = AutoModel.from_pretrained(path if path.is_dir() else arguments.student, dtype=torch.float32)
+        student: Any = AutoModel.from_pretrained(
+            path if path.is_dir() else arguments.student, dtype=torch.float32, trust_remote_code=False
+        )
         vocabulary = read_tokenizer(arguments.student).get_vocab()
     if vocabulary != encoder.tokenizer.get_vocab():
         raise CommandError(
@@ -299,7 +305,7 @@ def distill(arguments: argparse.Namespace) -> dict[str, Any]:
         saved=str(Path(arguments.output) / "packed"),
         command=shlex.join(["hf-stompp", *arguments.words]),
     )
-    (output / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(output / SUMMARY, summary)
     return summary
 
 
@@ -324,7 +330,8 @@ def train_and_pack(recipe: Recipe, encoder: Encoder, student: PreTrainedModel, h
     folder = recipe.output_dir / "packed"
     if encoder.folder is not None:
         copy_modules(encoder.folder, folder)
-    similarity = F.cosine_similarity(embeddings(AutoModel.from_pretrained(folder)), expected).mean().item()
+    loaded = AutoModel.from_pretrained(folder, trust_remote_code=False)
+    similarity = F.cosine_similarity(embeddings(loaded), expected).mean().item()
     results.metrics["packed"] = {**(results.metrics["packed"] or {}), "eval_cosine_similarity": similarity}
     return results
 

@@ -16,13 +16,19 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from ..output import printable
+
 
 class CommandError(Exception):
     """What a user can put right; the message is one line that names the next step."""
 
 
 def explain(error: BaseException) -> str:
-    """An error that a command ended with, in one line."""
+    """An error that a command ended with, in one line of printable characters."""
+    return printable(_explain(error))
+
+
+def _explain(error: BaseException) -> str:
     if isinstance(error, PermissionError):
         where = f" for {error.filename}" if error.filename else ""
         return f"no permission{where}: change its permissions, or choose another place"
@@ -68,6 +74,11 @@ def _hub_message(causes: list[BaseException], what: str, name: str) -> str | Non
     def first(*kinds: type[BaseException]) -> BaseException | None:
         return next((cause for cause in causes if isinstance(cause, kinds)), None)
 
+    if any("trust_remote_code" in str(cause) for cause in causes if isinstance(cause, ValueError)):
+        return (
+            f"{name} comes with code of its own, and this command runs no code from a repository: name a {what} that "
+            "Transformers loads without, or load it in Python"
+        )
     endpoint = constants.ENDPOINT
     log_in = "log in with `hf auth login` (or set HF_TOKEN)"
     if first(GatedRepoError):

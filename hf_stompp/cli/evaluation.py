@@ -190,7 +190,7 @@ def read_tokenizer(model: str) -> Any:
         raise CommandError(
             f"{model} has no tokenizer: copy tokenizer.json and tokenizer_config.json of its base model"
         )
-    return AutoTokenizer.from_pretrained(folder if is_local else model)
+    return AutoTokenizer.from_pretrained(folder if is_local else model, trust_remote_code=False)
 
 
 def run(arguments: argparse.Namespace) -> None:

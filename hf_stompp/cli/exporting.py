@@ -32,7 +32,7 @@ def _output_file(output: str, force: bool) -> Iterator[Path]:
         raise CommandError(f"{output} is a folder: name a file, such as {path / 'model.onnx'}")
     if path.suffix != ".onnx":
         raise CommandError(f"{output} does not end in .onnx: name the ONNX file to write")
-    if path.exists() and not force:
+    if os.path.lexists(path) and not force:
         raise CommandError(f"{output} is there: choose another file, or replace it with --force")
     made = [folder for folder in path.parents if not folder.exists()]
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..model.planning import plan_modules
 from ..model.report import BinarizationReport, report
 from ..model.swap import swap_in_masked
 from ..nn import MaskedBinaryModule, RoundedEmbedding
+from ..output import printable
 from .errors import CommandError
 from .models import empty_model, frozen_fractions, load, megabytes, read_config, state_of
 
@@ -99,7 +100,8 @@ def inspect(model: str, options: dict[str, Any]) -> dict[str, Any]:
     else:
         found = load(model, config)
         stompp = found.config.quantization_config
-    sizes: BinarizationReport = report(found, stompp)
+    sizes = report(found, stompp)
+    shown = BinarizationReport([replace(row, unit=printable(row.unit)) for row in sizes.units])
     return {
         "model": model,
         "class": type(found).__name__,
@@ -110,14 +112,15 @@ def inspect(model: str, options: dict[str, Any]) -> dict[str, Any]:
         "frozen_fractions": frozen_fractions(found) if state == "latent" else {},
         "float_modules": _float_bytes(found),
         "modules": stompp.modules,
-        "table": str(sizes),
+        "table": str(shown),
     }
 
 
 def _print(result: dict[str, Any]) -> None:
     options, total, state = result["options"], result["total"], result["state"]
     what = "float; what binarize() would make of it" if state == "float" else state
-    others = "".join(f", {mode} where {pattern}" for pattern, mode in (options["modes"] or {}).items())
+    names = {name: printable(name) for name in [*result["float_modules"], *result["frozen_fractions"]]}
+    others = "".join(f", {mode} where {printable(pattern)}" for pattern, mode in (options["modes"] or {}).items())
     print(f"{result['model']}: {result['class']}, {what} (mode {options['mode']}{others}, unit {options['unit']})\n")
     print(result["table"] + "\n")
     binary, weights = total["binary_weights"], total["binary_weights"] + total["float_weights"]
@@ -127,10 +130,10 @@ def _print(result: dict[str, Any]) -> None:
         f"size: {megabytes(total['bytes_before'])} float, {megabytes(total['bytes_packed'])} packed, "
         f"{ratio:.1f} times smaller"
     )
-    largest = [f"{name} {megabytes(size)}" for name, size in list(result["float_modules"].items())[:3]]
+    largest = [f"{names[name]} {megabytes(size)}" for name, size in list(result["float_modules"].items())[:3]]
     print(f"stays float: {', '.join(largest)}, and {max(0, len(result['float_modules']) - 3)} smaller modules")
     if state == "latent":
-        free = [unit for unit, fraction in result["frozen_fractions"].items() if fraction < 1.0]
+        free = [names[unit] for unit, fraction in result["frozen_fractions"].items() if fraction < 1.0]
         print(f"frozen: {'everything, it can be packed' if not free else 'not yet all of ' + ', '.join(free)}")
 
 

@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATIO
 
 from .errors import CommandError
 from .examples import TOKENS, Examples
+from .models import first_architecture
 
 
 LISTS = ("multi_label_classification", TOKENS)
@@ -28,7 +29,7 @@ def problem_type_of(config: Any, model: str) -> str:
     Raises:
         CommandError: it puts out several numbers, which have no one measure.
     """
-    if (config.architectures or [None])[0] in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values():
+    if first_architecture(config) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values():
         return TOKENS
     # Transformers takes one output for a number where the config does not say.
     found = config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")

@@ -90,7 +90,7 @@ def read_config(model: str) -> PreTrainedConfig:
     elif folder.is_absolute() or model.count("/") > 1 or model.startswith((".", "~")):
         raise CommandError(f"there is no folder {model}: check the path, or give a name on the Hub, user/model")
     with hub_errors("model", model):
-        return AutoConfig.from_pretrained(folder if folder.is_dir() else model)
+        return AutoConfig.from_pretrained(folder if folder.is_dir() else model, trust_remote_code=False)
 
 
 def state_of(config: PreTrainedConfig, model: str) -> str:
@@ -126,19 +126,29 @@ def model_class(config: PreTrainedConfig, model: str) -> type[PreTrainedModel]:
     Raises:
         CommandError: Transformers has no such class.
     """
-    names = config.architectures or []
-    if not names:
+    from transformers import PreTrainedModel
+
+    name = first_architecture(config)
+    if name is None:
         raise CommandError(
-            f"the config.json of {model} names no model class: save the model with save_pretrained, or add "
-            '"architectures", such as ["BertForSequenceClassification"]'
+            f"the config.json of {model} names no model class: save the model with save_pretrained, or set "
+            '"architectures" to a list such as ["BertForSequenceClassification"]'
         )
-    found = getattr(transformers, names[0], None)
-    if found is None:
+    found = getattr(transformers, name, None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise CommandError(
-            f"{model} is a {names[0]}, which this Transformers does not have: upgrade transformers, or load it in "
-            "Python (this command runs no code from a repository)"
+            f"{model} is a {name}, which this Transformers does not have as a class of models: upgrade transformers, "
+            "or load it in Python (this command runs no code from a repository)"
         )
     return found
+
+
+def first_architecture(config: PreTrainedConfig) -> str | None:
+    """The name of the class that a checkpoint was saved from; None where its config names none."""
+    names: Any = config.architectures
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        return None
+    return names[0]
 
 
 def load(model: str, config: PreTrainedConfig) -> PreTrainedModel:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..output import replacing
 from ..reports.drawing import can_draw, png, report
 from ..reports.dynamics import MODELS, Dynamics, read_dynamics
 from .errors import CommandError
@@ -26,7 +28,7 @@ def _files(arguments: argparse.Namespace) -> dict[str, Path]:
     if folder.exists() and not folder.is_dir():
         raise CommandError(f"{folder} is a file: name a folder with --output")
     files = {"picture": folder / "dynamics.png", "report": folder / "dynamics.html"}
-    there = [path for path in files.values() if path.exists()]
+    there = [path for path in files.values() if os.path.lexists(path)]
     if there and not arguments.force:
         raise CommandError(
             f"{there[0]} is there already: choose another folder with --output, or replace it with --force"
@@ -73,8 +75,10 @@ def run(arguments: argparse.Namespace) -> None:
     files = _files(arguments)
     picture, page = png(dynamics), report(dynamics)
     files["picture"].parent.mkdir(parents=True, exist_ok=True)
-    files["picture"].write_bytes(picture)
-    files["report"].write_text(page, encoding="utf-8")
+    with replacing(files["picture"]) as partial:
+        partial.write_bytes(picture)
+    with replacing(files["report"]) as partial:
+        partial.write_text(page, encoding="utf-8")
     if arguments.json:
         print(json.dumps(_result(dynamics, files), indent=2))
     else:

@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from ..model.modules import config_of, masked_modules
+from ..output import write_json
 from ..training.arguments import StoMPPTrainingArguments
 from ..training.callbacks import UnitProgressCallback
 from ..training.methods import RecipeArguments
@@ -44,7 +45,7 @@ from .evaluation import CLASSIFIERS, read_tokenizer
 from .examples import TOKENS, Examples, read_examples
 from .labels import class_names, model_labels, output_names, problem_type_of
 from .measures import metrics_of
-from .models import megabytes, read_config, state_of
+from .models import first_architecture, megabytes, read_config, state_of
 from .options import read_losses
 from .words import token_labels
 
@@ -163,7 +164,7 @@ def load_model(arguments: argparse.Namespace, examples: Examples) -> tuple[Any, 
             f"{arguments.model} is binary already (latent): drop --mode, --modes, --word_embeddings, --float_epochs "
             "and --method float, or name a float model"
         )
-    known = (config.architectures or [None])[0] in CLASSIFIERS
+    known = first_architecture(config) in CLASSIFIERS
     wanted = arguments.problem_type
     if known and (found := problem_type_of(config, arguments.model)) != wanted:
         raise CommandError(
@@ -186,6 +187,7 @@ def load_model(arguments: argparse.Namespace, examples: Examples) -> tuple[Any, 
         model, loading = auto.from_pretrained(
             folder if folder.is_dir() else arguments.model,
             dtype=torch.float32,
+            trust_remote_code=False,
             ignore_mismatched_sizes=not known,
             output_loading_info=True,
             **options,
@@ -341,7 +343,7 @@ def _save(arguments: argparse.Namespace, recipe: Recipe, results: Results, examp
         command=shlex.join(["hf-stompp", *arguments.words]),
     )
     summary["metrics"] = {name: found for name, found in summary["metrics"].items() if found is not None}
-    (recipe.output_dir / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(recipe.output_dir / SUMMARY, summary)
     return summary
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers.modelcard import TASK_TAG_TO_NAME_MAPPING, TrainingSummary, ma
 
 from ..config import StoMPPConfig
 from ..machine import processor
+from ..output import printable
 from ..reports.dynamics import NO_MEASURES
 from ..version import __version__
 from .modules import packed_modules
@@ -28,6 +30,12 @@ TAGS = ["stompp", "binary", "1-bit"]
 
 PIPELINE_TASKS = ("text-classification", "token-classification", "fill-mask", "question-answering")
 """Tasks whose pipeline needs no more than a model and its tokenizer."""
+
+EMPTY_DESCRIPTION = (
+    "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
+    "automatically generated."
+)
+"""What `create_and_tag_model_card` of Transformers says of a model."""
 
 SURROGATE_WORDS = {
     "none": "without a straight-through estimator: a frozen entry has no gradient",
@@ -147,6 +155,13 @@ def usage_section(
 
 def _code(lines: Sequence[str]) -> str:
     return "\n".join(["```python", *lines, "```", ""])
+
+
+def _span(text: str) -> str:
+    """A text as code, in which it can be neither a heading nor a link."""
+    text = printable(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
 
 
 def add_section(card: Path, section: str) -> None:
@@ -298,7 +313,7 @@ def _introduction(
     model: PreTrainedModel, config: StoMPPConfig, state: str, base: str | None, summary: TrainingSummary | None
 ) -> str:
     what = "weights and activations" if config.has_binary_activations else "weights"
-    origin = f"[{base}](https://huggingface.co/{base})" if base else f"a `{model.config.model_type}` model"
+    origin = f"[{base}](https://huggingface.co/{base})" if base else f"a {_span(model.config.model_type)} model"
     data = " and ".join(f"the {name} data set" for name in _several(summary.dataset)) if summary else ""
     where = f" on {data}" if data else ""
     text = f"{origin[0].upper()}{origin[1:]}, made binary{where}: the encoder's {what} are 1-bit."
@@ -323,7 +338,7 @@ def _what_is_binary(config: StoMPPConfig) -> str:
     if config.word_embeddings == "int8":
         lines += ["- 8 bits: the word embeddings, with a scale for each row"]
     lines += ["- float: LayerNorm, biases, scales, attention scores and softmax, the residual stream"]
-    kept = ", ".join(f"`{pattern}`" for pattern in config.modules_to_not_convert)
+    kept = ", ".join(map(_span, config.modules_to_not_convert))
     return "\n".join(
         [*lines, f"- float: what matches {kept}" + (", else" if config.word_embeddings != "float" else "")]
     )
@@ -332,7 +347,7 @@ def _what_is_binary(config: StoMPPConfig) -> str:
 def _sizes_table(sizes: BinarizationReport) -> str:
     rows = [
         {
-            "unit": row.unit,
+            "unit": _span(row.unit).replace("|", "\\|"),
             "binary weights": f"{row.binary_weights:,}",
             "float weights": f"{row.float_weights:,}",
             "bytes, float model": f"{row.bytes_before:,}",
@@ -377,8 +392,10 @@ def _method(config: StoMPPConfig) -> str:
         "StoMPP, Stochastic Masked Partial Progressive Binarization ([arXiv "
         f"2606.27759](https://arxiv.org/abs/2606.27759)): {what} replaced by their signs through "
         f"random masks that grow through the encoder, {SURROGATE_WORDS[config.surrogate]} "
-        f"(`surrogate={config.surrogate!r}`). Settings of the binarization: "
-        + ", ".join(f"`{name}={getattr(config, name)!r}`" for name in _SETTINGS if getattr(config, name) is not None)
+        f"({_span(f'surrogate={config.surrogate!r}')}). Settings of the binarization: "
+        + ", ".join(
+            _span(f"{name}={getattr(config, name)!r}") for name in _SETTINGS if getattr(config, name) is not None
+        )
         + "."
     )
 
@@ -410,11 +427,17 @@ def upload_modified_files(model: PreTrainedModel, working_dir: Any, repo_id: str
     return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
 
 
+def _empty_form() -> str:
+    """The text of the card that Transformers makes for a repository without one."""
+    return ModelCard.from_template(ModelCardData(), model_description=EMPTY_DESCRIPTION).text.strip()
+
+
 def complete_card(model: PreTrainedModel, card: Path, repository: str, revision: str | None = None) -> None:
     """
     Makes a card say how to load a binary model, in place.
 
-    Transformers' empty form is replaced by a card of ours; a card that somebody wrote keeps its text.
+    Transformers' empty form is replaced by a card of ours; a card that somebody has written in keeps its text. The
+    metadata stay in any case.
     """
     if not card.is_file():
         return
@@ -422,8 +445,12 @@ def complete_card(model: PreTrainedModel, card: Path, repository: str, revision:
     written = ModelCard(text)
     data: Any = written.data
     tags = _several(data.tags)
-    if "automatically generated" in text and "[More Information Needed]" in text:
-        model_card(model, repository.split("/")[-1], repository, tags=tags, revision=revision).save(card)
+    if written.text.strip() == _empty_form():
+        ours = model_card(model, repository.split("/")[-1], repository, tags=tags, revision=revision)
+        for name, value in vars(data).items():
+            if value is not None and name != "tags":
+                setattr(ours.data, name, value)
+        ours.save(card)
         return
     data.tags = list(dict.fromkeys([*tags, *TAGS]))
     written.save(card)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from . import build
-from .native import call, check_origin, open_or_build
+from .native import at_fork, call, check_origin, open_or_build
 
 
 ABI_VERSION = 4
@@ -33,12 +33,13 @@ INSTALLED = Path(__file__).parent / build.LIBRARY_NAME
 """Where the package's installation puts the library."""
 
 
-def open_library(path: Path) -> ctypes.CDLL:
+def open_library(path: Path, handle: int | None = None) -> ctypes.CDLL:
     """
     Loads a native library and declares its functions.
 
     Args:
         path (`Path`).
+        handle (`int`, *optional*): of the library, if it is loaded already.
 
     Returns:
         `ctypes.CDLL`.
@@ -46,7 +47,7 @@ def open_library(path: Path) -> ctypes.CDLL:
     Raises:
         OSError: it cannot be loaded, or was built from other sources than those of this package.
     """
-    native = ctypes.CDLL(str(path))
+    native = ctypes.CDLL(str(path), handle=handle)
     check_origin(native, "hf_stompp", ABI_VERSION, build.source_hash())
     # The others take a record, and bytes are passed as a pointer.
     native.hf_stompp_unavailable.argtypes = [ctypes.c_int]
@@ -84,6 +85,7 @@ class NativeKernels:
 
     Raises:
         RuntimeError: the kernel cannot run here; says why.
+        build.BuildError: none can.
     """
 
     def __init__(self, native: ctypes.CDLL, kernel: str | None = None) -> None:
@@ -97,6 +99,11 @@ class NativeKernels:
                 "`hf-stompp info`"
             )
         self.number = _AUTO if kernel is None else KERNELS.index(kernel)
+        if native.hf_stompp_chosen(self.number, 1) < 0:
+            raise build.BuildError(
+                f"{self.path} has no kernel that this processor can run: set CC to another compiler, and install "
+                "hf_stompp again"
+            )
 
     def unavailable(self, kernel: str) -> str | None:
         """Why a kernel cannot run here; None if it can."""
@@ -134,6 +141,15 @@ def check_status(status: int) -> None:
 
 
 _lock = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+# In a child no thread is left that would release it.
+at_fork(_renew_lock)
 
 _loaded: tuple[NativeKernels | None, str | None] | None = None
 

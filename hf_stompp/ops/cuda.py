@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import build, eight_bit
-from .native import call, check_origin, open_or_build
+from .native import at_fork, call, check_origin, open_or_build
 
 
 logger = logging.getLogger(__name__)
@@ -40,16 +40,26 @@ INSTALLED = Path(__file__).parent / build.CUDA_LIBRARY_NAME
 """Where the package's installation puts the library, if it is told to."""
 
 
+# enum hf_stompp_cuda_status, and cudaErrorNoKernelImageForDevice.
+_TOO_LARGE = -2
+_NO_CODE = (-1, 209)
+
+
 class CudaError(RuntimeError):
-    """A CUDA kernel could not be launched."""
+    """A CUDA kernel could not be launched; `status` is what the library said."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
-def open_library(path: Path) -> ctypes.CDLL:
+def open_library(path: Path, handle: int | None = None) -> ctypes.CDLL:
     """
     Loads a native library and declares its functions.
 
     Args:
         path (`Path`).
+        handle (`int`, *optional*): of the library, if it is loaded already.
 
     Returns:
         `ctypes.CDLL`.
@@ -57,7 +67,7 @@ def open_library(path: Path) -> ctypes.CDLL:
     Raises:
         OSError: it cannot be loaded, or was built from other sources than those of this package.
     """
-    native = ctypes.CDLL(str(path))
+    native = ctypes.CDLL(str(path), handle=handle)
     check_origin(native, "hf_stompp_cuda", ABI_VERSION, build.cuda_source_hash())
     # The others take a record, and bytes are passed as a pointer.
     native.hf_stompp_cuda_message.restype = ctypes.c_char_p
@@ -163,7 +173,7 @@ class NativeKernels:
 
     def _check(self, status: int) -> None:
         if status != 0:
-            raise CudaError(self.native.hf_stompp_cuda_message(status).decode())
+            raise CudaError(self.native.hf_stompp_cuda_message(status).decode(), status)
 
 
 class Device:
@@ -188,14 +198,19 @@ class Device:
     ) -> Any:
         """
         `kernel(native)`; or `otherwise()`, where it does not take these arguments, where there is no library, and from
-        now on if a launch fails.
+        now on if that has no code for the device.
+
+        Raises:
+            CudaError: a launch failed in another way, such as for want of memory or after an error of other code.
         """
         if self.native is not None and is_taken:
             try:
                 return kernel(self.native)
             except CudaError as error:
-                if self.forced:
+                if self.forced or error.status not in (_TOO_LARGE, *_NO_CODE):
                     raise
+                if error.status == _TOO_LARGE:
+                    return otherwise()
                 self.native, self.why_not = None, str(error)
                 if self.product == "bits":
                     self.product = "int8"
@@ -208,6 +223,15 @@ class Device:
 
 
 _lock = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+# In a child no thread is left that would release it.
+at_fork(_renew_lock)
 
 _devices: dict[int, Device] = {}
 

@@ -45,6 +45,12 @@ def call(function: Callable[[bytes], int], layout: struct.Struct, fields: Iterab
     return function(layout.pack(*numbers))
 
 
+def at_fork(renew: Callable[[], None]) -> None:
+    """Calls a function in every child that this process forks; a no-op where processes are not forked."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=renew)
+
+
 def cache_folder() -> Path:
     """
     Where libraries built on first use are kept: `HF_STOMPP_CACHE`, or `hf_stompp` in the user's cache folder.
@@ -83,16 +89,50 @@ def check_origin(native: ctypes.CDLL, prefix: str, abi_version: int, source_hash
         raise OSError(f"{native._name} was built from other sources than those of this hf_stompp")
 
 
-def _open_whole(path: Path, open_library: Callable[[Path], ctypes.CDLL]) -> ctypes.CDLL:
-    """Opens a file that may be damaged: to load half a library would end the process."""
-    digest = path.with_suffix(".sha256").read_text(encoding="ascii")
-    if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
-        raise OSError(f"{path} is damaged")
-    return open_library(path)
+OpenLibrary = Callable[[Path, int | None], ctypes.CDLL]
+"""Declares the functions of the library at a path; given a handle, of the one that is loaded already."""
+
+
+def _check_private(path: Path, found: os.stat_result) -> None:
+    """Refuses what other users may have put there: code in it would run as this one."""
+    if hasattr(os, "geteuid") and (found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o022):
+        raise OSError(
+            f"{path} belongs to another user or can be written to by others, and no code is run from there: "
+            "`chmod go-w` it, or name a folder of your own in HF_STOMPP_CACHE"
+        )
+
+
+def _check_folders(target: Path) -> None:
+    """Checks the folder of a library and the cache that it is in."""
+    for folder in (target.parent.parent, target.parent):
+        _check_private(folder, folder.lstat())
+
+
+def _open_checked(path: Path, open_library: OpenLibrary) -> ctypes.CDLL:
+    """Opens a file that may be damaged, where to load half a library would end the process, or not be ours."""
+    _check_folders(path)
+    digest = path.with_suffix(".sha256").read_bytes()
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    try:
+        _check_private(path, os.fstat(descriptor))
+        with open(descriptor, "rb", closefd=False) as file:
+            if hashlib.sha256(file.read()).hexdigest().encode() != digest:
+                raise OSError(f"{path} is damaged")
+        name = Path(f"/proc/self/fd/{descriptor}")
+        if not name.exists():
+            if not os.path.samestat(os.fstat(descriptor), path.lstat()):
+                raise OSError(f"{path} was replaced while it was read: try again")
+            name = path
+        handle = ctypes.CDLL(str(name))._handle
+    except OSError:
+        os.close(descriptor)
+        raise
+    # The descriptor stays open: the loader takes a name that it has seen before for the same library.
+    return open_library(path, handle)
 
 
 def open_or_build(
-    kind: str, key: str, name: str, open_library: Callable[[Path], ctypes.CDLL], build: Callable[[Path], object]
+    kind: str, key: str, name: str, open_library: OpenLibrary, build: Callable[[Path], object]
 ) -> ctypes.CDLL:
     """
     A library from the cache, built there where it is missing.
@@ -101,25 +141,31 @@ def open_or_build(
         kind (`str`): what its folder's name begins with.
         key (`str`): all that it depends on.
         name (`str`): of the file.
-        open_library (`Callable`): loads it; raises OSError for one that does not fit.
+        open_library (`Callable`): see `OpenLibrary`; raises OSError for one that does not fit.
         build (`Callable`): writes it to a path.
 
     Raises:
-        OSError: the cache cannot be written, or what was built cannot be loaded. Also what `build` raises.
+        OSError: the cache cannot be written, others can write to it, or what was built cannot be loaded. Also what
+            `build` raises.
     """
-    folder = cache_folder() / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    target = folder / name
+    # Without links, which might lead elsewhere after the check.
+    cache = Path(os.path.realpath(cache_folder()))
+    target = cache / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:16]}" / name
     try:
         # Without the lock, which needs permission to write.
-        return _open_whole(target, open_library)
+        return _open_checked(target, open_library)
     except OSError:
-        folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock"):
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        target.parent.mkdir(mode=0o700, exist_ok=True)
+        _check_folders(target)
+    with FileLock(target.parent / "lock"):
         try:
             # Another process may have built it meanwhile.
-            return _open_whole(target, open_library)
+            return _open_checked(target, open_library)
         except OSError:
             build(target)
+            # Whatever the umask is.
+            target.chmod(0o700)
             digest = hashlib.sha256(target.read_bytes()).hexdigest()
             target.with_suffix(".sha256").write_text(digest, encoding="ascii")
-    return open_library(target)
+        return _open_checked(target, open_library)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..config import StoMPPConfig
+from ..output import write_json
 from .arguments import StoMPPTrainingArguments
 from .methods import RecipeArguments
 
@@ -147,7 +148,7 @@ def claim_output_dir(recipe: Recipe) -> None:
                 "or give the earlier settings to resume that run."
             )
     elif recipe.args.should_save:
-        file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_json(file, settings)
 
 
 def _holds_work(recipe: Recipe) -> bool:

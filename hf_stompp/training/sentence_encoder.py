@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data.text import Text
+from ..output import copy_file
 from .distillation import POOLINGS, pooled
 
 
@@ -50,15 +50,18 @@ def pooling_of(folder: Path) -> str:
     Raises:
         ValueError: it pools in another way, or the files do not say how.
     """
+    file, modes = folder / MODULES, []
     try:
-        modules = json.loads((folder / MODULES).read_text(encoding="utf-8"))
+        modules = json.loads(file.read_text(encoding="utf-8"))
         path = next((entry["path"] for entry in modules if entry["type"].endswith("Pooling")), None)
-        config = None if path is None else json.loads((folder / path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if path is not None:
+            file = folder / path / "config.json"
+            modes = _modes(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"how {folder} pools cannot be read ({error}): copy the folder again, or take {MODULES} out of it"
+            f"how {folder} pools cannot be read from {file} ({error}): copy the folder again, or take {MODULES} out "
+            "of it"
         ) from error
-    modes = [] if config is None else _modes(config)
     if len(modes) != 1 or modes[0] not in POOLINGS:
         raise ValueError(
             f"{folder} is a sentence encoder that pools by {', '.join(modes) or 'nothing'}: only "
@@ -71,7 +74,7 @@ def _modes(config: dict[str, Any]) -> list[str]:
     """Names of the ways of pooling, whichever version of Sentence Transformers wrote them."""
     if "pooling_mode" in config:
         mode = config["pooling_mode"]
-        return [mode] if isinstance(mode, str) else list(mode)
+        return [mode] if isinstance(mode, str) else [str(name) for name in mode]
     flags = [name for name, is_on in config.items() if name.startswith("pooling_mode_") and is_on]
     return [name.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token") for name in flags]
 
@@ -83,13 +86,16 @@ def copy_modules(folder: Path, target: Path) -> None:
     Args:
         folder (`Path`): from [`modules_folder`].
         target (`Path`): where the encoder was saved.
+
+    Raises:
+        ValueError: a file is a link that leads out of the folder.
     """
     for pattern in FILES:
-        for path in filter(Path.is_file, folder.glob(pattern)):
-            copy = target / path.relative_to(folder)
-            copy.parent.mkdir(exist_ok=True)
-            # Through the links of the Hub's cache.
-            shutil.copyfile(path, copy)
+        for path in folder.glob(pattern):
+            if path.is_symlink() or not path.is_dir():
+                copy = target / path.relative_to(folder)
+                copy.parent.mkdir(exist_ok=True)
+                copy_file(path, folder, copy)
 
 
 def tokenize(tokenizer: Any, texts: Sequence[Text], max_length: int) -> dict[str, list[list[int]]]:

@@ -43,6 +43,7 @@ from ..model.conversion import binarize, pack
 from ..model.integrity import last_whole_checkpoint
 from ..model.modules import config_of, packed_modules
 from ..model.quantizer import keep_names
+from ..output import write_json
 from ..reports.drawing import add_dynamics
 from .arguments import StoMPPTrainingArguments
 from .recipe import FINISHED, TEACHERS, Recipe, Results, claim_output_dir
@@ -199,8 +200,7 @@ def fine_tune_float(
         with results.timed("train_float"):
             train(trainer, folder)
         if trainer.is_world_process_zero():
-            seconds = {"seconds": results.seconds["train_float"]}
-            (folder / FINISHED).write_text(json.dumps(seconds), encoding="utf-8")
+            write_json(folder / FINISHED, {"seconds": results.seconds["train_float"]})
         trainer.accelerator.wait_for_everyone()
     results.steps["float"] = trainer.state.global_step
     return trainer
@@ -225,12 +225,24 @@ def load_teacher(name: str, tokenizer: Any, auto: Any = AutoModelForSequenceClas
     # any case.
     has_tokenizer = not folder.is_dir() or any(folder.glob("tokenizer*")) or any(folder.glob("vocab.*"))
     reads_text = isinstance(tokenizer, PreTrainedTokenizerBase)
-    if has_tokenizer and reads_text and AutoTokenizer.from_pretrained(name).get_vocab() != tokenizer.get_vocab():
+
+    def load(auto: Any, **options: Any) -> Any:
+        try:
+            return auto.from_pretrained(name, trust_remote_code=False, **options)
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise ValueError(
+                f"the teacher {name} comes with code of its own, which is not run. Name one whose class is in "
+                "Transformers."
+            ) from error
+
+    if has_tokenizer and reads_text and load(AutoTokenizer).get_vocab() != tokenizer.get_vocab():
         raise ValueError(
             f"the teacher {name} has another tokenizer than the student, and would read other words in the same token "
             "ids. Name a teacher with the student's."
         )
-    teacher, loading = auto.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    teacher, loading = load(auto, dtype=torch.float32, output_loading_info=True)
     if loading["missing_keys"]:
         raise ValueError(
             f"the teacher {name} lacks {sorted(loading['missing_keys'])[0]}: it has no trained head, or is another "

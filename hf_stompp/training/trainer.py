@@ -216,7 +216,12 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, PushingTrainer):
             raise ValueError(
                 "a packed model cannot be trained, only evaluated; train the latent model, or unpack(model)"
             )
-        check_training_set(self.train_dataset, model, answered=self.learns_from_teacher_alone)
+        check_training_set(self.train_dataset, model, self.learns_from_teacher_alone or self._has_own_loss)
+
+    @property
+    def _has_own_loss(self) -> bool:
+        """Whether another loss than the model's reads the labels."""
+        return self.compute_loss_func is not None or type(self).compute_loss is not StoMPPTrainer.compute_loss
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Trainer looks for the end of training only after a step: a finished run that is resumed would take one more.
@@ -258,7 +263,7 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, PushingTrainer):
         def reduce(statistic: Tensor) -> Tensor:
             return self.accelerator.reduce(statistic, reduction="sum")
 
-        if self.teacher is not None:
+        if self.teacher is not None or self._has_own_loss:
             # They may be no classes.
             inputs = self.without_labels(inputs)
         with self.compute_loss_context_manager():

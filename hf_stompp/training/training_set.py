@@ -5,18 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
-    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 
 
-OTHER_HEADS = {
-    *MODEL_FOR_MASKED_LM_MAPPING_NAMES.values(),
-    *MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values(),
-    *MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES.values(),
-}
-"""Classes of models whose `num_labels` says nothing of a column of labels."""
+def _classes(names: Any) -> set[str]:
+    """The classes of a table, which has several for some models."""
+    return {name for value in names.values() for name in ([value] if isinstance(value, str) else value)}
+
+
+CLASSIFIERS = (
+    _classes(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
+    | _classes(MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES)
+    | _classes(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)
+)
+"""Classes of models whose labels are numbers below `num_labels`."""
 
 
 def check_training_set(dataset: Any, model: Any, answered: bool = False) -> None:
@@ -26,7 +31,8 @@ def check_training_set(dataset: Any, model: Any, answered: bool = False) -> None
     Args:
         dataset (`datasets.Dataset` or whatever a Trainer takes, *optional*): one that is streamed is not read.
         model (`PreTrainedModel`): which is to learn it.
-        answered (`bool`, *optional*, defaults to `False`): a teacher answers in the place of labels.
+        answered (`bool`, *optional*, defaults to `False`): a teacher answers in the place of labels, or another loss
+            than the model's reads them.
 
     Raises:
         ValueError: it is empty, or see [`check_labels`].
@@ -37,8 +43,7 @@ def check_training_set(dataset: Any, model: Any, answered: bool = False) -> None
     is_single = getattr(model.config, "problem_type", None) in (None, "single_label_classification")
     # A stream has no length, and is not read twice.
     is_table = hasattr(dataset, "select_columns") and hasattr(dataset, "__len__")
-    # With a teacher labels may be no classes; those of multiple choice are the choices; other heads have none.
-    if is_table and classes > 1 and is_single and not answered and type(model).__name__ not in OTHER_HEADS:
+    if is_table and classes > 1 and is_single and not answered and type(model).__name__ in CLASSIFIERS:
         check_labels(dataset, classes)
 
 

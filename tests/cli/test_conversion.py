@@ -64,7 +64,9 @@ def test_pack_writes_the_packed_model_with_its_tokenizer(latent, logits, printed
     names = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert set(contents(output)) == names
     card = contents(output)["README.md"].decode()
-    assert "import hf_stompp" in card and f'from_pretrained("{output}")' in card
+    assert "import hf_stompp" in card and 'from_pretrained("packed")' in card
+    # The card may be published, and where the folder was is nobody's business.
+    assert str(tmp_path) not in card
     assert [path.name for path in output.parent.iterdir()] == ["packed"]
 
 
@@ -112,6 +114,80 @@ def test_force_replaces_the_model_and_keeps_what_is_not_the_models(latent, tiny_
     names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "notes.txt", "README.md"}
     assert set(contents(output)) == names
     assert contents(output)["notes.txt"] == contents(output)["README.md"] == b"mine"
+
+
+def test_force_takes_no_files_but_those_that_hold_weights(latent, printed, tmp_path):
+    output = tmp_path / "output"
+    output.mkdir()
+    weights = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+    weights += ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"]
+    mine = ["model-of-my-thesis.safetensors", "model2.safetensors", "pytorch_model_notes.bin", "pytorch_model-1.bin"]
+    mine += ["my-model.safetensors", "model.safetensors.txt", "model-00001-of-00002.safetensors.old"]
+    for name in weights + mine:
+        (output / name).write_text("mine")
+
+    printed("pack", latent, output, "--force")
+
+    found = contents(output)
+    assert {name for name in found if found[name] == b"mine"} == {*mine}
+    assert not {*weights} & {*found}
+
+
+@pytest.mark.parametrize("moved", range(9))
+def test_force_that_fails_on_its_way_leaves_the_earlier_model(
+    latent, tiny_packed, refused, tmp_path, monkeypatch, moved
+):
+    output = tmp_path / "output"
+    tiny_packed("bert", seed=5).save_pretrained(output, max_shard_size="40KB")
+    (output / "tokenizer.json").write_text("earlier")
+    before = contents(output)
+    assert len(before) > 3
+    replace, calls = Path.replace, []
+
+    def fail_once(self, target):
+        calls.append(target)
+        if len(calls) == moved + 1:
+            raise OSError(28, "No space left on device", str(target))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", fail_once)
+
+    assert "no space left" in refused("pack", latent, output, "--force")
+    assert len(calls) > moved
+    assert contents(output) == before
+
+
+def test_folder_that_a_killed_run_left_blocks_nobody(latent, tiny_packed, printed, saved, tmp_path):
+    output = Path(saved(tiny_packed("bert"), "output"))
+    for name in (f".output.{os.getpid()}.partial", f".{output.name}.partial"):
+        (output / name).mkdir()
+
+    printed("pack", latent, output, "--force")
+
+    assert packed_modules(load(output))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.other.json", "vocab.txt", "chat_template.jinja"])
+def test_link_that_leads_out_of_a_model_is_refused_by_name(latent, refused, tmp_path, name):
+    (tmp_path / "secret").write_text("secret")
+    Path(latent, name).unlink(missing_ok=True)
+    Path(latent, name).symlink_to(tmp_path / "secret")
+
+    message = refused("pack", latent, tmp_path / "output")
+
+    assert f"{Path(latent, name)} leads to {tmp_path / 'secret'}" in message
+    assert not (tmp_path / "output").exists()
+
+
+def test_link_in_the_place_of_an_earlier_file_is_not_written_through(latent, printed, tmp_path):
+    output = tmp_path / "output"
+    output.mkdir()
+    (tmp_path / "mine").write_text("mine")
+    (output / "config.json").symlink_to(tmp_path / "mine")
+
+    printed("pack", latent, output, "--force")
+
+    assert (tmp_path / "mine").read_text() == "mine" and not (output / "config.json").is_symlink()
 
 
 def test_model_is_never_replaced_by_its_own_result(latent, refused):
@@ -264,6 +340,10 @@ def test_model_of_the_hubs_cache_is_packed_with_its_tokenizer(latent, tmp_path):
     shutil.copytree(latent, snapshot)
     (snapshot.parent.parent / "refs").mkdir()
     (snapshot.parent.parent / "refs" / "main").write_text("0" * 40)
+    # As downloads are kept.
+    (snapshot.parent.parent / "blobs").mkdir()
+    (snapshot / "tokenizer.json").rename(snapshot.parent.parent / "blobs" / "5f")
+    (snapshot / "tokenizer.json").symlink_to("../../blobs/5f")
     run = "import sys; from hf_stompp.cli import main; sys.exit(main())"
 
     result = subprocess.run(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import errno
 import json
 import os
@@ -138,6 +139,9 @@ def test_debug_shows_the_traceback(words: list[str], capsys: pytest.CaptureFixtu
         (KeyError("name"), "unexpected KeyError: 'name'; --debug shows where it comes from"),
         (AssertionError(), "unexpected AssertionError; --debug shows"),
         (RuntimeError(), "unexpected RuntimeError; --debug shows"),
+        (ValueError("\x1b[2Ja \u202ename"), r"\x1b[2Ja \u202ename"),
+        (PermissionError(13, "Permission denied", "/\x1b[2J"), r"no permission for /\x1b[2J: change"),
+        (KeyError("\x9b2J"), r"unexpected KeyError: '\x9b2J'; --debug"),
     ],
 )
 def test_any_error_is_one_line(refused, monkeypatch: pytest.MonkeyPatch, error: Exception, expected: str) -> None:
@@ -147,6 +151,20 @@ def test_any_error_is_one_line(refused, monkeypatch: pytest.MonkeyPatch, error: 
     monkeypatch.setattr(benchmarking, "measure", fail)
 
     assert refused("bench").startswith(expected)
+
+
+def test_no_class_that_may_run_code_of_a_repository_is_left_to_ask() -> None:
+    # Transformers asks on the terminal where it is not told, and runs the code on "y".
+    calls = []
+    for path in Path(hf_stompp.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            function = node.func if isinstance(node, ast.Call) else None
+            if isinstance(function, ast.Attribute) and function.attr == "from_pretrained":
+                told = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                if ast.unparse(function.value).lower().startswith("auto"):
+                    calls.append((f"{path.name}:{node.lineno}", told.get("trust_remote_code")))
+    assert len(calls) > 5
+    assert [place for place, told in calls if told != "False"] == []
 
 
 @pytest.mark.parametrize("debug", [False, True])

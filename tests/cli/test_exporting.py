@@ -80,6 +80,13 @@ def test_output_that_is_no_onnx_file_is_refused(packed, refused, tmp_path):
     assert "cannot write to" in refused("export", packed, tmp_path / "file" / "model.onnx")
 
 
+def test_link_to_nothing_is_a_file_that_is_there(packed, refused, tmp_path):
+    (tmp_path / "model.onnx").symlink_to(tmp_path / "elsewhere.onnx")
+
+    assert "is there" in refused("export", packed, tmp_path / "model.onnx")
+    assert not (tmp_path / "elsewhere.onnx").exists()
+
+
 def test_export_without_onnx_says_what_to_install_and_leaves_nothing(packed, refused, tmp_path, monkeypatch):
     for name in ("onnx", "onnxscript"):
         monkeypatch.setitem(sys.modules, name, None)

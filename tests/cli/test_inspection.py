@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from hf_stompp import StoMPPConfig, binarization_report, binarize
+from hf_stompp import StoMPPConfig, binarization_report, binarize, cli
 
 
 OPTIONS = {
@@ -194,6 +194,104 @@ def test_damaged_model_is_refused_by_the_name_of_the_tensor(tiny_packed, refused
     message = refused("inspect", folder)
 
     assert "is damaged: tensor '" in message and "download or copy it again" in message
+
+
+NO_MODELS = ["set_seed", "pipeline", "TextStreamer", "logging", "BertConfig", "Trainer", "AutoModel", "__doc__", "x"]
+
+
+def write_config(folder: Path, **fields: object) -> str:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    return str(folder)
+
+
+@pytest.mark.parametrize("state", ["float", "packed"])
+@pytest.mark.parametrize("name", NO_MODELS)
+def test_what_is_no_model_class_of_transformers_is_not_called(
+    tiny_model, tiny_packed, refused, saved, monkeypatch, state, name
+):
+    folder = saved(tiny_model("bert") if state == "float" else tiny_packed("bert"))
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise AssertionError("called")
+
+    monkeypatch.setattr(transformers, "set_seed", fail)
+    message = refused("inspect", write_config(Path(folder), architectures=[name]))
+
+    assert f"is a {name}, which this Transformers does not have as a class of models" in message
+
+
+@pytest.mark.parametrize(
+    "value", [None, [], "BertModel", 5, {"a": 1}, [5], [None], [["BertModel"]], ["BertModel", 5], [{"a": 1}]], ids=str
+)
+def test_architectures_that_are_no_list_of_names_are_refused(tiny_model, refused, tmp_path, value):
+    config_only(tiny_model("bert"), tmp_path)
+
+    message = refused("inspect", write_config(tmp_path, architectures=value))
+
+    assert "architectures" in message and "BertForSequenceClassification" in message
+
+
+@pytest.mark.parametrize("command", ["inspect", "pack", "unpack", "export", "eval", "train", "distill", "sensitivity"])
+def test_code_of_a_model_is_neither_run_nor_offered_to_be(refused, tmp_path, monkeypatch, command):
+    code = "raise SystemExit('run')\n"
+    (tmp_path / "evil.py").write_text(code)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.C"}}))
+    monkeypatch.setattr("builtins.input", lambda question: "y")
+    file = tmp_path / "text.csv"
+    file.write_text("sentence,label\na text,0\nanother,1\n")
+    output = tmp_path / "output"
+    more = {
+        "inspect": [],
+        "pack": [output],
+        "unpack": [output],
+        "export": [tmp_path / "model.onnx"],
+        "eval": ["--file", file],
+        "train": [output, "--train_file", file, "--validation_file", file],
+        "distill": [output, "--text", file],
+        "sensitivity": ["--file", file],
+    }
+
+    message = refused(command, tmp_path, *more[command])
+
+    assert "comes with code of its own, and this command runs no code from a repository" in message
+
+
+FIELDS = ["unit", "name", "input", "kind", "modes", "modules_to_not_convert", "mode", "quant_method", "unknown"]
+# A regular expression too.
+ESCAPES = "\x1b2J\u202e\x9b\n"
+
+
+def edit_names(quantization: dict, key: str) -> None:
+    """Puts what a terminal obeys into a field, or into that of every entry of the plan."""
+    for entry in quantization["modules"]:
+        if key in entry and isinstance(entry[key], str):
+            entry[key] = ESCAPES + entry[key]
+    if key == "modes":
+        quantization |= {"modes": {ESCAPES: "bwn"}, "format_version": 2}
+    elif key == "modules_to_not_convert":
+        quantization[key] = [ESCAPES]
+    elif key not in ("unit", "name", "input", "kind"):
+        quantization[ESCAPES if key == "unknown" else key] = ESCAPES
+
+
+@pytest.mark.parametrize("state", ["latent", "packed"])
+@pytest.mark.parametrize("key", FIELDS, ids=ascii)
+def test_names_of_a_config_do_not_reach_the_terminal_as_they_are(
+    tiny_committed, tiny_packed, saved, capsys, state, key
+):
+    folder = saved(tiny_packed("bert") if state == "packed" else tiny_committed("bert"))
+    path = Path(folder, "config.json")
+    config = json.loads(path.read_text())
+    edit_names(config["quantization_config"], key)
+    path.write_text(json.dumps(config))
+
+    for words in (["inspect", folder], ["inspect", folder, "--json"]):
+        capsys.readouterr()
+        cli.main(words)
+        out, err = capsys.readouterr()
+        assert out or err
+        assert all(character.isprintable() or character == "\n" for character in out + err)
 
 
 def test_folder_that_is_no_model_is_refused(refused, tmp_path):

@@ -92,6 +92,19 @@ def test_files_that_are_there_are_replaced_only_by_force(run_folder, printed, re
     assert (run_folder / "dynamics.html").read_text() != "mine"
 
 
+@pytest.mark.usefixtures("matplotlib")
+@pytest.mark.parametrize("name", ["dynamics.png", "dynamics.html"])
+def test_link_in_the_place_of_a_file_is_there_and_not_written_through(run_folder, printed, refused, tmp_path, name):
+    (run_folder / name).symlink_to(tmp_path / "elsewhere")
+
+    assert f"{name} is there already" in refused("plot", run_folder)
+    printed("plot", run_folder, "--force")
+
+    assert (run_folder / name).is_file() and not (run_folder / name).is_symlink()
+    assert sorted(os.listdir(run_folder)) == ["dynamics.html", "dynamics.png", "trainer_state.json"]
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def test_missing_matplotlib_is_named_with_what_installs_it(run_folder, refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
 

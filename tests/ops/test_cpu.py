@@ -25,7 +25,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_stompp.ops import cpu, pack_bits
+from hf_stompp.ops import build, cpu, pack_bits
 from hf_stompp.ops.build import LIBRARY_NAME, BuildError, find_compiler, source_hash
 
 
@@ -513,6 +513,18 @@ def test_each_kernel_runs_or_has_a_reason_not_to(native: cpu.NativeKernels) -> N
                 cpu.NativeKernels(native.native, kernel=name)
             assert reason in str(raised.value)
             assert name in str(raised.value)
+
+
+def test_a_library_without_a_kernel_for_this_processor_leaves_the_work_to_the_reference(
+    compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "KERNEL_FILES", {name: {} for name in build.KERNEL_FILES})
+    monkeypatch.setattr(cpu, "INSTALLED", build.build(tmp_path / LIBRARY_NAME))
+    with pytest.warns(RuntimeWarning, match="no kernel that this processor can run: set CC to another compiler"):
+        kernels, reason = cpu._load(None)
+    assert kernels is None and str(tmp_path / LIBRARY_NAME) in reason
+    with pytest.raises(RuntimeError, match="scalar"):
+        cpu._load("scalar")
 
 
 # ----- The library in fresh processes -----

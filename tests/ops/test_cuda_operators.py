@@ -21,6 +21,9 @@ from hf_stompp.ops.operators import on_kernels
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 reference = on_kernels("cpu", None)
 
+# enum hf_stompp_cuda_status
+TOO_LARGE = -2
+
 
 @pytest.fixture(scope="module")
 def native(emulated_cuda: Path) -> cuda.NativeKernels:
@@ -222,14 +225,14 @@ class TestOperators:
 
 class TestFailures:
     @pytest.fixture
-    def broken(self, emulated_cuda: Path) -> cuda.NativeKernels:
-        """Loaded, and then its device is gone."""
+    def without_code(self, emulated_cuda: Path, monkeypatch: pytest.MonkeyPatch) -> cuda.NativeKernels:
+        """Loaded, and then its device is one that it has no code for."""
         native = emulated(emulated_cuda)
-        native.index = 99
+        monkeypatch.setenv("HF_STOMPP_EMULATED_CAPABILITY", "7.5")
         return native
 
-    def test_a_launch_that_fails_is_one_warning_and_the_right_result(self, broken: cuda.NativeKernels) -> None:
-        device, layer = cuda.Device(broken, "bits"), draw_layer(300, 41)
+    def test_code_that_is_missing_is_one_warning_and_the_right_result(self, without_code: cuda.NativeKernels) -> None:
+        device, layer = cuda.Device(without_code, "bits"), draw_layer(300, 41)
         operators, input = on_kernels("cuda", device), draw(3, 300)
         with pytest.warns(RuntimeWarning, match="goes on without its CUDA kernels") as caught:
             found = operators.binary_linear(input, None, *layer, torch.float32)
@@ -241,11 +244,30 @@ class TestFailures:
             assert torch.equal(operators.binary_linear(input, None, *layer, torch.float32), expected)
         assert device.native is None and device.product == "int8" and device.why_not
 
-    def test_a_launch_that_fails_is_an_error_if_the_kernel_was_asked_for_by_name(
-        self, broken: cuda.NativeKernels
+    def test_code_that_is_missing_is_an_error_if_the_kernel_was_asked_for_by_name(
+        self, without_code: cuda.NativeKernels
     ) -> None:
         with pytest.raises(cuda.CudaError):
-            on_library(broken).pack_sign(draw(2, 3))
+            on_library(without_code).pack_sign(draw(2, 3))
+
+    def test_another_error_of_the_device_is_raised_and_the_kernels_stay(self, emulated_cuda: Path) -> None:
+        native = emulated(emulated_cuda)
+        native.index = 99
+        device = cuda.Device(native, "bits")
+        with pytest.raises(cuda.CudaError, match="invalid device"):
+            on_kernels("cuda", device).pack_sign(draw(2, 3))
+        assert device.native is native
+
+    def test_what_is_too_large_for_a_kernel_is_done_without_it_this_once(self, emulated_cuda: Path) -> None:
+        device = cuda.Device(emulated(emulated_cuda), "bits")
+
+        def fail(native: cuda.NativeKernels) -> None:
+            native._check(TOO_LARGE)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert device.attempt(fail, lambda: "in PyTorch") == "in PyTorch"
+        assert device.attempt(lambda native: "in a kernel", lambda: "in PyTorch") == "in a kernel"
 
 
 class TestLoading:

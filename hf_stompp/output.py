@@ -1,0 +1,63 @@
+"""What is written: files that appear whole or not at all, copies that stay within a folder, text for a terminal."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """
+    A file to write, which takes the place of another when the block ends well, and vanishes when it does not. A link
+    is replaced, not followed.
+
+    Args:
+        path (`Path`): in a folder that is there.
+    """
+    with tempfile.TemporaryDirectory(prefix=".hf_stompp-", dir=path.parent) as folder:
+        partial = Path(folder) / path.name
+        yield partial
+        partial.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file, whole or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_file(path: Path, folder: Path, target: Path) -> None:
+    """
+    Copies a file of a folder that somebody else may have made, and nothing from outside of it.
+
+    Args:
+        path (`Path`): of the file, in the folder. A link may lead to another file there, or, in the Hub's cache, to
+            where that keeps the contents of files.
+        folder (`Path`).
+        target (`Path`): the copy.
+
+    Raises:
+        ValueError: it leads elsewhere, or to no file.
+    """
+    found, root = path.resolve(), folder.resolve()
+    allowed = [root]
+    repository = root.parent.parent
+    if root.parent.name == "snapshots" and repository.name.startswith("models--"):
+        # Of the repository, and shared by several.
+        allowed += [repository / "blobs", repository.parent / "blobs"]
+    if not found.is_file() or not any(map(found.is_relative_to, allowed)):
+        raise ValueError(
+            f"{path} leads to {found}, which is no file within {folder}: put the file itself there, or delete the link"
+        )
+    shutil.copyfile(found, target)
+
+
+def printable(text: str) -> str:
+    """A text in one line, with what would move a terminal's cursor or change its colours as Python escapes it."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
