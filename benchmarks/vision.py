@@ -2,6 +2,7 @@
 The papers' finding, from scratch: residual networks of three depths on CIFAR-10, with and without growing masks.
 
     python benchmarks/vision.py WORK --train_file train.parquet --validation_file test.parquet
+    python benchmarks/vision.py --show benchmarks/results/vision.jsonl --plot vision.png
 
 Every run is a command line of `examples/image_classification/run_image_classification.py`, which its line in the
 results file holds. Finished runs are skipped; one that was stopped goes on from its last checkpoint.
@@ -151,11 +152,50 @@ def table_of(lines: Iterable[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
+SHOWN = {
+    "ste": ("STE", "#d9730d", "-"),
+    "stompp": ("StoMPP", "#0b5cad", "-"),
+    "stompp_ste": ("StoMPP+STE", "#1a7f37", "-"),
+    "stompp-reverse": ("StoMPP, reverse", "#0b5cad", ":"),
+    "kept-ste": ("STE, ReLU kept", "#d9730d", "--"),
+    "kept-stompp": ("StoMPP, ReLU kept", "#0b5cad", "--"),
+}
+"""Cells of the figure: label, colour, line."""
+
+
+def plot(lines: list[dict[str, Any]], file: Path) -> None:
+    """Accuracy against depth, and the loss in training at the largest depth."""
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    deepest = max(DEPTHS)
+    for cell, (label, color, style) in SHOWN.items():
+        found = [line for line in lines if line["cell"] == cell]
+        depths = sorted({line["depth"] for line in found})
+        means = [statistics.mean(line["accuracy"] for line in found if line["depth"] == depth) for depth in depths]
+        left.plot(depths, means, style, marker="o", color=color, label=label)
+        for line in found:
+            if line["depth"] == deepest and line["seed"] == 0 and not cell.startswith("kept"):
+                steps = [20 * (index + 1) for index in range(len(line["losses"]))]
+                right.plot(steps, line["losses"], style, color=color, linewidth=1)
+    left.axhline(10, color="#656d76", linewidth=0.8)
+    left.annotate("chance", (min(DEPTHS), 10), textcoords="offset points", xytext=(0, 3), color="#656d76", fontsize=8)
+    left.set(xlabel="layers", ylabel="accuracy, %", xticks=list(DEPTHS), ylim=(0, None))
+    left.legend(fontsize=8, frameon=False)
+    right.set(xlabel="step", ylabel="loss in training", title=f"ResNet-{deepest}")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path, help="folder of the runs")
-    parser.add_argument("--train_file", required=True, help="CIFAR-10 as a Parquet file of images and classes")
-    parser.add_argument("--validation_file", required=True, help="the same of its test set")
+    parser.add_argument("work", type=Path, nargs="?", help="folder of the runs")
+    parser.add_argument("--train_file", help="CIFAR-10 as a Parquet file of images and classes")
+    parser.add_argument("--validation_file", help="the same of its test set")
+    parser.add_argument("--show", type=Path, help="run nothing, and print the table of this results file")
+    parser.add_argument("--plot", type=Path, help="gets the figure")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--depth", type=int, nargs="+", choices=DEPTHS, default=list(DEPTHS))
     parser.add_argument("--cell", nargs="+", choices=CELLS, default=list(CELLS))
@@ -163,16 +203,22 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--image_size", type=int, default=64)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.show is None and None in (arguments.work, arguments.train_file, arguments.validation_file):
+        parser.error("name a folder, --train_file and --validation_file, or --show a results file")
+    return arguments
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    for seed in arguments.seed:
+    for seed in arguments.seed if arguments.show is None else ():
         for depth in arguments.depth:
             for cell in arguments.cell:
                 run(cell, depth, seed, arguments)
-    print(table_of(read_lines(arguments.results)))
+    lines = read_lines(arguments.show or arguments.results)
+    print(table_of(lines))
+    if arguments.plot is not None:
+        plot(lines, arguments.plot)
 
 
 if __name__ == "__main__":

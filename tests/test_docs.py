@@ -87,6 +87,17 @@ def test_every_block_is_run_or_says_why_not_or_is_only_shown(page: Path) -> None
             assert NOT_RUN.fullmatch(block.before) and block.language in RUN, f"{page.name}, line {block.line}"
 
 
+def test_tests_that_pages_name_exist() -> None:
+    named = {name for page in PAGES for name in re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8"))}
+    written = {
+        name
+        for file in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"def (test_\w+)\(", file.read_text(encoding="utf-8"))
+    }
+
+    assert named and named <= written, sorted(named - written)
+
+
 def write_glue(folder: Path) -> None:
     """What `load_dataset("nyu-mll/glue", "sst2")` finds on the Hub, as a folder of that name."""
     datasets = pytest.importorskip("datasets", reason="the pages read data sets")

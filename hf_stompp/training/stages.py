@@ -50,6 +50,7 @@ from .recipe import FINISHED, TEACHERS, Recipe, Results, claim_output_dir
 from .sampling import ReproducibleGrouping
 from .summary import bytes_of_weights, bytes_when_saved, measure, measures, milliseconds_per_batch
 from .trainer import StoMPPTrainer
+from .training_set import class_names
 
 
 logger = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ def auto_class(model: PreTrainedModel) -> Any:
         AutoModelForTokenClassification: MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
         AutoModelForImageClassification: MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     }
-    found = (auto for auto, names in kinds.items() if type(model).__name__ in names.values())
+    found = (auto for auto, table in kinds.items() if type(model).__name__ in class_names(table))
     return next(found, AutoModelForSequenceClassification)
 
 

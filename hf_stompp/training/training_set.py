@@ -11,15 +11,15 @@ from transformers.models.auto.modeling_auto import (
 )
 
 
-def _classes(names: Any) -> set[str]:
+def class_names(names: Any) -> set[str]:
     """The classes of a table, which has several for some models."""
     return {name for value in names.values() for name in ([value] if isinstance(value, str) else value)}
 
 
 CLASSIFIERS = (
-    _classes(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
-    | _classes(MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES)
-    | _classes(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)
+    class_names(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
+    | class_names(MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES)
+    | class_names(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)
 )
 """Classes of models whose labels are numbers below `num_labels`."""
 
