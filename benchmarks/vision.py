@@ -48,6 +48,7 @@ CLIPPED = {"surrogate": "clipped_ste", "weight_window": 1.0, "activation_window"
 CELLS: dict[str, dict[str, Any]] = {
     "float": {"method": "float"},
     "ste": {"method": "ste", **SIGNS, **CLIPPED},
+    "ste-slow": {"method": "ste", **SIGNS, **CLIPPED, "learning_rate": 0.01},
     "ste-identity": {"method": "ste", **SIGNS, "surrogate": "ste"},
     "stompp": {"method": "stompp", **SIGNS},
     "stompp_ste": {"method": "stompp_ste", **SIGNS, **CLIPPED},
