@@ -174,7 +174,9 @@ def plot(lines: list[dict[str, Any]], file: Path) -> None:
         found = [line for line in lines if line["cell"] == cell]
         depths = sorted({line["depth"] for line in found})
         means = [statistics.mean(line["accuracy"] for line in found if line["depth"] == depth) for depth in depths]
-        left.plot(depths, means, style, marker="o", color=color, label=label)
+        # Hollow squares: another kind of network.
+        marker = {"marker": "s", "fillstyle": "none"} if cell.startswith("kept") else {"marker": "o"}
+        left.plot(depths, means, style, color=color, label=label, **marker)
         for line in found:
             if line["depth"] == deepest and line["seed"] == 0 and not cell.startswith("kept"):
                 steps = [20 * (index + 1) for index in range(len(line["losses"]))]
