@@ -346,6 +346,16 @@ def test_a_gate_that_reads_the_input_of_a_convolution_makes_no_shortcut_of_it() 
     assert planned(block_network(gated)) == [f"blocks.{i}.{name}" for i in (0, 1) for name in ("first", "second")]
 
 
+def test_a_function_of_other_channels_than_those_of_the_convolution_before_it_stays() -> None:
+    def concatenated(block: nn.Module, input: Tensor) -> Tensor:
+        main = block.second(block.first(input))
+        return block.gate(torch.cat([main, main], dim=1))[:, :8]
+
+    plan = planned(block_network(concatenated), StoMPPConfig(activation_functions="sign"))
+
+    assert plan == [f"blocks.{i}.{name}" for i in (0, 1) for name in ("first", "second")]
+
+
 def test_a_convolution_with_groups_that_modes_ask_for_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"conv_3x3.convolution: a convolution with groups=\d+, .* cannot be binarized"
