@@ -42,6 +42,9 @@ WIDTH = 16
 SIGNS = {"activation_functions": "sign", "weight_scale": "none"}
 """The papers' networks: signs in the place of activation functions, weights of +-1."""
 
+WEIGHTS = {"mode": "bwn", "activation_bits": "none", "weight_scale": "none"}
+"""Their networks of binary weights alone, which keep the activation functions."""
+
 CLIPPED = {"surrogate": "clipped_ste", "weight_window": 1.0, "activation_window": 1.0}
 """The straight-through estimator that learns: the gradient of the clipped identity."""
 
@@ -54,11 +57,8 @@ CELLS: dict[str, dict[str, Any]] = {
     "stompp_ste": {"method": "stompp_ste", **SIGNS, **CLIPPED},
     "stompp-global": {"method": "stompp", **SIGNS, "progression_order": "global"},
     "stompp-reverse": {"method": "stompp", **SIGNS, "progression_order": "reverse"},
-    "bwn-stompp": {"method": "stompp", **SIGNS, "mode": "bwn", "activation_bits": "none"},
-    "bwn-stompp-reverse": {
-        **{"method": "stompp", **SIGNS, "mode": "bwn", "activation_bits": "none"},
-        "progression_order": "reverse",
-    },
+    "bwn-stompp": {"method": "stompp", **WEIGHTS},
+    "bwn-stompp-reverse": {"method": "stompp", **WEIGHTS, "progression_order": "reverse"},
     "kept-ste": {"method": "ste", **CLIPPED},
     "kept-stompp": {"method": "stompp"},
     "kept-stompp_ste": {"method": "stompp_ste", **CLIPPED},

@@ -50,7 +50,7 @@ def copy_file(path: Path, folder: Path, target: Path) -> None:
     repository = root.parent.parent
     if root.parent.name == "snapshots" and repository.name.startswith("models--"):
         # Of the repository, and shared by several.
-        allowed += [repository / "blobs", repository.parent / "blobs"]
+        allowed += [(repository / "blobs").resolve(), (repository.parent / "blobs").resolve()]
     if not found.is_file() or not any(map(found.is_relative_to, allowed)):
         raise ValueError(
             f"{path} leads to {found}, which is no file within {folder}: put the file itself there, or delete the link"

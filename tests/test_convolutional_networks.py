@@ -179,15 +179,18 @@ def test_signs_take_the_place_of_the_activation_functions_of_blocks() -> None:
     assert all(plan[entry.input].unit == entry.unit for entry in signs.values())
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"mode": "bwn"}, {"modules_to_not_convert": ["activation"]}, {"activation_functions": "kept"}],
-    ids=str,
-)
-def test_activation_functions_stay_where_no_sign_is_asked_for(settings) -> None:
-    plan = plan_modules(resnet(), StoMPPConfig(**{"activation_functions": "sign", **settings}))
+@pytest.mark.parametrize("settings", [{"mode": "bwn"}, {"modules_to_not_convert": ["activation"]}], ids=str)
+def test_signs_that_would_replace_nothing_are_refused(settings) -> None:
+    with pytest.raises(ValueError, match=r"activation_functions='sign' finds no activation function to replace"):
+        plan_modules(resnet(), StoMPPConfig(activation_functions="sign", **settings))
 
-    assert {entry.kind for entry in plan.values()} == {"convolution"}
+
+def test_activation_functions_of_blocks_that_are_not_binary_stay() -> None:
+    config = StoMPPConfig(activation_functions="sign", modes={r"stages\.0": "bwn"})
+    plan = plan_modules(resnet(), config)
+
+    signs = [name for name, entry in plan.items() if entry.kind == "sign"]
+    assert signs and all("stages.1" in name for name in signs)
 
 
 def test_signs_in_the_place_of_activation_functions_are_for_convolutions_only(tiny_model) -> None:
@@ -351,9 +354,8 @@ def test_a_function_of_other_channels_than_those_of_the_convolution_before_it_st
         main = block.second(block.first(input))
         return block.gate(torch.cat([main, main], dim=1))[:, :8]
 
-    plan = planned(block_network(concatenated), StoMPPConfig(activation_functions="sign"))
-
-    assert plan == [f"blocks.{i}.{name}" for i in (0, 1) for name in ("first", "second")]
+    with pytest.raises(ValueError, match="finds no activation function to replace"):
+        planned(block_network(concatenated), StoMPPConfig(activation_functions="sign"))
 
 
 def test_a_convolution_with_groups_that_modes_ask_for_is_refused() -> None:

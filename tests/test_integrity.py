@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from hf_stompp.model.integrity import (
     METADATA_PREFIX,
+    check_whole,
     checkpoint_files,
     digests,
     last_whole_checkpoint,
@@ -340,6 +341,18 @@ def test_last_checkpoint_that_was_written_to_its_end_is_taken(
     assert last_whole_checkpoint(tmp_path) == str(whole)
     for step in (20, 30, 40, 50, 60):
         assert f"checkpoint-{step} was not written to its end" in caplog.text
+
+
+def test_a_checkpoint_has_the_random_state_of_every_process(tmp_path):
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state_0.pth"):
+        torch.save({}, tmp_path / name)
+    for name in ("config.json", "trainer_state.json"):
+        (tmp_path / name).write_text("{}")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+
+    assert set(check_whole(tmp_path)) == {"weight"}
+    with pytest.raises(ValueError, match=r"holds no rng_state_1.pth"):
+        check_whole(tmp_path, world_size=2)
 
 
 # hostile files

@@ -53,6 +53,19 @@ LINKS = {
 }
 
 
+def test_a_cache_of_the_hub_may_keep_contents_on_another_disk(tmp_path: Path) -> None:
+    folder, disk = tmp_path / HUB / "snapshots" / "main", tmp_path / "disk"
+    folder.mkdir(parents=True)
+    disk.mkdir()
+    (disk / "5f").write_text("content")
+    (tmp_path / HUB / "blobs").symlink_to(disk)
+    (folder / "tokenizer.json").symlink_to("../../blobs/5f")
+
+    copy_file(folder / "tokenizer.json", folder, tmp_path / "copy")
+
+    assert (tmp_path / "copy").read_text() == "content"
+
+
 @pytest.mark.parametrize(("place", "link", "is_copied"), LINKS.values(), ids=LINKS.keys())
 def test_a_file_is_copied_from_within_a_folder_alone(tmp_path: Path, place: Path, link: str, is_copied: bool) -> None:
     folder, target = tmp_path / place, tmp_path / "copy"

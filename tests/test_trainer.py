@@ -473,6 +473,21 @@ def test_a_run_that_diverges_stops_with_the_step_and_keeps_what_was_saved_before
     assert sorted(folder.name for folder in tmp_path.glob("checkpoint-*")) == left
 
 
+def test_a_checkpoint_whose_buffers_are_infinite_is_not_written(tmp_path: Path) -> None:
+    class Overflow(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == 5:
+                model.recorded.fill_(math.inf)
+
+    trainer = make_trainer(tmp_path, callbacks=[Overflow()], save_strategy="steps", save_steps=3)
+    # As BatchNorm's, which no gradient reaches.
+    trainer.model.register_buffer("recorded", torch.zeros(3))
+
+    with pytest.raises(ValueError, match=r"after step 6 recorded holds NaN or infinity"):
+        trainer.train()
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+
+
 def test_a_loss_that_is_nan_once_does_not_end_a_run(tmp_path: Path) -> None:
     class Bad(StoMPPTrainer):
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:

@@ -144,7 +144,8 @@ def parse_arguments(
     defaults: dict[str, Any] = {"train_sampling_strategy": "random", "remove_unused_columns": False}
     if "model_type" in given:
         defaults |= FROM_SCRATCH
-        if ("--method", "float") not in itertools.pairwise(argv):
+        # The last one counts.
+        if dict(itertools.pairwise(argv)).get("--method") != "float":
             defaults |= BINARY_FROM_SCRATCH
     parser.set_defaults(**defaults)
     model_args, data_args, recipe_args, training_args = parser.parse_args_into_dataclasses(

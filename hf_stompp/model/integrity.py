@@ -189,13 +189,14 @@ def _verify_tensor(name: str, tensor: Tensor, allowed: set[str], file: Path) -> 
         )
 
 
-def last_whole_checkpoint(output_dir: str | Path) -> str | None:
+def last_whole_checkpoint(output_dir: str | Path, world_size: int = 1) -> str | None:
     """
     The checkpoint of a training run to go on from: the last one that was written to its end. One that was not, because
     the run was killed meanwhile, is named in a warning.
 
     Args:
         output_dir (`str` or `Path`): of the run, with folders `checkpoint-<step>`.
+        world_size (`int`, *optional*, defaults to 1): processes of the run.
 
     Returns:
         `str`, *optional*: the folder.
@@ -207,7 +208,7 @@ def last_whole_checkpoint(output_dir: str | Path) -> str | None:
             folders[int(step[1])] = folder
     for _, folder in sorted(folders.items(), reverse=True):
         try:
-            check_whole(folder)
+            check_whole(folder, world_size)
         except (OSError, ValueError) as error:
             logger.warning("%s was not written to its end, and is passed over: %s", folder, error)
         else:
@@ -215,9 +216,13 @@ def last_whole_checkpoint(output_dir: str | Path) -> str | None:
     return None
 
 
-def check_whole(folder: Path) -> dict[str, Path]:
+def check_whole(folder: Path, world_size: int = 1) -> dict[str, Path]:
     """
-    Checks that a checkpoint of a Trainer holds all that a run goes on from, unaltered.
+    Checks that a checkpoint of a Trainer holds all that a run goes on from, its weights unaltered.
+
+    Args:
+        folder (`Path`): of the checkpoint.
+        world_size (`int`, *optional*, defaults to 1): processes of the run, each of which has a random state.
 
     Returns:
         `dict[str, Path]`: tensor name -> the file that holds it.
@@ -226,7 +231,8 @@ def check_whole(folder: Path) -> dict[str, Path]:
         ValueError: something is missing, cut or altered; names it.
     """
     names = verify_files(checkpoint_files(folder))
-    for pattern in RESUMED_FROM:
+    states = (f"rng_state_{rank}.pth" for rank in range(world_size)) if world_size > 1 else ()
+    for pattern in (*RESUMED_FROM, *states):
         files = sorted(folder.glob(pattern))
         if not files:
             raise ValueError(

@@ -201,6 +201,12 @@ def plan_modules(model: nn.Module, config: StoMPPConfig, inputs: Mapping[str, An
         plan.update(_plan_embedding(model, EMBEDDING_KINDS[config.word_embeddings]))
     for layer_name in stack.layers:
         plan.update(_plan_layer(layer_name, stack, config, trace, plan))
+    if config.activation_functions == "sign" and not any(entry.kind == "sign" for entry in plan.values()):
+        raise ValueError(
+            f"StoMPPConfig.activation_functions='sign' finds no activation function to replace in "
+            f"{type(model).__name__}: they stand behind convolutions of mode 'bnn', and modules_to_not_convert="
+            f"{config.modules_to_not_convert} may keep them; leave it 'kept'"
+        )
     if not any(entry.is_linear for entry in plan.values()):
         raise ValueError(
             f"nothing to binarize in {type(model).__name__}: every {stack.in_words} of {stack.name} is float by "

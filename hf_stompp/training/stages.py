@@ -420,7 +420,7 @@ def train(trainer: Trainer, folder: Path) -> None:
     checkpoint = trainer.args.resume_from_checkpoint
     output_dir = Path(trainer.args.output_dir or ".")
     if checkpoint is None and output_dir.is_dir():
-        checkpoint = last_whole_checkpoint(output_dir)
+        checkpoint = last_whole_checkpoint(output_dir, trainer.args.world_size)
         if checkpoint is not None:
             logger.info("Resuming from %s. To start over, delete %s.", checkpoint, output_dir)
     result = trainer.train(resume_from_checkpoint=checkpoint)

@@ -181,7 +181,7 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, PushingTrainer):
             self._check_before_training(self.model)
         self._saved_progression = None
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir or ".")
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir or ".", self.args.world_size)
             if resume_from_checkpoint is None:
                 raise ValueError(
                     f"{self.args.output_dir} holds no checkpoint to resume from: drop resume_from_checkpoint"
@@ -282,16 +282,20 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, PushingTrainer):
 
     def _check_weights(self) -> None:
         """
-        Checks that training has not diverged: once weights are NaN, no later step mends them.
+        Checks that training has not diverged: once weights are NaN, or what BatchNorm has recorded, no later step
+        mends them.
 
         Raises:
-            ValueError: it has; names the step, the unit in transition and the first weight.
+            ValueError: it has; names the step, the unit in transition and the first tensor.
         """
-        found = (name for name, weight in self.model.named_parameters() if not bool(torch.isfinite(weight).all()))
-        name = next(found, None)
+        tensors = self.model.state_dict().items()
+        floats = ((name, tensor) for name, tensor in tensors if tensor.is_floating_point())
+        name = next((name for name, tensor in floats if not bool(torch.isfinite(tensor).all())), None)
         if name is None:
             return
         step, progression = self.state.global_step, self.progression_callback.progression
+        if step == 0:
+            raise ValueError(f"{name} holds NaN or infinity before the first step: start from another model")
         unit = None if progression is None else progression.unit_in_transition(step - 1)
         where = "no unit was" if unit is None else f"{config_of(self.model).units[unit]} was"
         raise ValueError(
@@ -428,7 +432,7 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, PushingTrainer):
         Raises:
             ValueError: it is damaged, incomplete, of another config, or was not written by this Trainer.
         """
-        names = check_whole(folder)
+        names = check_whole(folder, self.args.world_size)
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
         missing = [name for name in self.model.state_dict() if name not in names and name not in tied]
         if missing:
