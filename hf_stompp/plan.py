@@ -19,7 +19,10 @@ EMBEDDING_KINDS = {"binary": "embedding", "int8": "int8_embedding"}
 LAYER_KINDS = ("linear", "convolution")
 """The kinds of layers that multiply by a binary weight: a convolution is a linear layer on patches."""
 
-KINDS = (*LAYER_KINDS, "activation", "sign", *EMBEDDING_KINDS.values())
+FUNCTION_KINDS = ("activation", "sign")
+"""The kinds in the place of an activation function: one before a linear layer, and one that the sign replaces."""
+
+KINDS = (*LAYER_KINDS, *FUNCTION_KINDS, *EMBEDDING_KINDS.values())
 """
 What a planned module may be: such a layer, an activation function before one, an activation function that the sign
 replaces, or the word embeddings.
@@ -106,6 +109,11 @@ class PlannedModule:
         return self.kind in LAYER_KINDS
 
     @property
+    def is_function(self) -> bool:
+        """Whether it stands in the place of an activation function."""
+        return self.kind in FUNCTION_KINDS
+
+    @property
     def is_activation(self) -> bool:
         """Whether it is an activation function before a linear layer."""
         return self.kind == "activation"
@@ -122,7 +130,7 @@ class PlannedModule:
 
     def to_dict(self) -> dict[str, Any]:
         """As `config.json` has it."""
-        own = ("input", "bias") if self.is_linear else ("input",) if self.kind in ("activation", "sign") else ()
+        own = ("input", "bias") if self.is_linear else ("input",) if self.is_function else ()
         return {field: getattr(self, field) for field in ("name", "kind", "unit", *own)}
 
 

@@ -78,6 +78,7 @@ def test_a_run_is_done_once_and_leaves_a_line(vision: Any, tmp_path: Path, monke
 def test_the_page_says_what_the_results_do(vision: Any, lines: list[dict[str, Any]]) -> None:
     page = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
 
+    assert {line["cell"] for line in lines} >= set(vision.SHOWN)
     assert vision.table_of(lines) in page
     for line in lines:
         assert line["steps"]["binary" if line["mode"] else "float"] == 3128 and line["machine"] and line["command"]

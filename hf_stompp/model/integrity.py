@@ -78,7 +78,9 @@ def verify_files(files: Iterable[str | Path]) -> dict[str, Path]:
             has a type that its name rules out; names the tensor.
     """
     paths = [Path(file) for file in files]
-    return _verify_tensors(paths, _names_in(paths))
+    names = _names_in(paths)
+    _verify_tensors(paths)
+    return names
 
 
 class Verification:
@@ -95,13 +97,13 @@ class Verification:
     def __init__(self, files: Iterable[str | Path]) -> None:
         paths = [Path(file) for file in files]
         self._states = {path: _state_of(path) for path in paths}
-        names = _names_in(paths)
+        _names_in(paths)
         for path in paths:
             with safe_open(path, framework="pt") as handle:
                 if not any(key.startswith(METADATA_PREFIX) for key in handle.metadata() or {}):
                     logger.warning("%s holds no digests: nothing tells whether it was altered after saving", path)
         executor = ThreadPoolExecutor(max_workers=1)
-        self._names = executor.submit(_verify_tensors, paths, names)
+        self._hashing = executor.submit(_verify_tensors, paths)
         executor.shutdown(wait=False)
 
     def finish(self) -> None:
@@ -111,7 +113,7 @@ class Verification:
         Raises:
             ValueError: a tensor was altered, or a file was written while it was read.
         """
-        self._names.result()
+        self._hashing.result()
         for path, state in self._states.items():
             if _state_of(path) != state:
                 raise ValueError(
@@ -153,7 +155,7 @@ def _names_in(paths: Iterable[Path]) -> dict[str, Path]:
     return names
 
 
-def _verify_tensors(files: Iterable[Path], names: dict[str, Path]) -> dict[str, Path]:
+def _verify_tensors(files: Iterable[Path]) -> None:
     for file in files:
         with safe_open(file, framework="pt") as handle:
             metadata = handle.metadata() or {}
@@ -166,7 +168,6 @@ def _verify_tensors(files: Iterable[Path], names: dict[str, Path]) -> dict[str, 
             for name in handle.keys():
                 tensor = handle.get_tensor(name)
                 _verify_tensor(name, tensor, {digest_of[name]} if name in digest_of else known, file)
-    return names
 
 
 def _verify_tensor(name: str, tensor: Tensor, allowed: set[str], file: Path) -> None:

@@ -431,7 +431,7 @@ def check_not_tied(model: nn.Module, plan: Plan) -> None:
         names.setdefault(id(parameter), []).append(name)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, entry in plan.items():
-        if entry.kind in ("activation", "sign"):
+        if entry.is_function:
             continue
         aliases = [other for other in names[id(parameters[f"{name}.weight"])] if other != f"{name}.weight"]
         if aliases:

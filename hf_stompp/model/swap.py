@@ -85,8 +85,8 @@ def check_fits(model: nn.Module, config: StoMPPConfig, kinds: dict[str, tuple[ty
                 f"{name}: quantization_config.modules says it is a {expected[0].__name__}, but {type(model).__name__} "
                 f"has {what} there; load the checkpoint with the model class that wrote it"
             )
-        is_function = entry.kind in ("activation", "sign") and not isinstance(module, MaskedBinaryModule)
-        if is_function and (any(True for _ in module.children()) or module.state_dict()):
+        stays_whole = entry.is_function and not isinstance(module, MaskedBinaryModule)
+        if stays_whole and (any(True for _ in module.children()) or module.state_dict()):
             raise ValueError(
                 f"{name}: quantization_config.modules says it is an activation function, but in "
                 f"{type(model).__name__} it is a {type(module).__name__} with modules or tensors of its own; load the "

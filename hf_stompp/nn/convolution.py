@@ -106,6 +106,9 @@ def surrounded(pixels: Tensor, border: Tensor, padding: Pair) -> Tensor:
         pixels (`Tensor` of shape `(..., height, width, channels)`).
         border (`Tensor` of shape `(channels,)`): every pixel of it.
         padding (`tuple[int, int]`): how many of them, above and below, left and right.
+
+    Returns:
+        `Tensor` of shape `(..., height + 2 * padding[0], width + 2 * padding[1], channels)`: dtype of the pixels.
     """
     if not any(padding):
         return pixels
@@ -192,7 +195,7 @@ class MaskedBinarySign(MaskedBinaryActivation):
         self.initialized = True
 
     def level_of_zero(self) -> Tensor:
-        """What it makes of 0, channel by channel, float32: +1 where that is frozen."""
+        """What it makes of 0, float32 of shape `(channels,)`: +1 where that is frozen."""
         return self.freeze_mask.float()
 
     def forward(self, input: Tensor) -> Tensor:
@@ -214,7 +217,7 @@ class MaskedBinarySign(MaskedBinaryActivation):
 
 class PackedBinarySign(PackedBinaryActivation):
     """
-    [`MaskedBinarySign`], packed: +-1.
+    [`MaskedBinarySign`], packed: +-1. Shapes: `(..., channels, height, width)` to the same.
 
     Args:
         channels (`int`), activation (`nn.Module`, *optional*), device (`torch.device`, *optional*): as in
