@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import pickle
 import subprocess
@@ -600,6 +601,16 @@ def test_file_that_is_overwritten_later_does_not_change_a_model_in_use(request, 
         after = model(**inputs).logits
 
     assert torch.equal(before, after)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+@pytest.mark.parametrize("state", ["packed", "latent"])
+def test_file_does_not_stay_in_memory_beside_a_model_that_was_loaded_from_it(request, state):
+    folder = request.getfixturevalue(f"{state}_folder")
+    model = load(folder)
+
+    gc.collect()
+    assert str(folder) not in Path("/proc/self/maps").read_text(), f"{type(model).__name__} keeps its file mapped"
 
 
 def test_file_that_is_replaced_while_it_is_loaded_is_refused(packed_folder, monkeypatch):

@@ -102,9 +102,19 @@ def leave_files(model: nn.Module) -> None:
     Gives every tensor on the CPU memory of its own. Those that were loaded lie in the file as it is on disk: whoever
     overwrites it changes the weights of a model in use, and whoever cuts it ends the process.
     """
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type == "cpu":
-            tensor.data = tensor.data.clone()
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
+    copies: dict[torch.Tensor, torch.Tensor] = {}
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is None or buffer.device.type != "cpu":
+                continue
+            # A new tensor, unlike above: a buffer is a view of the file's bytes, and would keep them all in memory.
+            if buffer not in copies:
+                copies[buffer] = buffer.clone()
+                copies[buffer].__dict__.update(buffer.__dict__)
+            module._buffers[name] = copies[buffer]
 
 
 def check_loaded(model: nn.Module) -> None:
