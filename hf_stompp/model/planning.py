@@ -65,6 +65,11 @@ class _Trace(TorchFunctionMode):
         found = [self.readers[id(output)] for output in outputs]
         return len(found) == 1 and bool(found[0]) and found[0] <= readers
 
+    def reads_channels_of(self, function: str, convolution: str) -> bool:
+        """Whether an activation function read a map of as many channels as a convolution put out."""
+        read = self.reads[function]
+        return read is not None and read[0].dim() == 4 and read[0].shape[1] == self.outputs[convolution][0].shape[1]
+
 
 def _first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
@@ -321,18 +326,14 @@ def _plan_block(
             source = None if config.mode_of(name) == "bwn" else _sign_before(read, {**before, **plan}, trace) or name
             has_bias = convolutions[name].bias is not None
             plan[name] = PlannedModule(name, "convolution", units[name], source, has_bias)
-        elif (
-            config.activation_functions == "sign"
-            and last is not None
-            and plan[last].reads_bits
-            and name in trace.functions
-            and name.startswith(f"{block_name}.")
-            and not is_excluded(name, config.modules_to_not_convert)
-            and read is not None
-            and read[0].dim() == 4
-            and read[0].shape[1] == trace.outputs[last][0].shape[1]
-        ):
-            plan[name] = PlannedModule(name, "sign", units[last], last)
+        elif config.activation_functions == "sign" and last is not None and plan[last].reads_bits:
+            is_inside = name.startswith(f"{block_name}.") and name in trace.functions
+            if (
+                is_inside
+                and not is_excluded(name, config.modules_to_not_convert)
+                and trace.reads_channels_of(name, last)
+            ):
+                plan[name] = PlannedModule(name, "sign", units[last], last)
     return plan
 
 

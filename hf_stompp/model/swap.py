@@ -50,6 +50,18 @@ EMBEDDINGS: dict[str, type[PackedEmbedding]] = {
 }
 """What a packed model has in the place of the word embeddings, by the kind that the plan says."""
 
+FLOAT_MODULES: dict[str, type[nn.Module]] = {
+    **FLOAT_LAYERS,
+    "activation": nn.Module,
+    "sign": nn.Module,
+    "embedding": nn.Embedding,
+    "int8_embedding": nn.Embedding,
+}
+"""What all that a plan names was in the float model."""
+
+MASKED_MODULES: dict[str, type[nn.Module]] = {**MASKED_LAYERS, "embedding": MaskedBinaryEmbedding}
+"""What of it a latent model has instead that is no [`FLOAT_MODULES`] too."""
+
 
 def _sizes(layer: Any) -> tuple[Any, ...]:
     """What the constructors of masked and packed layers begin with."""
@@ -65,9 +77,9 @@ def _activation_bits(entry: PlannedModule, config: StoMPPConfig) -> int | None:
     return config.activation_bits if entry.kind == "linear" and not entry.reads_bits else None
 
 
-def check_fits(model: nn.Module, config: StoMPPConfig, kinds: dict[str, tuple[type[nn.Module], ...]]) -> None:
+def check_fits(model: nn.Module, config: StoMPPConfig, *kinds: dict[str, type[nn.Module]]) -> None:
     """
-    Checks that a model has the modules that the config says are replaced.
+    Checks that a model has the modules that the config says are replaced, each of its kind in one of the tables.
 
     Raises:
         ValueError: no plan, or a module is missing, of another kind, or has parts where it must not; names it.
@@ -78,7 +90,7 @@ def check_fits(model: nn.Module, config: StoMPPConfig, kinds: dict[str, tuple[ty
         )
     found = dict(model.named_modules())
     for name, entry in config.plan.items():
-        module, expected = found.get(name), kinds[entry.kind]
+        module, expected = found.get(name), tuple(table[entry.kind] for table in kinds if entry.kind in table)
         if not isinstance(module, expected):
             what = "no such module" if module is None else f"a {type(module).__name__}"
             raise ValueError(
@@ -144,9 +156,7 @@ def swap_in_masked(model: nn.Module, config: StoMPPConfig) -> None:
     Raises:
         ValueError: see [`check_fits`].
     """
-    kinds: dict[str, tuple[type[nn.Module], ...]] = {kind: (layer,) for kind, layer in FLOAT_LAYERS.items()}
-    kinds.update(activation=(nn.Module,), sign=(nn.Module,), embedding=(nn.Embedding,), int8_embedding=(nn.Embedding,))
-    check_fits(model, config, kinds)
+    check_fits(model, config, FLOAT_MODULES)
     modules = dict(model.named_modules())
     settings: dict[str, Any] = {
         "clip": config.weight_clip,
@@ -222,18 +232,7 @@ def swap_in_packed(model: nn.Module, config: StoMPPConfig, dtype: torch.dtype | 
     Raises:
         ValueError: see [`check_fits`].
     """
-    check_fits(
-        model,
-        config,
-        {
-            "linear": (nn.Linear, MaskedBinaryLinear),
-            "convolution": (nn.Conv2d, MaskedBinaryConv2d),
-            "activation": (nn.Module,),
-            "sign": (nn.Module,),
-            "embedding": (nn.Embedding, MaskedBinaryEmbedding),
-            "int8_embedding": (nn.Embedding,),
-        },
-    )
+    check_fits(model, config, FLOAT_MODULES, MASKED_MODULES)
     modules = dict(model.named_modules())
     device = next(model.parameters()).device
     for name, entry in config.plan.items():
