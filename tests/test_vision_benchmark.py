@@ -27,7 +27,9 @@ def load(file: Path) -> ModuleType:
 @pytest.fixture(scope="module")
 def vision() -> ModuleType:
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    return load(ROOT / "benchmarks" / "vision.py")
+    import vision
+
+    return vision
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +52,9 @@ def test_the_script_takes_the_command_line_of_every_run(vision: Any, script: Any
             assert (recipe.method, training.seed, data.image_size) == (asked["method"], 3, 64)
 
 
-@pytest.mark.slow
-def test_a_run_is_done_once_and_leaves_a_line(vision: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def images(vision: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Arguments of eight small images, for the shallowest of networks."""
     import numpy as np
     from datasets import ClassLabel, Dataset, Features, Image
     from PIL import Image as PILImage
@@ -59,11 +62,16 @@ def test_a_run_is_done_once_and_leaves_a_line(vision: Any, tmp_path: Path, monke
     pictures = [PILImage.fromarray(np.full((16, 16, 3), 20 * index, dtype=np.uint8)) for index in range(8)]
     features = Features({"img": Image(), "label": ClassLabel(names=["a", "b"])})
     rows = {"img": pictures, "label": [index % 2 for index in range(8)]}
-    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "images.parquet")
+    file = str(tmp_path / "images.parquet")
+    Dataset.from_dict(rows, features=features).to_parquet(file)
     monkeypatch.setitem(vision.DEPTHS, 18, {"depths": [1, 1, 1, 1], "layer_type": "basic"})
-    file, results = str(tmp_path / "images.parquet"), tmp_path / "results.jsonl"
-    words = [str(tmp_path / "work"), "--train_file", file, "--validation_file", file, "--results", str(results)]
-    words += ["--depth", "18", "--cell", "stompp", "--epochs", "4", "--batch_size", "4"]
+    return [str(tmp_path / "work"), "--train_file", file, "--validation_file", file, "--depth", "18"]
+
+
+@pytest.mark.slow
+def test_a_run_is_done_once_and_leaves_a_line(vision: Any, images: list[str], tmp_path: Path) -> None:
+    results = tmp_path / "results.jsonl"
+    words = [*images, "--results", str(results), "--cell", "stompp", "--epochs", "4", "--batch_size", "4"]
 
     vision.main(words)
     (line,) = vision.read_lines(results)
@@ -73,6 +81,24 @@ def test_a_run_is_done_once_and_leaves_a_line(vision: Any, tmp_path: Path, monke
     assert (line["cell"], line["depth"], line["mode"], line["steps"]["binary"]) == ("stompp", 18, "bnn", 8)
     assert str(tmp_path) not in json.dumps(line) and "--activation_functions sign" in line["command"]
     assert not list((tmp_path / "work").glob("*/checkpoint-*"))
+
+
+@pytest.mark.slow
+def test_gradients_and_flips_of_every_block_are_noted_at_every_step(images: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    import vision_gradients
+
+    output, figure = tmp_path / "gradients.json", tmp_path / "gradients.png"
+    words = ["--cell", "ste", "--steps", "3", "--batch_size", "4", "--output", str(output), "--plot", str(figure)]
+    vision_gradients.main([*images, *words])
+
+    result = json.loads(output.read_text(encoding="utf-8"))
+    noted = result["methods"]["STE"]
+    for kind in ("gradient_norm", "flips"):
+        assert [len(series) for series in noted[kind].values()] == [3] * 4
+    # The binary network learns: gradients arrive in every block.
+    assert all(value > 0 for series in noted["gradient_norm"].values() for value in series)
+    assert str(tmp_path) not in json.dumps(result) and figure.stat().st_size > 1000
 
 
 def test_the_page_says_what_the_results_do(vision: Any, lines: list[dict[str, Any]]) -> None:

@@ -14,7 +14,7 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from transformers import (
     EvalPrediction,
     HfArgumentParser,
     PreTrainedModel,
+    Trainer,
     ViTImageProcessor,
     set_seed,
 )
@@ -166,12 +167,13 @@ def _as_words(values: Mapping[str, Any]) -> list[str]:
 # ---- The run --------------------------------------------------------------------------------------------------------
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
+def main(argv: list[str] | None = None, prepare: Callable[[Trainer], None] = lambda trainer: None) -> dict[str, Any]:
     """
     Run the script.
 
     Args:
         argv (`list[str]`, *optional*): The command line without the program's name; that of the process if not given.
+        prepare (`Callable[[Trainer], None]`, *optional*): Called with every Trainer before it runs.
 
     Returns:
         `dict[str, Any]`: what `summary.json` holds.
@@ -203,6 +205,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         data_collator=images.collate,
         compute_metrics=accuracy,
         identity={**vars(model_args), **vars(data_args)},
+        prepare=prepare,
     )
     results = run_recipe(recipe, model, head_is_trained) if training_args.do_train else evaluate_model(recipe, model)
     results.seconds["total"] = round(time.perf_counter() - start, 3)
