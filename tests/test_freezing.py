@@ -205,6 +205,20 @@ def test_binarized_weights_are_not_kept_for_the_backward_pass() -> None:
     )
 
 
+def test_a_binary_weight_takes_seventeen_bytes_while_it_trains() -> None:
+    model = initialized(make_model(surrogate="ste"))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randint(0, 9, (ROWS, 10)), labels=torch.zeros(ROWS, dtype=torch.long)).loss.backward()
+    optimizer.step()
+
+    layer = model.bert.encoder.layer[0].intermediate.dense
+    state = [tensor for tensor in optimizer.state[layer.weight].values() if tensor.shape == layer.weight.shape]
+    everything = [layer.weight, layer.weight.grad, *state, layer.freeze_mask]
+    tensors = [*layer.parameters(), *layer.buffers()]
+    assert {id(t) for t in tensors if t.shape == layer.weight.shape} == {id(layer.weight), id(layer.freeze_mask)}
+    assert sum(tensor.nbytes for tensor in everything) == 17 * layer.weight.numel()
+
+
 # the same training
 
 
