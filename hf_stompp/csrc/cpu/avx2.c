@@ -319,91 +319,148 @@ static int64_t limit(int64_t steps) {
     return steps * ROWS * 2 * 128;
 }
 
-/* --- rows of bytes: VPMADDUBSW multiplies two codes with two flags of a column in each lane --- */
+/* --- rows of bytes: VPSHUFB looks up the sum of 4 codes for the 4 bits of each of 32 columns --- */
 
 enum {
-    BYTE_COLUMNS = 8,
-    /* Of two codes with two flags at most 254 comes out: a sum of 16 bits holds so many. */
-    BYTE_STEPS = 128,
-    BYTE_ROWS_AT_A_TIME = 64,
+    /* Codes of a table, which has 16 sums: each of the codes whose bits are set. */
+    GROUP = 4,
+    /* A sum and this is below 1024. Its low and its high 5 bits are looked up apart: eight fit into a byte. */
+    TABLE_OFFSET = 512,
+    TABLE_BYTES = 32,
+    STEP_TABLES = 8,
+    /* Sums of 16 bits hold those of so many steps. */
+    TABLE_STEPS = 256,
+    TABLE_ROWS = 2,
 };
 
+static inline int64_t tables_of_row(const product *p) { return code_bytes(p->in_features) / GROUP; }
+
+static inline int64_t panel_bytes(const product *p) { return divide_up(used_bytes(p), 16) * 16 * COLUMNS; }
+
 static size_t byte_scratch_bytes_avx2(const product *p, const struct part *part) {
-    int64_t rows = min_int64(BYTE_ROWS_AT_A_TIME, part->row_end - part->row_begin);
-    return (size_t)((rows + BYTE_COLUMNS) * code_bytes(p->in_features));
+    int64_t panels = min_int64(panels_at_a_time(p), divide_up(part->column_end - part->column_begin, COLUMNS));
+    int64_t row = tables_of_row(p) * TABLE_BYTES + code_bytes(p->in_features);
+    return (size_t)(panels * panel_bytes(p) + TABLE_ROWS * row);
 }
 
-/* Sums of the codes of `rows` rows that 4 columns have flags for. */
-ALWAYS_INLINE void add_codes(const int8_t *codes, int rows, const uint8_t *flags, int64_t bytes, __m128i sums[2]) {
-    const __m256i one = _mm256_set1_epi16(1);
-    __m256i wide[2][4];
-#pragma GCC unroll 2
+static void write_tables(const int8_t *codes, int64_t tables, uint8_t *table) {
+    const __m256i offset = _mm256_set1_epi16(TABLE_OFFSET), low_bits = _mm256_set1_epi16(31);
+    /* The low two bits of 0 to 15, a byte each, and the high two. */
+    const __m256i low_flags = _mm256_set1_epi64x(0x0101010000010000);
+    const __m256i high_flags =
+        _mm256_setr_epi16(0, 0, 0, 0, 1, 1, 1, 1, 0x100, 0x100, 0x100, 0x100, 0x101, 0x101, 0x101, 0x101);
+    for (int64_t k = 0; k < tables; k++, codes += GROUP, table += TABLE_BYTES) {
+        int16_t pairs[2];
+        memcpy(pairs, codes, GROUP);
+        __m256i sums = _mm256_add_epi16(_mm256_maddubs_epi16(low_flags, _mm256_set1_epi16(pairs[0])),
+                                        _mm256_maddubs_epi16(high_flags, _mm256_set1_epi16(pairs[1])));
+        sums = _mm256_add_epi16(sums, offset);
+        __m256i parts = _mm256_packus_epi16(_mm256_and_si256(sums, low_bits), _mm256_srli_epi16(sums, 5));
+        _mm256_store_si256((__m256i *)table, _mm256_permute4x64_epi64(parts, 0xd8));
+    }
+}
+
+ALWAYS_INLINE __m256i table_at(const uint8_t *table) {
+    return _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)table));
+}
+
+/* Adds a vector's bytes to sums of 16 bits, those of even and of odd columns apart. */
+ALWAYS_INLINE void add_bytes(__m256i bytes, __m256i words[2]) {
+    words[0] = _mm256_add_epi16(words[0], _mm256_and_si256(bytes, _mm256_set1_epi16(255)));
+    words[1] = _mm256_add_epi16(words[1], _mm256_srli_epi16(bytes, 8));
+}
+
+/* `rows` rows of tables by 64 columns. */
+ALWAYS_INLINE void multiply_tables(const product *p, const uint8_t *tables, int rows, const uint8_t *panel,
+                                   int64_t row, int64_t column, const float *scales, const int32_t *totals) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    int64_t row_bytes = tables_of_row(p) * TABLE_BYTES, steps = tables_of_row(p) / STEP_TABLES;
+    __m256i sums[TABLE_ROWS][8];
     for (int i = 0; i < rows; i++)
+        for (int j = 0; j < 8; j++)
+            sums[i][j] = _mm256_set1_epi32((int)(-2 * TABLE_OFFSET * STEP_TABLES * steps) - totals[i]);
+    for (int64_t begin = 0; begin < steps; begin += TABLE_STEPS) {
+        int64_t end = min_int64(steps, begin + TABLE_STEPS);
+        __m256i words[TABLE_ROWS][2][4] = {{{{0}}}};
+        for (int64_t step = begin; step < end; step++) {
+            __m256i small[TABLE_ROWS][2], large[TABLE_ROWS][2];
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) wide[i][j] = _mm256_setzero_si256();
-    for (int64_t begin = 0; begin < bytes; begin += 32 * BYTE_STEPS) {
-        int64_t end = min_int64(bytes, begin + 32 * BYTE_STEPS);
-        __m256i narrow[2][4];
+            for (int q = 0; q < 4; q++) {
+                __m256i even[2], odd[2];
 #pragma GCC unroll 2
-        for (int i = 0; i < rows; i++)
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) narrow[i][j] = _mm256_setzero_si256();
-        for (int64_t k = begin; k < end; k += 32) {
-            __m256i code[2];
+                for (int j = 0; j < 2; j++) {
+                    const uint8_t *bytes = panel + (4 * step + q) * COLUMNS + 32 * j;
+                    __m256i bits = _mm256_load_si256((const __m256i *)bytes);
+                    even[j] = _mm256_and_si256(bits, nibble);
+                    odd[j] = _mm256_and_si256(_mm256_srli_epi16(bits, 4), nibble);
+                }
 #pragma GCC unroll 2
-            for (int i = 0; i < rows; i++) code[i] = _mm256_loadu_si256((const __m256i *)(codes + i * bytes + k));
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) {
-                __m256i flag = _mm256_loadu_si256((const __m256i *)(flags + j * bytes + k));
+                for (int i = 0; i < rows; i++) {
+                    const uint8_t *table = tables + i * row_bytes + (STEP_TABLES * step + 2 * q) * TABLE_BYTES;
+                    const __m256i *index[2] = {even, odd};
 #pragma GCC unroll 2
-                for (int i = 0; i < rows; i++)
-                    narrow[i][j] = _mm256_add_epi16(narrow[i][j], _mm256_maddubs_epi16(flag, code[i]));
+                    for (int half = 0; half < 2; half++) {
+                        __m256i low = table_at(table + half * TABLE_BYTES);
+                        __m256i high = table_at(table + half * TABLE_BYTES + 16);
+#pragma GCC unroll 2
+                        for (int j = 0; j < 2; j++) {
+                            __m256i low_found = _mm256_shuffle_epi8(low, index[half][j]);
+                            __m256i high_found = _mm256_shuffle_epi8(high, index[half][j]);
+                            small[i][j] = q + half ? _mm256_add_epi8(small[i][j], low_found) : low_found;
+                            large[i][j] = q + half ? _mm256_add_epi8(large[i][j], high_found) : high_found;
+                        }
+                    }
+                }
             }
+#pragma GCC unroll 2
+            for (int i = 0; i < rows; i++)
+#pragma GCC unroll 2
+                for (int j = 0; j < 2; j++) {
+                    add_bytes(small[i][j], words[i][j]);
+                    add_bytes(large[i][j], words[i][j] + 2);
+                }
         }
-#pragma GCC unroll 2
         for (int i = 0; i < rows; i++)
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++)
-                wide[i][j] = _mm256_add_epi32(wide[i][j], _mm256_madd_epi16(narrow[i][j], one));
+            for (int j = 0; j < 8; j++) {
+                /* Columns 0 to 7 and 16 to 23 of a vector are the low words of its halves, the rest the high ones. */
+                const __m256i *w = words[i][j / 4];
+                __m256i low = j % 2 ? _mm256_unpackhi_epi16(w[0], w[1]) : _mm256_unpacklo_epi16(w[0], w[1]);
+                __m256i high = j % 2 ? _mm256_unpackhi_epi16(w[2], w[3]) : _mm256_unpacklo_epi16(w[2], w[3]);
+                if (j % 4 >= 2) {
+                    low = _mm256_permute4x64_epi64(low, 0x4e);
+                    high = _mm256_permute4x64_epi64(high, 0x4e);
+                }
+                __m256i twice_low = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(low)), 1);
+                __m256i twice_high = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(high)), 6);
+                sums[i][j] = _mm256_add_epi32(sums[i][j], _mm256_add_epi32(twice_low, twice_high));
+            }
     }
-#pragma GCC unroll 2
-    for (int i = 0; i < rows; i++) {
-        __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(wide[i][0], wide[i][1]),
-                                          _mm256_hadd_epi32(wide[i][2], wide[i][3]));
-        sums[i] = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
-    }
-}
-
-ALWAYS_INLINE void multiply_bytes_of_rows(const product *p, const int8_t *codes, int rows, const uint8_t *flags,
-                                          const float *scales, const int32_t *totals, int64_t row, int64_t column) {
-    int64_t bytes = code_bytes(p->in_features);
-    __m128i low[2], high[2];
-    add_codes(codes, rows, flags, bytes, low);
-    add_codes(codes, rows, flags + 4 * bytes, bytes, high);
-    for (int i = 0; i < rows; i++) {
-        __m256i sums = _mm256_slli_epi32(_mm256_set_m128i(high[i], low[i]), 1);
-        store_sums8(p, row + i, column, _mm256_sub_epi32(sums, _mm256_set1_epi32(totals[i])), scales[i]);
-    }
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < 8 && column + 8 * j < p->out_features; j++)
+            store_sums8(p, row + i, column + 8 * j, sums[i][j], scales[i]);
 }
 
 static void multiply_bytes_avx2(const product *p, const struct part *part, void *scratch) {
-    int64_t bytes = code_bytes(p->in_features);
-    uint8_t *flags = scratch;
-    int8_t *codes = (int8_t *)scratch + BYTE_COLUMNS * bytes;
-    for (int64_t row = part->row_begin; row < part->row_end; row += BYTE_ROWS_AT_A_TIME) {
-        int64_t rows = min_int64(BYTE_ROWS_AT_A_TIME, part->row_end - row);
-        float scales[BYTE_ROWS_AT_A_TIME];
-        int32_t totals[BYTE_ROWS_AT_A_TIME];
-        quantize_rows(p, row, rows, codes, scales, totals);
-        for (int64_t column = part->column_begin; column < part->column_end; column += BYTE_COLUMNS) {
-            /* What columns beyond the last give is not stored. */
-            for (int64_t j = 0; j < BYTE_COLUMNS; j++)
-                flags_of_column(p, min_int64(column + j, p->out_features - 1), flags + j * bytes);
-            int64_t i = 0;
-            for (; i + 2 <= rows; i += 2)
-                multiply_bytes_of_rows(p, codes + i * bytes, 2, flags, scales + i, totals + i, row + i, column);
-            if (i < rows)
-                multiply_bytes_of_rows(p, codes + i * bytes, 1, flags, scales + i, totals + i, row + i, column);
+    int64_t columns_at_a_time = panels_at_a_time(p) * COLUMNS, row_tables = tables_of_row(p);
+    for (int64_t begin = part->column_begin; begin < part->column_end; begin += columns_at_a_time) {
+        int64_t end = min_int64(part->column_end, begin + columns_at_a_time);
+        uint8_t *panels = scratch, *tables = panels + divide_up(end - begin, COLUMNS) * panel_bytes(p);
+        int8_t *codes = (int8_t *)tables + TABLE_ROWS * row_tables * TABLE_BYTES;
+        for (int64_t column = begin; column < end; column += COLUMNS)
+            lay_out_panel(p, column, panels + (column - begin) / COLUMNS * panel_bytes(p));
+        for (int64_t row = part->row_begin; row < part->row_end; row += TABLE_ROWS) {
+            int64_t rows = min_int64(TABLE_ROWS, part->row_end - row);
+            float scales[TABLE_ROWS];
+            int32_t totals[TABLE_ROWS];
+            quantize_rows(p, row, rows, codes, scales, totals);
+            write_tables(codes, rows * row_tables, tables);
+            for (int64_t column = begin; column < end; column += COLUMNS) {
+                const uint8_t *panel = panels + (column - begin) / COLUMNS * panel_bytes(p);
+                if (rows == TABLE_ROWS)
+                    multiply_tables(p, tables, TABLE_ROWS, panel, row, column, scales, totals);
+                else
+                    multiply_tables(p, tables, 1, panel, row, column, scales, totals);
+            }
         }
     }
 }
