@@ -7,6 +7,7 @@ import json
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -96,11 +97,52 @@ class StopAfterStep(TrainerCallback):
             raise Interrupted
 
 
-class QuietProgress(UnitProgressCallback):
-    """The progress bar without a line for every log: stdout is the command's."""
+class QuietBar(ProgressCallback):
+    """A progress bar without a line for every log: stdout is the command's."""
 
     def on_log(self, *args: Any, **kwargs: Any) -> None:
         pass
+
+
+class QuietUnitBar(QuietBar, UnitProgressCallback):
+    """The same with the unit in transition behind it."""
+
+
+class ProgressLines(TrainerCallback):
+    """
+    A line now and then on stderr, for logs that nobody watches.
+
+    Args:
+        seconds (`float`, *optional*, defaults to 60): between two of them, at least.
+    """
+
+    def __init__(self, seconds: float = 60.0) -> None:
+        self.seconds = seconds
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._first_step, self._begin = state.global_step, time.monotonic()
+        self._last = self._begin
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        now, done = time.monotonic(), state.global_step - self._first_step
+        if logs is None or "loss" not in logs or not done or now - self._last < self.seconds:
+            return
+        self._last = now
+        minutes = (now - self._begin) / done * (state.max_steps - state.global_step) / 60
+        print(
+            f"step {state.global_step:,} of {state.max_steps:,}, loss {logs['loss']:.3g}, {minutes:.0f} min left",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 @contextmanager
@@ -124,11 +166,15 @@ def stopping_on_interrupt(callback: StopAfterStep) -> Iterator[None]:
 
 
 def quiet(trainer: Trainer) -> None:
-    """Logs go to trainer_state.json and the trackers alone."""
+    """Logs go to trainer_state.json and the trackers. A bar says how far training is, or lines where none is seen."""
     trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    if trainer.pop_callback(UnitProgressCallback) is not None and trainer.train_dataset is not None:
-        trainer.add_callback(QuietProgress(trainer))
+    bars = [kind for kind in (UnitProgressCallback, ProgressCallback) if trainer.pop_callback(kind) is not None]
+    if trainer.train_dataset is None:
+        return
+    if not bars:
+        trainer.add_callback(ProgressLines())
+    else:
+        trainer.add_callback(QuietUnitBar(trainer) if UnitProgressCallback in bars else QuietBar())
 
 
 def compute_metrics(

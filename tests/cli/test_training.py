@@ -19,7 +19,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from hf_stompp import StoMPPConfig, binarize, cli, commit
+from hf_stompp import StoMPPConfig, StoMPPTrainer, StoMPPTrainingArguments, binarize, cli, commit
+from hf_stompp.cli import training
 from hf_stompp.model.example_inputs import example_inputs
 from hf_stompp.model.modules import packed_modules
 from hf_stompp.training.summary import compared_with_float
@@ -53,6 +54,39 @@ def float_model(tiny_model: Callable, saved: Callable) -> str:
 
 def train(*words: object) -> int:
     return cli.main(["train", *map(str, words)])
+
+
+@pytest.mark.parametrize("binary", [False, True])
+@pytest.mark.parametrize("watched", [False, True])
+def test_training_shows_a_bar_on_a_terminal_and_lines_elsewhere(
+    tiny_model: Callable, tmp_path: Path, binary: bool, watched: bool
+) -> None:
+    model = tiny_model("bert")
+    kind, arguments = transformers.Trainer, transformers.TrainingArguments
+    if binary:
+        model, kind, arguments = binarize(model, StoMPPConfig()), StoMPPTrainer, StoMPPTrainingArguments
+    args = arguments(str(tmp_path), disable_tqdm=not watched, use_cpu=True)
+    trainer = kind(model, args, train_dataset=datasets.Dataset.from_dict({"labels": [0]}))
+    training.quiet(trainer)
+
+    bar = training.QuietUnitBar if binary else training.QuietBar
+    shown = transformers.ProgressCallback, transformers.PrinterCallback, training.ProgressLines
+    found = [one for one in trainer.callback_handler.callbacks if isinstance(one, shown)]
+    assert [type(one) for one in found] == [bar if watched else training.ProgressLines]
+
+
+def test_lines_tell_step_loss_and_time_left_and_come_no_more_often_than_asked(capsys: pytest.CaptureFixture) -> None:
+    state = transformers.TrainerState(global_step=100, max_steps=2100)
+    for seconds in (0.0, 3600.0):
+        lines = training.ProgressLines(seconds)
+        state.global_step = 100
+        lines.on_train_begin(None, state, None)
+        time.sleep(0.05)
+        for state.global_step in (100, 1100):
+            lines.on_log(None, state, None, logs={"loss": 1.23456})
+            lines.on_log(None, state, None, logs={"eval_loss": 1.0})
+
+    assert capsys.readouterr().err == "step 1,100 of 2,100, loss 1.23, 0 min left\n"
 
 
 def test_run_ends_in_a_packed_model_that_eval_finds_as_good(
