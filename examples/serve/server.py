@@ -14,6 +14,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import torch
@@ -40,16 +41,16 @@ class Texts(BaseModel):
     texts: list[Annotated[str, Field(max_length=MAX_CHARACTERS)]] = Field(min_length=1, max_length=MAX_TEXTS)
 
 
+@dataclass
 class Batcher:
     """Collects texts that arrive at about one time, and classifies them together, on one thread."""
 
-    def __init__(self, classify: Classify, max_batch_size: int, max_wait_ms: float, max_waiting: int) -> None:
-        self.classify = classify
-        self.max_batch_size = max_batch_size
-        self.max_wait = max_wait_ms / 1000
-        self.max_waiting = max_waiting
-        self.waiting = 0
-        self.queue: asyncio.Queue[tuple[str, asyncio.Future]] = asyncio.Queue()
+    classify: Classify
+    max_batch_size: int
+    max_wait_ms: float
+    max_waiting: int
+    waiting: int = 0
+    queue: asyncio.Queue[tuple[str, asyncio.Future]] = field(default_factory=asyncio.Queue)
 
     async def answer(self, texts: list[str]) -> list[dict[str, Any]]:
         """One answer a text; status 503 if too many texts wait already."""
@@ -71,7 +72,7 @@ class Batcher:
             while True:
                 taken = [await self.queue.get()]
                 if len(taken) + self.queue.qsize() < self.max_batch_size:
-                    await asyncio.sleep(self.max_wait)
+                    await asyncio.sleep(self.max_wait_ms / 1000)
                 while not self.queue.empty():
                     taken.append(self.queue.get_nowait())
                 # A batch is as wide as its longest text; all that was taken is answered before what comes later.
@@ -99,7 +100,7 @@ def load(name: str, quantize: str | None, max_length: int) -> Classify:
     config = model.config
     if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
         raise ValueError(
-            f"{name} gives {config.problem_type}, {config.num_labels} labels: it must choose one of several"
+            f"{name} has {config.num_labels} labels ({config.problem_type}): it must choose one of several"
         )
     if quantize == "int8":
         if packed_modules(model):

@@ -225,7 +225,7 @@ def test_models_that_cannot_be_served_are_refused(
     tokenizer.save_pretrained(tmp_path / "regression")
     for words, message in (
         ([str(folder), "--quantize", "int8"], "is packed: serve it without --quantize"),
-        ([str(tmp_path / "regression")], "1 labels: it must choose one of several"),
+        ([str(tmp_path / "regression")], "has 1 labels (None): it must choose one of several"),
         ([str(tmp_path / "nothing")], "nothing"),
         ([str(folder), "--max_waiting", "63"], "one request may bring 64 texts"),
     ):
