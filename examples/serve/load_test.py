@@ -1,7 +1,7 @@
 """
 How many requests a server of `server.py` answers, how late, and in how much memory: float, int8 and packed models.
 
-    taskset -c 0 python load_test.py float=FOLDER packed=FOLDER/packed --cores 1 --output load_test.json
+    taskset -c 0 python examples/serve/load_test.py float=FOLDER packed=FOLDER/packed --cores 1 --output load.json
 
 Each model gets a server of its own, one after another, on the cores `--cores`; a float model gets another one in int8.
 Each client sends a text as soon as the one before is answered. The machine should have nothing else to do.
@@ -168,7 +168,7 @@ def measure(words: list[str], texts: list[str], arguments: argparse.Namespace) -
         "requests_per_second": round(len(seconds) / arguments.seconds, 1),
         "milliseconds": {"median": milliseconds(0.5), "p95": milliseconds(0.95), "p99": milliseconds(0.99)},
         "errors": dict(sum((client.errors for client in clients), Counter())),
-        "resident_bytes": {"early": early, "end": late},
+        "resident_bytes": {"after_ten_seconds": early, "at_the_end": late},
         "score_changes_with_batch": round(max((max(found) - min(found) for found in scores.values()), default=0), 6),
     }
 
@@ -180,8 +180,8 @@ def is_packed(folder: Path) -> bool:
 def table(result: dict[str, Any]) -> str:
     """Markdown: a row a model."""
     lines = [
-        "| model | requests a second | median ms | p95 | p99 | errors | MiB early, at the end | score changes by |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | requests/s | median ms | p95 | p99 | errors | MiB after 10 s | at the end | score changes by |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in result["models"].items():
         times = [f"{row['milliseconds'][key]}" for key in ("median", "p95", "p99")]

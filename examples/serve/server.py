@@ -1,7 +1,7 @@
 """
 A text classifier behind HTTP, with dynamic batching: texts of several requests run through the model together.
 
-    python server.py FOLDER --threads 1
+    python examples/serve/server.py FOLDER --threads 1
     curl localhost:8000/predict --json '{"texts": ["a good film", "a bad film"]}'
 
 Float and packed models are served alike. `README.md` beside it says what is refused, and how many requests it takes.
