@@ -65,6 +65,19 @@ def test_the_table_of_costs_is_what_the_result_file_says() -> None:
     assert len(shown) == 2 + 7 and set(shown) <= set(table.splitlines())
 
 
+def test_the_table_of_serving_is_what_the_result_file_says() -> None:
+    example = ROOT / "examples" / "serve"
+    spec = importlib.util.spec_from_file_location("load_test", example / "load_test.py")
+    load_test = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(load_test)
+    result = json.loads((ROOT / "benchmarks" / "results" / "serve_amd_epyc_zen5.json").read_text(encoding="utf-8"))
+    assert load_test.table(result) in (example / "README.md").read_text(encoding="utf-8")
+    changes = {name: row["score_changes_with_batch"] for name, row in result["models"].items()}
+    page = " ".join((ROOT / "docs" / "howto" / "deploy_cpu.md").read_text(encoding="utf-8").split())
+    assert f"moved by up to {changes['float, int8']:.1f} with what other clients asked" in page
+    assert changes["1-bit weights"] <= 0.004 and "by up to 0.004 with 1-bit weights" in page
+
+
 def test_the_tables_of_cpu_speed_are_what_the_result_file_says() -> None:
     spec = importlib.util.spec_from_file_location("cpu_table", ROOT / "benchmarks" / "cpu_table.py")
     cpu_table = importlib.util.module_from_spec(spec)
