@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import sys
@@ -77,6 +78,25 @@ CONFIGS: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]] =
     "vit": (transformers.ViTConfig, {"image_size": 16, "patch_size": 8}),
     "albert": (transformers.AlbertConfig, {"embedding_size": 20}),
 }
+
+
+@pytest.fixture
+def permissions_hold() -> Iterator[None]:
+    """Permissions of files bind this test as they bind any user: root gives up meanwhile what lets it pass them."""
+    if os.geteuid() != 0:
+        yield
+        return
+    if not sys.platform.startswith("linux"):
+        pytest.skip("root may write anywhere")
+    libc, header, sets = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, sets) == 0
+    effective = sets[0]
+    # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH of this thread; they stay permitted, and come back.
+    sets[0] = effective & ~0b110
+    assert libc.capset(header, sets) == 0
+    yield
+    sets[0] = effective
+    assert libc.capset(header, sets) == 0
 
 
 @pytest.fixture(autouse=True)

@@ -440,3 +440,18 @@ def test_zero_weights_pack_as_plus_one(tiny_committed, logits, config, zero):
     assert np.unpackbits(bits, axis=1, bitorder="little")[:, :76:3].all()
     assert packed.bert.encoder.layer[1].output.dense.scale[2] == 0
     assert torch.equal(logits(packed), logits(model))
+
+
+@pytest.mark.usefixtures("permissions_hold")
+def test_saving_to_a_read_only_folder_says_so_and_leaves_the_model_that_is_there(tiny_committed, tmp_path):
+    committed = tiny_committed("bert")
+    committed.save_pretrained(tmp_path / "model")
+    (tmp_path / "model").chmod(0o555)
+    (tmp_path / "model" / "config.json").chmod(0o444)
+    before = {path: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    tmp_path.chmod(0o555)
+    for model in (committed, pack(committed)):
+        for name in ("model", "new"):
+            with pytest.raises(PermissionError, match=f"{tmp_path}/{name}"):
+                model.save_pretrained(tmp_path / name)
+    assert {path: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before

@@ -502,6 +502,31 @@ def test_a_loss_that_is_nan_once_does_not_end_a_run(tmp_path: Path) -> None:
     assert trainer.state.global_step == 12
 
 
+class Close(TrainerCallback):
+    """Makes the folder of a run read-only."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            Path(args.output_dir).chmod(0o555)
+
+
+@pytest.mark.usefixtures("permissions_hold")
+def test_a_run_whose_folder_becomes_read_only_says_so_and_goes_on_from_the_checkpoint_before(tmp_path: Path) -> None:
+    arguments = {"save_strategy": "steps", "save_steps": 3}
+    whole, run = make_trainer(tmp_path / "whole", **arguments), tmp_path / "run"
+    whole.train()
+    with pytest.raises(PermissionError, match=rf"Permission denied: '{run}/checkpoint-6'"):
+        make_trainer(run, callbacks=[Close(5)], **arguments).train()
+
+    run.chmod(0o755)
+    resumed = make_trainer(run, **arguments)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_state(state_of(resumed.model), state_of(whole.model))
+
+
 def test_resuming_a_finished_run_takes_no_step(tmp_path: Path) -> None:
     # 12 steps end in the middle of the second epoch of 8.
     trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=12)
@@ -538,14 +563,39 @@ def test_resuming_with_another_progression_is_refused(tmp_path: Path, changed: d
     assert {path: path.read_bytes() for path in checkpoint.iterdir()} == files
 
 
-@pytest.mark.parametrize("started_with", [{}, {"mask_seed": 5}], ids=["mask seed from seed", "mask seed of its own"])
-@pytest.mark.parametrize("changed", [{"seed": 7}, {"data_seed": 7}], ids=lambda changed: next(iter(changed)))
-def test_resuming_with_another_seed_of_the_data_is_refused(
-    tmp_path: Path, started_with: dict[str, Any], changed: dict[str, Any]
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"seed": 7}, "seed: 42 -> 7"),
+        ({"data_seed": 7}, "data_seed: None -> 7"),
+        ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy: 'random' -> 'sequential'"),
+        ({"per_device_train_batch_size": 8}, "per_device_train_batch_size: 4 -> 8"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps: 1 -> 2"),
+        ({"bf16": True}, "mixed_precision: 'no' -> 'bf16'"),
+        ({"model": torch.bfloat16}, "dtype: 'float32' -> 'bfloat16'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_resuming_with_another_order_or_batch_or_precision_is_refused(
+    tmp_path: Path, changed: dict[str, Any], told: str
 ) -> None:
-    checkpoint = saved_run(tmp_path, **started_with)
-    with pytest.raises(ValueError, match=r"other seeds.*Saved -> now"):
-        make_trainer(tmp_path, **started_with, **changed).train(resume_from_checkpoint=str(checkpoint))
+    # With a seed of its own for the masks nothing else would tell that the data come in another order.
+    checkpoint = saved_run(tmp_path, mask_seed=5)
+    if "model" in changed:
+        changed = {"model": binarize(make_model(), StoMPPConfig(surrogate="ste")).to(changed["model"])}
+    with pytest.raises(ValueError, match=rf"resume with the settings .* Saved -> now: {told}$"):
+        make_trainer(tmp_path, mask_seed=5, **changed).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_resuming_on_another_machine_warns_of_other_bits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint = saved_run(tmp_path)
+    make_trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))
+    assert "another machine" not in caplog.text
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    state["stateful_callbacks"][ProgressionCallback.__name__]["attributes"]["machine"] = "A64FX, torch 2.11.0"
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    make_trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))
+    assert "was written on another machine (A64FX, torch 2.11.0, here " in caplog.text
 
 
 @pytest.mark.slow

@@ -6,6 +6,8 @@ import argparse
 import json
 import os
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from ..benchmark import (
 )
 from ..machine import surroundings
 from ..ops import cpu
+from ..output import replacing
 
 
 def _load_average() -> list[float]:
@@ -169,16 +172,22 @@ def _columns(rows: Rows) -> list[str]:
     return [lines[0], "-" * len(lines[0]), *lines[1:], ""]
 
 
+@contextmanager
+def _writable(path: Path) -> Iterator[Path]:
+    """A file to write, whose folder takes one: that shows now, not when ten minutes of measuring are done."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        yield partial
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Runs `hf-stompp bench`."""
     all_levels = ["op", "model"] if arguments.quick else ["op", "model", "loading"]
     levels = all_levels if arguments.level == "all" else [arguments.level]
     # A path would tell whose machine it was.
     command = shlex.join(["hf-stompp", *(Path(word).name if "/" in word else word for word in arguments.words)])
-    if arguments.output is not None:
-        # Now, not when ten minutes of measuring are done.
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    result = measure(levels, arguments.threads, arguments.kernels, command, arguments.quick)
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    with nullcontext() if arguments.output is None else _writable(arguments.output) as file:
+        result = measure(levels, arguments.threads, arguments.kernels, command, arguments.quick)
+        if file is not None:
+            file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2) if arguments.json else table(result))

@@ -141,6 +141,10 @@ def _names_in(paths: Iterable[Path]) -> dict[str, Path]:
         try:
             with safe_open(path, framework="pt") as handle:
                 keys = handle.keys()
+        except FileNotFoundError:
+            # safetensors says so of a file that may not be read, too.
+            path.open("rb").close()
+            raise
         except SafetensorError as error:
             raise ValueError(
                 f"{path} is damaged: {_first_cut_tensor(path)} cannot be read ({error}); download or copy it again"
@@ -232,13 +236,16 @@ def check_whole(folder: Path, world_size: int = 1) -> dict[str, Path]:
         ValueError: something is missing, cut or altered; names it.
     """
     names = verify_files(checkpoint_files(folder))
-    states = (f"rng_state_{rank}.pth" for rank in range(world_size)) if world_size > 1 else ()
+    # One process writes one without a number: nothing is missing there, and the Trainer refuses other processes.
+    is_of_one = world_size == 1 or (folder / "rng_state.pth").is_file()
+    states = () if is_of_one else (f"rng_state_{rank}.pth" for rank in range(world_size))
     for pattern in (*RESUMED_FROM, *states):
         files = sorted(folder.glob(pattern))
         if not files:
             raise ValueError(
                 f"{folder} holds no {pattern}: a run that goes on from it would not be the one that was stopped (was "
-                "it saved with save_only_model?); use another checkpoint, or start a new run from its weights"
+                "it saved with save_only_model, or by fewer processes?); use another checkpoint, or start a new run "
+                "from its weights"
             )
         for file in files:
             if not zipfile.is_zipfile(file):

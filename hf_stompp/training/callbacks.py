@@ -89,7 +89,9 @@ class ProgressionCallback(TrainerCallback, ExportableState):
         if self.progression is None:
             return {"args": args, "attributes": {}}
         attributes: dict[str, Any] = {"progression": self.progression.to_dict()}
-        return {"args": args, "attributes": attributes | ({"seeds": self.trainer.seeds()} if is_own else {})}
+        if is_own:
+            attributes |= {"step_settings": self.trainer.step_settings(), "machine": self.trainer.machine()}
+        return {"args": args, "attributes": attributes}
 
     def _plan(self, args: TrainingArguments, state: TrainerState, encoder: nn.Module) -> Progression:
         """The progression of a Trainer that knows nothing of it."""

@@ -36,7 +36,7 @@ ASKED_SETTINGS = (
 
 TRAINING_SETTINGS = (
     *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size"),
-    *("gradient_accumulation_steps", "train_sampling_strategy", "seed"),
+    *("gradient_accumulation_steps", "train_sampling_strategy", "seed", "world_size", "bf16", "fp16"),
 )
 """Arguments of the Trainer that a run which is started again must share with its first start."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..machine import surroundings
 from ..model.integrity import check_whole, last_whole_checkpoint, read_json, tensor_digest, verify_files
 from ..model.modules import config_of, frozen_counts, fully_binary, masked_modules, packed_modules
 from ..nn import MaskedBinaryActivation
@@ -27,6 +29,9 @@ from .progression import Progression, plan_progression
 from .pushing import PushingTrainer
 from .sampling import ReproducibleGrouping
 from .training_set import check_training_set
+
+
+logger = logging.getLogger(__name__)
 
 
 def _activation_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -147,9 +152,24 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, PushingTrainer):
             refuse_another(progression, self._saved_progression)
         return progression
 
-    def seeds(self) -> dict[str, int | None]:
-        """Seeds that a resumed run must share with the one that it goes on with."""
-        return {"seed": self.args.seed, "data_seed": self.args.data_seed}
+    def step_settings(self) -> dict[str, Any]:
+        """
+        Which examples make a step, and in which precision it is computed: what a resumed run must share with the one
+        that it goes on with, beside config and progression.
+        """
+        args = self.args
+        names = ["seed", "data_seed", "train_sampling_strategy", "world_size", "per_device_train_batch_size"]
+        return {
+            **{name: getattr(args, name) for name in [*names, "gradient_accumulation_steps"]},
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "mixed_precision": self.accelerator.mixed_precision,
+        }
+
+    def machine(self) -> str:
+        """What decides, beside the settings, in which order sums run: processor or GPU, and PyTorch."""
+        found = surroundings()
+        device = found["machine"]["cpu"] if self.args.device.type == "cpu" else found["machine"]["accelerator"]
+        return f"{device}, torch {found['versions']['torch']}"
 
     def _load_callback_state(self) -> None:
         super()._load_callback_state()
@@ -276,23 +296,30 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, PushingTrainer):
             self._initialize_activations(inputs, by_batch=True)
         loss = super().training_step(model, inputs, *args, **kwargs)
         # Transformers looks at it too, but to leave it out of the log.
-        if not bool(torch.isfinite(loss).all()):
+        if self._is_so_anywhere(not bool(torch.isfinite(loss).all())):
             self._check_weights()
         return loss
+
+    def _is_so_anywhere(self, found: bool) -> bool:
+        """Whether any rank has found it: a rank that stops alone leaves the others waiting for its gradients."""
+        flag = torch.tensor(float(found), device=self.args.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum"))
 
     def _check_weights(self) -> None:
         """
         Checks that training has not diverged: once weights are NaN, or what BatchNorm has recorded, no later step
-        mends them.
+        mends them. To be called on every rank.
 
         Raises:
-            ValueError: it has; names the step, the unit in transition and the first tensor.
+            ValueError: it has, on some rank; names the step, the unit in transition and the first tensor.
         """
         tensors = self.model.state_dict().items()
         floats = ((name, tensor) for name, tensor in tensors if tensor.is_floating_point())
         name = next((name for name, tensor in floats if not bool(torch.isfinite(tensor).all())), None)
-        if name is None:
+        if not self._is_so_anywhere(name is not None):
             return
+        # What BatchNorm has recorded is each rank's own.
+        name = name or "a tensor of another rank"
         step, progression = self.state.global_step, self.progression_callback.progression
         if step == 0:
             raise ValueError(f"{name} holds NaN or infinity before the first step: start from another model")
@@ -432,6 +459,8 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, PushingTrainer):
         Raises:
             ValueError: it is damaged, incomplete, of another config, or was not written by this Trainer.
         """
+        # First: with other processes it would seem incomplete.
+        self._check_progress(folder)
         names = check_whole(folder, self.args.world_size)
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
         missing = [name for name in self.model.state_dict() if name not in names and name not in tied]
@@ -449,16 +478,34 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, PushingTrainer):
                 "with. Fields that differ, saved -> now: "
                 + "; ".join(f"{name}: {saved.get(name)!r} -> {mine[name]!r}" for name in changed)
             )
+
+    def _check_progress(self, folder: Path) -> None:
+        """
+        Checks what a checkpoint says of the run that wrote it, and notes its progression.
+
+        Raises:
+            ValueError: it is damaged, was not written by this Trainer, or the steps of that run were others.
+        """
         try:
             callbacks = read_json(folder / "trainer_state.json").get("stateful_callbacks", {})
             attributes = dict(callbacks.get(ProgressionCallback.__name__, {}).get("attributes", {}))
+            saved = dict(attributes.get("step_settings", {}))
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{folder}/trainer_state.json is damaged ({error}); use another checkpoint") from error
-        seeds = attributes.get("seeds", self.seeds())
-        if seeds != self.seeds():
+        mine = self.step_settings()
+        changed = [name for name in mine if name in saved and saved[name] != mine[name]]
+        if changed:
             raise ValueError(
-                f"{folder}: the checkpoint was trained with other seeds, which order the data; resume with those it "
-                f"was started with. Saved -> now: {seeds} -> {self.seeds()}"
+                f"{folder}: other examples would make a step, or it would be computed in another precision; resume "
+                "with the settings that the run was started with. Saved -> now: "
+                + "; ".join(f"{name}: {saved[name]!r} -> {mine[name]!r}" for name in changed)
+            )
+        before, now = attributes.get("machine"), self.machine()
+        if before is not None and before != now and self.is_world_process_zero():
+            logger.warning(
+                "%s was written on another machine (%s, here %s), where sums may run in another order: the run will "
+                "not end in the same bits",
+                *(folder, before, now),
             )
         self._saved_progression = attributes.get("progression")
         if self._saved_progression is None:

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,18 +15,6 @@ from transformers import AutoModelForSequenceClassification
 import hf_stompp
 from hf_stompp import StoMPPConfig, binarize, cli, commit, pack
 from hf_stompp.model.modules import masked_modules, packed_modules
-
-
-def permissions_hold() -> bool:
-    """Whether a folder without write permission cannot be written to; root may write anywhere."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o555)
-        closed = not os.access(folder, os.W_OK)
-        os.chmod(folder, 0o755)
-    return closed
-
-
-needs_permissions = pytest.mark.skipif(not permissions_hold(), reason="root may write anywhere")
 
 
 def load(folder: str | Path) -> nn.Module:
@@ -205,7 +192,7 @@ def test_output_that_cannot_be_a_folder_is_refused(latent, refused, tmp_path):
     assert "cannot write to" in message and "choose another folder" in message
 
 
-@needs_permissions
+@pytest.mark.usefixtures("permissions_hold")
 def test_output_without_write_permission_is_refused(latent, refused, tmp_path):
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o555)
@@ -215,7 +202,7 @@ def test_output_without_write_permission_is_refused(latent, refused, tmp_path):
         assert "Permission denied" in message and "change its permissions" in message
 
 
-@needs_permissions
+@pytest.mark.usefixtures("permissions_hold")
 def test_model_that_may_not_be_read_is_refused(latent, refused, tmp_path):
     path = Path(latent, "model.safetensors")
     path.chmod(0)

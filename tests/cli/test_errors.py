@@ -241,3 +241,24 @@ def test_every_example_of_the_help_is_accepted(capsys: pytest.CaptureFixture[str
                 cli.parser().parse_args(shlex.split(line.split("  #")[0])[1:])
                 seen += 1
     assert seen > 10
+
+
+@pytest.mark.usefixtures("permissions_hold")
+@pytest.mark.parametrize("command", ["train", "distill", "unpack", "bench"])
+def test_command_that_may_not_write_says_so_before_it_works(
+    tiny_model, tiny_packed, saved, refused, tmp_path, command
+):
+    table, text = tmp_path / "table.csv", tmp_path / "text.txt"
+    table.write_text("text,label\nword1 word2,0\nword3 word4,1\n" * 4)
+    text.write_text("word1 word2\nword3 word4\n" * 4)
+    model = saved((tiny_packed if command == "unpack" else tiny_model)("bert"))
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o555)
+    words = {
+        "train": [model, closed, "--train_file", table, "--validation_file", table, "--max_length", 8],
+        "distill": [model, closed, "--text", text, "--max_steps", 4, "--max_length", 8],
+        "unpack": [model, closed],
+        "bench": ["--quick", "--output", closed / "bench.json"],
+    }
+    message = refused(command, *words[command])
+    assert str(closed) in message and "change its permissions" in message

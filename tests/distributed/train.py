@@ -1,11 +1,15 @@
-"""Trains a tiny binary BERT; the tests start it in one or several processes, and kill it. Not a test module."""
+"""
+Trains a tiny binary BERT as each argument says, a JSON object with fields of `Run`; the tests start it in one or
+several processes, and kill it. Not a test module.
+"""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,67 +22,90 @@ from safetensors.torch import save_file
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
 
 from hf_stompp import StoMPPConfig, StoMPPTrainer, StoMPPTrainingArguments, binarize
+from hf_stompp.model.integrity import tensor_digest
 from hf_stompp.model.modules import masked_modules
 
 
-class KillAfter(TrainerCallback):
-    """Ends the process as a power cut would."""
+@dataclass
+class Run:
+    """One training. What goes wrong goes wrong on the last rank, `at` a step."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    output_dir: str
+    batch: int = 8
+    accumulation: int = 1
+    examples: int = 64
+    filled_up: int = 0
+    surrogate: str = "ste"
+    schedule: str = "cubic"
+    optim: str = "sgd"
+    teacher: bool = False
+    dropout: float = 0.0
+    resume: bool = False
+    wrong: str | None = None
+    at: int = 0
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
 
+class GoWrong(TrainerCallback):
+    """Ends one process as a power cut would, or gives it what the others do not have."""
 
-class BreakMask(TrainerCallback):
-    """Gives one rank another mask."""
+    def __init__(self, wrong: str, at: int) -> None:
+        self.wrong, self.at = wrong, at
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if args.process_index == 1 and state.global_step == 1:
+        if args.process_index != args.world_size - 1 or state.global_step != self.at:
+            return
+        if self.wrong == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif self.wrong == "mask":
             next(iter(masked_modules(model).values())).freeze_mask[0].logical_not_()
+        elif self.wrong == "nan":
+            torch.nn.init.constant_(model.bert.encoder.layer[0].output.LayerNorm.weight, float("nan"))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("output_dir", type=Path)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--surrogate", default="ste")
-    parser.add_argument("--schedule", default="cubic")
-    parser.add_argument("--kill_after", type=int, default=0)
-    parser.add_argument("--break_mask", action="store_true")
-    parser.add_argument("--resume", default=None)
-    options = parser.parse_args()
+class NoteMasks(TrainerCallback):
+    """Every rank's masks at every step."""
 
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    # Dropout would draw differently in one process and in two.
-    config = BertConfig(
-        vocab_size=64,
-        hidden_size=36,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=76,
-        max_position_embeddings=40,
-        hidden_dropout_prob=0.1 if options.kill_after or options.resume else 0.0,
-        attention_probs_dropout_prob=0.0,
+    def __init__(self) -> None:
+        self.digests: list[str] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        masks = [module.freeze_mask.flatten() for module in masked_modules(model).values()]
+        self.digests.append(tensor_digest(torch.cat(masks)))
+
+
+def make_model(seed: int, dropout: float = 0.0) -> BertForSequenceClassification:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 36, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 76}
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=64,
+            max_position_embeddings=40,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=0.0,
+            **sizes,
+        )
     )
-    model = binarize(BertForSequenceClassification(config), StoMPPConfig(surrogate=options.surrogate))
-    ids = torch.randint(3, 64, (64, 10), generator=torch.Generator().manual_seed(0))
+
+
+def train(run: Run) -> None:
+    folder = Path(run.output_dir)
+    model = binarize(make_model(0, run.dropout), StoMPPConfig(surrogate=run.surrogate))
+    ids = torch.randint(3, 64, (run.examples, 10), generator=torch.Generator().manual_seed(0))
+    # An epoch that does not end with a full batch is filled up with its first examples, on several processes.
+    ids = ids[torch.arange(run.filled_up or run.examples) % run.examples]
     dataset = Dataset.from_dict({"input_ids": ids.tolist(), "labels": (ids[:, 0] > 32).long().tolist()})
-    callbacks: list[TrainerCallback] = [KillAfter(options.kill_after)] if options.kill_after else []
-    if options.break_mask:
-        callbacks.append(BreakMask())
+    masks = NoteMasks()
     trainer = StoMPPTrainer(
         model=model,
         args=StoMPPTrainingArguments(
-            output_dir=str(options.output_dir),
+            output_dir=run.output_dir,
             max_steps=10,
-            per_device_train_batch_size=options.batch,
+            per_device_train_batch_size=run.batch,
+            gradient_accumulation_steps=run.accumulation,
+            train_sampling_strategy="sequential",
             learning_rate=1e-3,
-            optim="sgd",
-            progression_schedule=options.schedule,
+            optim=run.optim,
+            progression_schedule=run.schedule,
             refresh_period=5,
             logging_steps=1,
             save_steps=4,
@@ -88,14 +115,30 @@ def main() -> None:
         ),
         train_dataset=dataset,
         eval_dataset=dataset,
-        callbacks=callbacks,
+        callbacks=[masks, *([GoWrong(run.wrong, run.at)] if run.wrong else [])],
+        teacher=make_model(1) if run.teacher else None,
     )
-    trainer.train(resume_from_checkpoint=options.resume)
+    rank = trainer.args.process_index
+    try:
+        trainer.train(resume_from_checkpoint=run.resume or None)
+    except (RuntimeError, ValueError) as error:
+        if run.wrong in (None, "killed"):
+            raise
+        (folder / f"error-{rank}.txt").write_text(str(error))
+        return
     metrics = trainer.evaluate()
+    (folder / f"masks-{rank}.json").write_text(json.dumps(masks.digests))
     if trainer.is_world_process_zero():
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, options.output_dir / "final.safetensors")
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "final.safetensors")
         logs = {"history": trainer.state.log_history, "metrics": metrics}
-        (options.output_dir / "logs.json").write_text(json.dumps(logs))
+        (folder / "logs.json").write_text(json.dumps(logs))
+    trainer.accelerator.wait_for_everyone()
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for argument in sys.argv[1:]:
+        train(Run(**json.loads(argument)))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
