@@ -140,7 +140,8 @@ def claim_output_dir(recipe: Recipe) -> None:
     recipe.output_dir.mkdir(parents=True, exist_ok=True)
     if _holds_work(recipe):
         earlier = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        changed = [name for name in settings if earlier.get(name) != settings[name]]
+        # What a version before this one did not record is no difference.
+        changed = [name for name in settings if not earlier or earlier.get(name, settings[name]) != settings[name]]
         if changed:
             differences = "; ".join(f"{name} was {earlier.get(name)!r}, is {settings[name]!r}" for name in changed)
             raise ValueError(
