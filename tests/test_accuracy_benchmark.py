@@ -197,7 +197,9 @@ def test_a_file_that_is_no_yaml_is_refused(accuracy: Any, tmp_path: Path) -> Non
         accuracy.read_grid(tmp_path / "grid.yaml", KNOWN)
 
 
-@pytest.mark.parametrize("name", ["accuracy", "accuracy_ablations", "accuracy_depth", "accuracy_smoke", "accuracy_teachers"])
+@pytest.mark.parametrize(
+    "name", ["accuracy", "accuracy_ablations", "accuracy_depth", "accuracy_smoke", "accuracy_teachers"]
+)
 def test_the_grids_of_the_project_ask_for_what_exists(accuracy: Any, name: str) -> None:
     grid = accuracy.read_grid(ROOT / "benchmarks" / f"{name}.yaml", accuracy.known_flags())
     accuracy.check_values(accuracy.cells_of(grid), grid["model"])

@@ -20,7 +20,7 @@ from hf_stompp import StoMPPTrainingArguments, binarize, cli
 from hf_stompp.config import StoMPPConfig
 from hf_stompp.model.modules import masked_modules, packed_modules
 from hf_stompp.training.methods import METHODS, RecipeArguments
-from hf_stompp.training.recipe import Recipe
+from hf_stompp.training.recipe import SETTINGS, Recipe
 from hf_stompp.training.stages import evaluate_model, make_trainer, run_recipe, write_card
 from hf_stompp.training.summary import compared_with_float, summarize, summary_table
 
@@ -346,6 +346,18 @@ class TestRestart:
         with pytest.raises(ValueError, match=f"belongs to another run: .*{difference}"):
             run_recipe(recipe(**other), tiny_model("bert"))
         assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+    def test_a_setting_that_an_earlier_version_did_not_record_is_no_difference(
+        self, recipe: Callable, tiny_model: Callable, tmp_path: Path
+    ) -> None:
+        killed = recipe(prepare=lambda trainer: trainer.add_callback(KillAfter(trainer, "run", 3)))
+        with pytest.raises(Killed):
+            run_recipe(killed, tiny_model("bert"))
+        file = tmp_path / "run" / SETTINGS
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps({name: settings[name] for name in settings if name != "world_size"}))
+
+        assert run_recipe(recipe(), tiny_model("bert")).metrics["packed"]
 
 
 class TestOrderOfExamples:
