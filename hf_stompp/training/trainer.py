@@ -11,11 +11,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..model.integrity import check_whole, last_whole_checkpoint, read_json, tensor_digest, verify_files
+from ..model.integrity import SCALER, check_whole, last_whole_checkpoint, read_json, tensor_digest, verify_files
 from ..model.modules import config_of, frozen_counts, fully_binary, masked_modules, packed_modules
 from ..nn import MaskedBinaryActivation
 from ..reports.dynamics import ALL_UNITS, FRACTION_PREFIX
@@ -37,6 +37,11 @@ def _activation_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         if isinstance(module, MaskedBinaryActivation)
         for name, parameter in module.named_parameters(recurse=False)
     }
+
+
+def scales_loss(trainer: Trainer) -> bool:
+    """Whether a run has a `GradScaler`, as in float16."""
+    return trainer.accelerator.scaler is not None
 
 
 class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, PushingTrainer):
@@ -181,7 +186,9 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, PushingTrainer):
             self._check_before_training(self.model)
         self._saved_progression = None
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir or ".", self.args.world_size)
+            resume_from_checkpoint = last_whole_checkpoint(
+                self.args.output_dir or ".", self.args.world_size, scales_loss(self)
+            )
             if resume_from_checkpoint is None:
                 raise ValueError(
                     f"{self.args.output_dir} holds no checkpoint to resume from: drop resume_from_checkpoint"
@@ -432,7 +439,11 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, PushingTrainer):
         Raises:
             ValueError: it is damaged, incomplete, of another config, or was not written by this Trainer.
         """
-        names = check_whole(folder, self.args.world_size)
+        names = check_whole(folder, self.args.world_size, scales_loss(self))
+        if (folder / SCALER).exists() and not scales_loss(self):
+            raise ValueError(
+                f"{folder}: the checkpoint was trained with fp16=True, whose loss is scaled; resume with it"
+            )
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
         missing = [name for name in self.model.state_dict() if name not in names and name not in tied]
         if missing:
