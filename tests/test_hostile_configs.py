@@ -189,6 +189,5 @@ def test_whatever_is_done_to_a_config_the_model_loads_as_it_was_saved_or_is_refu
         outcomes[outcome(folder, tensors, config)] += 1
 
     alter_and_load()
-    print(name, outcomes)
     # Else nothing was tested.
     assert outcomes["refused"] > 50 and outcomes["loaded"] > 5, outcomes
