@@ -121,11 +121,8 @@ def altered_text(saved: dict[str, Any], draw: Any) -> str:
     text = json.dumps(saved)
     for _ in range(draw(st.integers(1, 4))):
         position = draw(st.integers(0, len(text) - 1))
-        text = (
-            text[:position]
-            + draw(st.sampled_from(["", *'{}[]",:0-e.\\x']))
-            + text[position + draw(st.integers(0, 1)) :]
-        )
+        added, removed = draw(st.sampled_from(["", *'{}[]",:0-e.\\x'])), draw(st.integers(0, 1))
+        text = text[:position] + added + text[position + removed :]
     return text
 
 
