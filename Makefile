@@ -9,7 +9,7 @@ RESULT ?= bench.json
 
 GPU_PARTS = gpu-build gpu-test gpu-sanitize gpu-bench gpu-train-base gpu-train-large
 
-.PHONY: demo test release docs bench supported gpu-check $(GPU_PARTS) quality style clean
+.PHONY: demo test sanitize release docs bench supported gpu-check $(GPU_PARTS) quality style clean
 
 $(VENV)/installed: setup.cfg setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,18 @@ $(VENV)/test-tools: $(VENV)/installed tests/optional.txt
 # Slow tests, too; a process for each core, where pytest-xdist is installed.
 test: $(VENV)/test-tools
 	$(BIN)/python -m pytest -m '' $$($(BIN)/python -c 'import xdist; print("-n auto --dist worksteal")' 2>/dev/null)
+
+# The native kernels under sanitizers of addresses, undefined behaviour and threads: by themselves, then in a copy of the
+# package under all tests of operators. PyTorch throws exceptions before the sanitizer finds who catches them.
+sanitize: $(VENV)/test-tools
+	$(BIN)/python -m pytest -m '' tests/ops/test_native_selftest.py
+	rm -rf build/sanitize && mkdir -p build/sanitize
+	cp -r hf_stompp tests benchmarks examples docs README.md pyproject.toml setup.py setup.cfg build/sanitize
+	cd build/sanitize && $(abspath $(BIN))/python -c 'from hf_stompp.ops import build, cpu; build.build(cpu.INSTALLED, \
+		["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"])'
+	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. \
+		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+		$(abspath $(BIN))/python -m pytest tests/ops
 
 # The source distribution, and a wheel for every Linux with glibc 2.17: OpenMP's runtime is the one that torch brings.
 release: $(VENV)/test-tools

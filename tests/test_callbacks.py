@@ -250,6 +250,66 @@ def test_steps_that_the_optimizer_does_not_take_do_not_count(latent: Callable, d
     assert scheduler.is_committed
 
 
+@pytest.mark.parametrize("is_fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("surrogate", ["clipped_ste", "none"])
+def test_a_step_that_a_gradient_scaler_leaves_out_does_not_count(
+    latent: Callable, dataset: Dataset, surrogate: str, is_fused: bool
+) -> None:
+    overflowing = (2, 3, 7)
+
+    def run(enabled: bool) -> tuple[Any, MaskScheduler]:
+        model = latent(surrogate).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.5, fused=is_fused)
+        scheduler = MaskScheduler(model, optimizer, STEPS)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, enabled=enabled)
+        for step, batch in enumerate(batches(dataset, STEPS + len(overflowing))):
+            if step in overflowing and not enabled:
+                continue
+            scaler.scale(model(**batch).loss).backward()
+            if step in overflowing:
+                model.classifier.weight.grad[0, 0] = float("inf")
+            scaler.step(optimizer)
+            scaler.update()
+            scheduler.step()
+            optimizer.zero_grad()
+        return model, scheduler
+
+    found, scheduler = run(enabled=True)
+    # Powers of two scale without rounding, and a batch that was left out might as well not have been there.
+    expected, _ = run(enabled=False)
+    assert scheduler.updates == STEPS and scheduler.is_committed
+    assert same(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("surrogate", ["clipped_ste", "none"])
+def test_a_loop_in_half_precision_ends_binary_and_finite(
+    latent: Callable, dataset: Dataset, surrogate: str, dtype: torch.dtype
+) -> None:
+    model = latent(surrogate).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler = MaskScheduler(model, optimizer, STEPS)
+    # Scaled so far that the first steps overflow float16.
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, enabled=dtype == torch.float16)
+    taken, tried = 0, 0
+    while taken < STEPS:
+        scale = scaler.get_scale()
+        with torch.autocast("cpu", dtype):
+            loss = model(**batches(dataset, tried + 1)[-1]).loss
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        scheduler.step()
+        optimizer.zero_grad()
+        tried += 1
+        taken += scaler.get_scale() >= scale
+        assert scheduler.updates == taken
+    assert (tried > taken) == (dtype == torch.float16)
+    assert scheduler.is_committed
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    pack(model)
+
+
 def test_what_is_frozen_stays_in_a_loop_without_a_gradient(latent: Callable, dataset: Dataset) -> None:
     model = latent("none")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.5)

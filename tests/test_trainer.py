@@ -527,6 +527,75 @@ def test_a_run_whose_folder_becomes_read_only_says_so_and_goes_on_from_the_check
     assert_same_state(state_of(resumed.model), state_of(whole.model))
 
 
+class Overflow(TrainerCallback):
+    """A step whose gradients are not finite, as in float16 when the loss was scaled too far."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            model.classifier.weight.grad.fill_(math.inf)
+
+
+def scaled_trainer(folder: Path, surrogate: str = "ste", **arguments: Any) -> StoMPPTrainer:
+    trainer = make_trainer(folder, surrogate, max_grad_norm=0.0, **arguments)
+    # As Accelerate makes it for fp16=True on a GPU; on a CPU it makes none.
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+    return trainer
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+@pytest.mark.parametrize("surrogate", ["none", "ste"])
+def test_a_step_that_overflows_moves_no_weight_and_the_masks_go_on_with_the_step(
+    tmp_path: Path, surrogate: str, optim: str
+) -> None:
+    states, masks = Recorder(state_of), Recorder(masks_of)
+    whole = Recorder(masks_of)
+    trainer = scaled_trainer(tmp_path, surrogate, optim=optim, callbacks=[Overflow(5), states, masks])
+    trainer.train()
+    make_trainer(tmp_path / "whole", surrogate, callbacks=[whole]).train()
+
+    assert trainer.state.global_step == 12 and trainer.is_committed
+    # Those of a run without overflow: they follow the Trainer's steps, which counts one that was not taken.
+    for found, expected in zip(masks.seen, whole.seen, strict=True):
+        assert_same_state(found, expected)
+    moved = {
+        step
+        for step, (before, after) in enumerate(zip(states.seen, states.seen[1:], strict=False), start=1)
+        if any(not name.endswith("freeze_mask") and not torch.equal(before[name], after[name]) for name in before)
+    }
+    assert moved == set(range(1, 12)) - {5}
+    assert trainer.accelerator.scaler.get_scale() < 2.0**10 * 2**4
+
+
+def test_a_resumed_run_that_scales_its_loss_ends_in_the_same_weights(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"save_strategy": "steps", "save_steps": 6}
+    whole = scaled_trainer(tmp_path / "whole", callbacks=[Overflow(4)], **arguments)
+    whole.train()
+    scaled_trainer(tmp_path / "parts", callbacks=[Overflow(4), StopAfter(6)], **arguments).train()
+
+    resumed = scaled_trainer(tmp_path / "parts", **arguments)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_state(state_of(resumed.model), state_of(whole.model))
+    assert resumed.accelerator.scaler.state_dict() == whole.accelerator.scaler.state_dict()
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_a_run_that_scales_its_loss_resumes_from_a_checkpoint_with_its_scale(tmp_path: Path, damage: str) -> None:
+    arguments: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}
+    scaled_trainer(tmp_path, callbacks=[StopAfter(6)], **arguments).train()
+    file = tmp_path / "checkpoint-6" / "scaler.pt"
+    content = file.read_bytes()
+    file.unlink()
+    if damage == "cut":
+        file.write_bytes(content[: len(content) // 2])
+
+    with pytest.raises(ValueError, match=f"{tmp_path / 'checkpoint-6'}.*scaler.pt"):
+        scaled_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert last_whole_checkpoint(tmp_path, scales_loss=True) == str(tmp_path / "checkpoint-3")
+
+
 def test_resuming_a_finished_run_takes_no_step(tmp_path: Path) -> None:
     # 12 steps end in the middle of the second epoch of 8.
     trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=12)

@@ -111,6 +111,16 @@ def _check_packable(model: nn.Module) -> None:
             raise ValueError(f"{name} holds NaN or infinity; nothing was packed")
 
 
+def _check_packed(packed: nn.Module) -> None:
+    for name, module in packed_modules(packed).items():
+        for field, tensor in module.named_buffers(recurse=False):
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise ValueError(
+                    f"{name}.{field} would be infinite: weights or scales are too large for products of them in "
+                    "float32; nothing was packed"
+                )
+
+
 @torch.no_grad()
 def pack(model: Model) -> Model:
     """
@@ -125,7 +135,7 @@ def pack(model: Model) -> Model:
 
     Raises:
         ValueError: the model is not binarized or packed already, has adapters, units are not committed (named), an
-            activation was never initialised, or a tensor holds NaN or infinity.
+            activation was never initialised, or a tensor holds NaN or infinity, or would once packed.
     """
     _check_packable(model)
     packed = copy.deepcopy(model)
@@ -151,6 +161,7 @@ def pack(model: Model) -> Model:
             module.scale.copy_(row_scale.flatten())
         else:
             module.threshold.copy_(source.threshold)
+    _check_packed(packed)
     attach_quantizer(packed, config)
     return packed.eval()
 

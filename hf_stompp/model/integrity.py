@@ -36,6 +36,9 @@ FLOATS = ("scale", "threshold", "shift")
 RESUMED_FROM = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
 """Files of a checkpoint without which a run that is resumed would not be the one that was stopped."""
 
+SCALER = "scaler.pt"
+"""One more of a run in float16, which scales its loss."""
+
 
 def tensor_digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and bytes, hexadecimal."""
@@ -194,7 +197,7 @@ def _verify_tensor(name: str, tensor: Tensor, allowed: set[str], file: Path) -> 
         )
 
 
-def last_whole_checkpoint(output_dir: str | Path, world_size: int = 1) -> str | None:
+def last_whole_checkpoint(output_dir: str | Path, world_size: int = 1, scales_loss: bool = False) -> str | None:
     """
     The checkpoint of a training run to go on from: the last one that was written to its end. One that was not, because
     the run was killed meanwhile, is named in a warning.
@@ -202,6 +205,7 @@ def last_whole_checkpoint(output_dir: str | Path, world_size: int = 1) -> str | 
     Args:
         output_dir (`str` or `Path`): of the run, with folders `checkpoint-<step>`.
         world_size (`int`, *optional*, defaults to 1): processes of the run.
+        scales_loss (`bool`, *optional*, defaults to `False`): as in [`check_whole`].
 
     Returns:
         `str`, *optional*: the folder.
@@ -213,7 +217,7 @@ def last_whole_checkpoint(output_dir: str | Path, world_size: int = 1) -> str | 
             folders[int(step[1])] = folder
     for _, folder in sorted(folders.items(), reverse=True):
         try:
-            check_whole(folder, world_size)
+            check_whole(folder, world_size, scales_loss)
         except (OSError, ValueError) as error:
             logger.warning("%s was not written to its end, and is passed over: %s", folder, error)
         else:
@@ -221,13 +225,14 @@ def last_whole_checkpoint(output_dir: str | Path, world_size: int = 1) -> str | 
     return None
 
 
-def check_whole(folder: Path, world_size: int = 1) -> dict[str, Path]:
+def check_whole(folder: Path, world_size: int = 1, scales_loss: bool = False) -> dict[str, Path]:
     """
     Checks that a checkpoint of a Trainer holds all that a run goes on from, its weights unaltered.
 
     Args:
         folder (`Path`): of the checkpoint.
         world_size (`int`, *optional*, defaults to 1): processes of the run, each of which has a random state.
+        scales_loss (`bool`, *optional*, defaults to `False`): whether the run has a `GradScaler`, as in float16.
 
     Returns:
         `dict[str, Path]`: tensor name -> the file that holds it.
@@ -239,7 +244,7 @@ def check_whole(folder: Path, world_size: int = 1) -> dict[str, Path]:
     # One process writes one without a number: nothing is missing there, and the Trainer refuses other processes.
     is_of_one = world_size == 1 or (folder / "rng_state.pth").is_file()
     states = () if is_of_one else (f"rng_state_{rank}.pth" for rank in range(world_size))
-    for pattern in (*RESUMED_FROM, *states):
+    for pattern in (*RESUMED_FROM, *states, *([SCALER] if scales_loss else [])):
         files = sorted(folder.glob(pattern))
         if not files:
             raise ValueError(

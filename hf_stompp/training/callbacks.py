@@ -234,9 +234,11 @@ class MaskScheduler:
     def _before_update(self, *args: Any) -> None:
         self.freezing.before_update(self.updates)
 
-    def _after_update(self, *args: Any) -> None:
+    def _after_update(self, optimizer: Any, *args: Any) -> None:
         self.freezing.after_update()
-        self.updates += 1
+        # A GradScaler lets a fused optimizer find out for itself that the step is not to be taken.
+        overflow = getattr(optimizer, "found_inf", None)
+        self.updates += overflow is None or not bool(overflow)
 
     def step(self) -> None:
         """Brings the masks to the optimizer step that comes next."""

@@ -49,7 +49,7 @@ from .arguments import StoMPPTrainingArguments
 from .recipe import FINISHED, TEACHERS, Recipe, Results, claim_output_dir
 from .sampling import ReproducibleGrouping
 from .summary import bytes_of_weights, bytes_when_saved, measure, measures, milliseconds_per_batch
-from .trainer import StoMPPTrainer
+from .trainer import StoMPPTrainer, scales_loss
 from .training_set import class_names
 
 
@@ -420,7 +420,7 @@ def train(trainer: Trainer, folder: Path) -> None:
     checkpoint = trainer.args.resume_from_checkpoint
     output_dir = Path(trainer.args.output_dir or ".")
     if checkpoint is None and output_dir.is_dir():
-        checkpoint = last_whole_checkpoint(output_dir, trainer.args.world_size)
+        checkpoint = last_whole_checkpoint(output_dir, trainer.args.world_size, scales_loss(trainer))
         if checkpoint is not None:
             logger.info("Resuming from %s. To start over, delete %s.", checkpoint, output_dir)
     result = trainer.train(resume_from_checkpoint=checkpoint)

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -42,6 +42,11 @@ def _activation_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         if isinstance(module, MaskedBinaryActivation)
         for name, parameter in module.named_parameters(recurse=False)
     }
+
+
+def scales_loss(trainer: Trainer) -> bool:
+    """Whether a run has a `GradScaler`, as in float16."""
+    return trainer.accelerator.scaler is not None
 
 
 class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, PushingTrainer):
@@ -201,7 +206,9 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, PushingTrainer):
             self._check_before_training(self.model)
         self._saved_progression = None
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir or ".", self.args.world_size)
+            resume_from_checkpoint = last_whole_checkpoint(
+                self.args.output_dir or ".", self.args.world_size, scales_loss(self)
+            )
             if resume_from_checkpoint is None:
                 raise ValueError(
                     f"{self.args.output_dir} holds no checkpoint to resume from: drop resume_from_checkpoint"
@@ -461,7 +468,7 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, PushingTrainer):
         """
         # First: with other processes it would seem incomplete.
         self._check_progress(folder)
-        names = check_whole(folder, self.args.world_size)
+        names = check_whole(folder, self.args.world_size, scales_loss(self))
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
         missing = [name for name in self.model.state_dict() if name not in names and name not in tied]
         if missing:

@@ -3,6 +3,7 @@
  * it runs under an emulator. test_native_selftest.py compiles and runs it.
  */
 #include <math.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -830,7 +831,57 @@ static void check_masked(void) {
         }
 }
 
+/* A thread of a program that runs one model in several: what every kernel puts out, packed bits before products. */
+struct caller {
+    const struct problem *of;
+    uint8_t *output;
+    int64_t bits, values;
+    int failed;
+    pthread_t thread;
+};
+
+static void *call_every_kernel(void *argument) {
+    struct caller *caller = argument;
+    const struct problem *p = caller->of;
+    uint8_t *output = caller->output;
+    for (int kernel = 0; kernel < HF_STOMPP_KERNELS; kernel++) {
+        if (hf_stompp_unavailable(kernel)) continue;
+        caller->failed |= hf_stompp_pack_sign(&(struct hf_stompp_packing){
+            kernel, 2, p->input, p->input_dtype, (const float *)p->threshold, p->rows, p->in_features, output, NULL});
+        caller->failed |= hf_stompp_binary_linear(&(struct hf_stompp_product){
+            kernel, 2, p->input, p->input_dtype, (const float *)p->threshold, p->weight, (const float *)p->scale,
+            (const float *)p->bias, p->rows, p->in_features, p->out_features, output + caller->bits, HF_STOMPP_F32,
+            NULL, NULL});
+        output += caller->bits + caller->values;
+    }
+    return NULL;
+}
+
+/* First of all checks, so that what a kernel finds out once is found out by all callers at once. */
+static void check_callers_at_once(void) {
+    enum { CALLERS = 4 };
+    struct problem p = make(130, 3072, 193, HF_STOMPP_F32, 1);
+    struct caller callers[CALLERS + 1];
+    int64_t bits = p.rows * bytes_of_row(p.in_features), values = p.rows * p.out_features * 4;
+    int64_t bytes = HF_STOMPP_KERNELS * (bits + values);
+    for (int i = 0; i <= CALLERS; i++) {
+        callers[i] = (struct caller){.of = &p, .output = allocate(bytes), .bits = bits, .values = values};
+        memset(callers[i].output, GUARD, (size_t)bytes);
+        if (i < CALLERS && pthread_create(&callers[i].thread, NULL, call_every_kernel, &callers[i])) exit(1);
+    }
+    for (int i = 0; i < CALLERS; i++) pthread_join(callers[i].thread, NULL);
+    call_every_kernel(&callers[CALLERS]);
+    for (int i = 0; i <= CALLERS; i++)
+        if (callers[i].failed || memcmp(callers[i].output, callers[CALLERS].output, (size_t)bytes)) {
+            printf("callers at once: another result than of one alone\n");
+            exit(1);
+        }
+    for (int i = 0; i <= CALLERS; i++) free(callers[i].output);
+    release(&p);
+}
+
 int main(void) {
+    check_callers_at_once();
     check_every_shape();
     check_every_dtype();
     check_large_shapes();

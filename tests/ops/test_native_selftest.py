@@ -16,6 +16,8 @@ from hf_stompp.ops import build
 SELFTEST = Path(__file__).with_name("native_selftest.c")
 # Optimized fully, the unrolled kernels take a sanitizing compiler a minute.
 SANITIZERS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+THREAD_SANITIZER = ["-O1", "-g", "-fsanitize=thread"]
+OPENMP = SELFTEST.with_name("openmp_on_pthreads.c")
 ARM_COMPILER = "aarch64-linux-gnu-gcc"
 ARM_EMULATORS = ("qemu-aarch64", "qemu-aarch64-static")
 
@@ -52,7 +54,7 @@ def test_every_kernel_equals_plain_loops(flags: list[str], compiler: list[str], 
         pytest.skip("the compiler has no sanitizers")
     library = build.build(tmp_path / build.LIBRARY_NAME, extra_flags=flags)
     program = tmp_path / "selftest"
-    sources = [SELFTEST, library, f"-I{build.SOURCES}", f"-Wl,-rpath,{tmp_path}", "-lm"]
+    sources = [SELFTEST, library, f"-I{build.SOURCES}", f"-Wl,-rpath,{tmp_path}", "-lm", "-pthread"]
     run([*compiler, *build.COMMON_FLAGS, *flags, *sources, "-o", program])
 
     output = run([program])
@@ -63,6 +65,23 @@ def test_every_kernel_equals_plain_loops(flags: list[str], compiler: list[str], 
     for name, kernel_flags in build.KERNEL_FILES[architecture].items():
         if (build.SOURCES / name).exists() and compiles(compiler, [*flags, *kernel_flags], tmp_path):
             assert f"{Path(name).stem}: not run: not built" not in output
+
+
+@pytest.mark.slow
+def test_no_kernel_has_a_race_between_its_threads_or_its_callers(compiler: list[str], tmp_path: Path) -> None:
+    if not compiles(compiler, THREAD_SANITIZER, tmp_path) or subprocess.run([tmp_path / "empty"]).returncode != 0:
+        pytest.skip("the compiler has no thread sanitizer, or it does not run here")
+    library = build.build(tmp_path / build.LIBRARY_NAME, extra_flags=THREAD_SANITIZER)
+    if b"GOMP_parallel" not in library.read_bytes():
+        pytest.skip("the compiler has an OpenMP of its own")
+    program, loops = tmp_path / "selftest", tmp_path / "selftest.o"
+    # Its plain loops run on one thread, and would take minutes.
+    run([*compiler, *build.COMMON_FLAGS, f"-I{build.SOURCES}", "-c", SELFTEST, "-o", loops])
+    # Exported, so that the library calls the program's OpenMP.
+    flags = [*THREAD_SANITIZER, "-rdynamic", f"-Wl,-rpath,{tmp_path}", "-lm", "-pthread"]
+    run([*compiler, OPENMP, loops, library, *flags, "-o", program])
+
+    assert "scalar" in kernels_run(run([program]))
 
 
 def test_neon_equals_plain_loops(tmp_path: Path) -> None:
