@@ -455,6 +455,10 @@ VALID = {
 """Values by field that a user may give."""
 
 
+BOUNDS = [0, 0.0, -1, 0.5, 0.99, 1, 1.0, 1.01, 8, 8.0, True, False, "", "none", 5e-324, sys.float_info.max, 10**309]
+"""Values next to what a field may be, and those that Python takes for equal to others."""
+
+
 def is_number(value: Any, least: float, is_least_one: bool) -> bool:
     if type(value) not in (int, float) or not least <= value <= sys.float_info.max:
         return False
@@ -508,22 +512,32 @@ def test_a_config_is_the_same_after_json(values: dict[str, Any], modules: list[d
 
     assert loaded.to_dict() == config.to_dict() and dict(loaded) == dict(config)
     assert loaded.plan == config.plan and loaded.units == config.units
-    # 8 bits are kept where there are float inputs to round.
-    given_values = {name: value for name, value in values.items() if name != "activation_bits"}
-    assert {name: getattr(loaded, name) for name in given_values} == given_values
+    # 8 bits are kept where there are float inputs to round; no modes at all are none.
+    others = {name: value for name, value in values.items() if name not in ("activation_bits", "modes")}
+    assert {name: getattr(loaded, name) for name in others} == others
+    assert (loaded.modes or None) == (values.get("modes") or None)
     assert loaded.modules == modules
+
+
+def check_taken_or_refused(field: str, value: Any) -> None:
+    fields = {"mode": "bwn", field: value}
+    if MAY_BE[field](value):
+        assert value is None or getattr(StoMPPConfig(**fields), field) == value
+    else:
+        with pytest.raises(ValueError, match=rf"StoMPPConfig\.{field}\b"):
+            StoMPPConfig(**fields)
+
+
+@pytest.mark.parametrize("field", sorted(MAY_BE))
+def test_a_value_next_to_what_a_field_may_be_is_taken_as_it_is_or_refused_by_name(field: str) -> None:
+    for value in BOUNDS:
+        check_taken_or_refused(field, value)
 
 
 @many_examples
 @given(st.data(), st.sampled_from(sorted(MAY_BE)))
 def test_a_field_is_taken_as_it_is_or_refused_by_name(data: Any, field: str) -> None:
-    value = data.draw(st.one_of(json_values, VALID.get(field, json_values)))
-    if MAY_BE[field](value):
-        config = StoMPPConfig(**{"mode": "bwn", field: value})
-        assert value is None or getattr(config, field) == value
-    else:
-        with pytest.raises(ValueError, match=rf"StoMPPConfig\.{field}\b"):
-            StoMPPConfig(**{"mode": "bwn", field: value})
+    check_taken_or_refused(field, data.draw(st.one_of(json_values, VALID.get(field, json_values))))
 
 
 @examples
