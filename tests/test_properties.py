@@ -35,7 +35,7 @@ assume, given, st = hypothesis.assume, hypothesis.given, hypothesis.strategies
 # The same in every run; no time limit, because a machine may be busy.
 examples = hypothesis.settings(derandomize=True, database=None, deadline=None, max_examples=60)
 few_examples = hypothesis.settings(examples, max_examples=25)
-many_examples = hypothesis.settings(examples, max_examples=400)
+many_examples = hypothesis.settings(examples, max_examples=200)
 
 shares = st.floats(0, 1)
 seeds = st.integers(0, 2**63 - 1)
