@@ -193,7 +193,8 @@ def plot(result: Mapping[str, Any], file: Path) -> None:
             image = axis.imshow(
                 grid, aspect="auto", origin="lower", norm=scale, cmap=colors, interpolation="nearest", extent=extent
             )
-            axis.set_yticks(range(1, grid.shape[0] + 1))
+            # At most eight: more would overlap.
+            axis.set_yticks(range(1, grid.shape[0] + 1, -(-grid.shape[0] // 8)))
             axis.tick_params(labelsize=7)
             if column == 0:
                 axis.set_ylabel("layer", fontsize=8)
