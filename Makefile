@@ -35,8 +35,8 @@ $(VENV)/test-tools: $(VENV)/installed tests/optional.txt
 test: $(VENV)/test-tools
 	$(BIN)/python -m pytest -m '' $$($(BIN)/python -c 'import xdist; print("-n auto --dist worksteal")' 2>/dev/null)
 
-# The native kernels under sanitizers of addresses, undefined behaviour and threads: by themselves, then in a copy of the
-# package under all tests of operators. PyTorch throws exceptions before the sanitizer finds who catches them.
+# The native kernels under sanitizers of addresses, undefined behaviour and threads: by themselves, then in a copy of
+# the package under all tests of operators. PyTorch throws exceptions before the sanitizer finds who catches them.
 sanitize: $(VENV)/test-tools
 	$(BIN)/python -m pytest -m '' tests/ops/test_native_selftest.py
 	rm -rf build/sanitize && mkdir -p build/sanitize

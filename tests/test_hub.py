@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hub_server import HubServer
 from huggingface_hub import ModelCard, metadata_load
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from huggingface_hub.repocard_data import model_index_to_eval_results
@@ -112,26 +112,17 @@ def run(hub: Any, folder: Path, code: str, token: str | None = "hf_writer", prel
     return {**json.loads(result.read_text()), "stderr": done.stderr}
 
 
-@pytest.fixture(scope="module")
-def hub_class() -> Iterator[Any]:
-    sys.path.insert(0, str(TESTS))
-    try:
-        yield importlib.import_module("hub_server").HubServer
-    finally:
-        sys.path.remove(str(TESTS))
-
-
 @pytest.fixture
-def hub(hub_class: Any) -> Iterator[Any]:
-    with hub_class() as server:
+def hub() -> Iterator[Any]:
+    with HubServer() as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def pushed(hub_class: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path, Any]]:
+def pushed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path, Any]]:
     """A Hub with what one run pushed: `me/tiny` (packed on main, latent on its branch) and `me/alone`."""
     folder = tmp_path_factory.mktemp("pushed")
-    with hub_class() as server:
+    with HubServer() as server:
         out = run(
             server,
             folder,

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
+from programs import load
 
 
 ROOT = Path(__file__).parent.parent
@@ -18,16 +17,12 @@ FINDINGS = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
 
 
 def test_the_glue_table_is_what_the_result_files_say() -> None:
-    spec = importlib.util.spec_from_file_location("glue_table", ROOT / "benchmarks" / "glue_table.py")
-    glue_table = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(glue_table)
+    glue_table = load(ROOT / "benchmarks" / "glue_table.py")
     assert glue_table.table(glue_table.read_results()) in FINDINGS
 
 
 def test_the_table_of_accuracy_is_what_the_result_lines_say() -> None:
-    spec = importlib.util.spec_from_file_location("accuracy_table", ROOT / "benchmarks" / "accuracy_table.py")
-    accuracy_table = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(accuracy_table)
+    accuracy_table = load(ROOT / "benchmarks" / "accuracy_table.py")
     lines = accuracy_table.read_results()
     assert accuracy_table.table(lines) in BENCHMARKS
     by_seed = {
@@ -53,10 +48,7 @@ def test_the_table_of_ablations_is_what_the_result_lines_say() -> None:
 
 
 def test_the_table_of_costs_is_what_the_result_file_says() -> None:
-    spec = importlib.util.spec_from_file_location("tradeoff", ROOT / "benchmarks" / "tradeoff.py")
-    tradeoff = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = tradeoff
-    spec.loader.exec_module(tradeoff)
+    tradeoff = load(ROOT / "benchmarks" / "tradeoff.py")
     (file,) = (ROOT / "benchmarks" / "results").glob("tradeoff_*.json")
     table = tradeoff.table(json.loads(file.read_text(encoding="utf-8")))
     assert table in BENCHMARKS
@@ -67,9 +59,7 @@ def test_the_table_of_costs_is_what_the_result_file_says() -> None:
 
 def test_the_table_of_serving_is_what_the_result_file_says() -> None:
     example = ROOT / "examples" / "serve"
-    spec = importlib.util.spec_from_file_location("load_test", example / "load_test.py")
-    load_test = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(load_test)
+    load_test = load(example / "load_test.py")
     result = json.loads((ROOT / "benchmarks" / "results" / "serve_amd_epyc_zen5.json").read_text(encoding="utf-8"))
     assert load_test.table(result) in (example / "README.md").read_text(encoding="utf-8")
     changes = {name: row["score_changes_with_batch"] for name, row in result["models"].items()}
@@ -82,9 +72,7 @@ def test_the_table_of_serving_is_what_the_result_file_says() -> None:
 
 
 def test_the_tables_of_cpu_speed_are_what_the_result_file_says() -> None:
-    spec = importlib.util.spec_from_file_location("cpu_table", ROOT / "benchmarks" / "cpu_table.py")
-    cpu_table = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(cpu_table)
+    cpu_table = load(ROOT / "benchmarks" / "cpu_table.py")
     tables = [table for result in cpu_table.read_results() for table in cpu_table.tables(result)]
     assert len(tables) == 5
     assert all(table in KERNELS for table in tables)
@@ -154,10 +142,7 @@ def test_every_file_that_the_readme_links_to_is_there() -> None:
 
 
 def test_the_table_of_encoders_on_a_gpu_is_what_the_result_file_says() -> None:
-    spec = importlib.util.spec_from_file_location("gpu_benchmark", ROOT / "benchmarks" / "gpu.py")
-    gpu = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = gpu
-    spec.loader.exec_module(gpu)
+    gpu = load(ROOT / "benchmarks" / "gpu.py")
     path = ROOT / "benchmarks" / "results" / "cuda_nvidia_h100_80gb_hbm3.json"
     assert gpu.encoder_table(json.loads(path.read_text(encoding="utf-8"))) in BENCHMARKS
 

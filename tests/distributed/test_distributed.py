@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -16,6 +15,7 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.other import get_free_port
+from programs import load
 from safetensors.torch import load_file
 
 
@@ -24,12 +24,7 @@ ROOT = SCRIPT.parents[2]
 CONFIGS = ROOT / "examples" / "accelerate"
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
-specification = importlib.util.spec_from_file_location("distributed_train", SCRIPT)
-assert specification is not None and specification.loader is not None
-program = importlib.util.module_from_spec(specification)
-# Dataclasses look their module up.
-sys.modules[specification.name] = program
-specification.loader.exec_module(program)
+program = load(SCRIPT)
 Run = program.Run
 
 DROPOUT = {"batch": 4, "dropout": 0.1, "optim": "adamw_torch"}

