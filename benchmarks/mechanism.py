@@ -76,6 +76,13 @@ class Watch(TrainerCallback):
             for unit, weights in self.weights.items()
         }
 
+    def noted(self) -> dict[str, dict[str, list[float]]]:
+        """All of it by quantity and unit, in four digits."""
+        return {
+            quantity: {unit: [float(f"{value:.4g}") for value in values] for unit, values in units.items()}
+            for quantity, units in (("gradient_norm", self.gradients), ("flips", self.flips))
+        }
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Gradients are there, and not yet clipped only with `max_grad_norm=0`."""
         for unit, weights in self.weights.items():
@@ -126,12 +133,7 @@ def train(name: str, model: Any, data: Mapping[str, Any], arguments: argparse.Na
         train_binary(recipe, student, model, results)
     found = 100 * (results.metrics["binary_final"] or {})["eval_accuracy"]
     print(f"{name}: {found:.1f}", flush=True)
-    series = {"gradient_norm": watch.gradients, "flips": watch.flips}
-    rounded = {
-        kind: {unit: [float(f"{value:.4g}") for value in values] for unit, values in units.items()}
-        for kind, units in series.items()
-    }
-    return {"options": METHODS[name], "accuracy": round(found, 2), **rounded}
+    return {"options": METHODS[name], "accuracy": round(found, 2), **watch.noted()}
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -51,15 +51,10 @@ def watched(cell: str, arguments: argparse.Namespace) -> dict[str, Any]:
     limits = ["--max_steps", str(arguments.steps), "--max_eval_samples", "2000", "--save_strategy", "no"]
     summary = run_image_classification([*command, *limits], prepare=prepare)
     (watch,) = found
-    series = {"gradient_norm": watch.gradients, "flips": watch.flips}
-    rounded = {
-        kind: {unit: [float(f"{value:.4g}") for value in values] for unit, values in units.items()}
-        for kind, units in series.items()
-    }
     return {
         "options": CELLS[cell],
         "accuracy": round(100 * summary["metrics"]["packed"]["eval_accuracy"], 2),
-        **rounded,
+        **watch.noted(),
     }
 
 

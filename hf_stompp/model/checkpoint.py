@@ -13,7 +13,7 @@ from torch import nn
 from ..config import StoMPPConfig
 from ..nn import PackedBinaryActivation, PackedBinaryLinear, PackedInt8Embedding
 from ..plan import renamed
-from .modules import PackedModule, masked_modules, packed_modules
+from .modules import PackedModule, first_nonfinite, masked_modules, packed_modules
 
 
 def follow_prefix(model: nn.Module, config: StoMPPConfig) -> None:
@@ -144,14 +144,9 @@ def check_loaded(model: nn.Module) -> None:
         )
     for name, module in packed_modules(model).items():
         _check_packed(name, module)
-    for name, tensor in persistent.items():
-        if tensor.is_floating_point() and not tensor.is_meta and not _is_finite(tensor):
-            raise ValueError(f"tensor {name!r} holds NaN or infinity: the checkpoint is damaged")
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all entries are. A sum takes no memory of the tensor's size; one that overflows says nothing."""
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+    damaged = first_nonfinite(persistent.items())
+    if damaged is not None:
+        raise ValueError(f"tensor {damaged!r} holds NaN or infinity: the checkpoint is damaged")
 
 
 def _offloaded(model: nn.Module) -> set[str]:

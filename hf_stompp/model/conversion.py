@@ -17,7 +17,7 @@ from ..nn import MaskedBinaryActivation, PackedBinaryEmbedding, PackedBinaryLine
 from ..nn.functional import SURROGATES
 from ..ops import pack_bits, quantize_rows
 from .binarizing import binarize_modules
-from .modules import config_of, masked_modules, packed_modules, unit_modules
+from .modules import config_of, first_nonfinite, masked_modules, packed_modules, unit_modules
 from .quantizer import attach_quantizer
 from .report import BinarizationReport, report
 from .swap import swap_in_float, swap_in_masked, swap_in_packed
@@ -106,19 +106,18 @@ def _check_packable(model: nn.Module) -> None:
             raise ValueError(
                 f"{name} has no scale yet: it is initialised from the first batch; run the model on one before pack"
             )
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{name} holds NaN or infinity; nothing was packed")
+    damaged = first_nonfinite(model.state_dict().items())
+    if damaged is not None:
+        raise ValueError(f"{damaged} holds NaN or infinity; nothing was packed")
 
 
-def _check_packed(packed: nn.Module) -> None:
-    for name, module in packed_modules(packed).items():
-        for field, tensor in module.named_buffers(recurse=False):
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise ValueError(
-                    f"{name}.{field} would be infinite: weights or scales are too large for products of them in "
-                    "float32; nothing was packed"
-                )
+def _check_overflow(packed: nn.Module) -> None:
+    name = first_nonfinite(packed.state_dict().items())
+    if name is not None:
+        raise ValueError(
+            f"{name} would be infinite: weights or scales are too large for products of them in float32; nothing was "
+            "packed"
+        )
 
 
 @torch.no_grad()
@@ -161,7 +160,7 @@ def pack(model: Model) -> Model:
             module.scale.copy_(row_scale.flatten())
         else:
             module.threshold.copy_(source.threshold)
-    _check_packed(packed)
+    _check_overflow(packed)
     attach_quantizer(packed, config)
     return packed.eval()
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..config import StoMPPConfig
 from ..nn import (
@@ -21,6 +22,17 @@ from .adapters import refuse_adapters
 
 
 PackedModule = PackedBinaryActivation | PackedBinaryLinear | PackedBinaryEmbedding | PackedInt8Embedding
+
+
+@torch.no_grad()
+def first_nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Name of the first tensor of floats that holds NaN or infinity; None if none does. Those on `meta` hold none."""
+    return next((name for name, tensor in tensors if not tensor.is_meta and not _is_finite(tensor)), None)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # A sum takes no memory of the tensor's size; one that overflows says nothing.
+    return not tensor.is_floating_point() or bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def masked_modules(model: nn.Module) -> dict[str, MaskedBinaryModule]:

@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..machine import surroundings
 from ..model.integrity import check_whole, last_whole_checkpoint, read_json, tensor_digest, verify_files
-from ..model.modules import config_of, frozen_counts, fully_binary, masked_modules, packed_modules
+from ..model.modules import config_of, first_nonfinite, frozen_counts, fully_binary, masked_modules, packed_modules
 from ..nn import MaskedBinaryActivation
 from ..reports.dynamics import ALL_UNITS, FRACTION_PREFIX
 from .arguments import StoMPPTrainingArguments
@@ -320,9 +320,7 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, PushingTrainer):
         Raises:
             ValueError: it has, on some rank; names the step, the unit in transition and the first tensor.
         """
-        tensors = self.model.state_dict().items()
-        floats = ((name, tensor) for name, tensor in tensors if tensor.is_floating_point())
-        name = next((name for name, tensor in floats if not bool(torch.isfinite(tensor).all())), None)
+        name = first_nonfinite(self.model.state_dict().items())
         if not self._is_so_anywhere(name is not None):
             return
         # What BatchNorm has recorded is each rank's own.
@@ -496,7 +494,8 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, PushingTrainer):
         try:
             callbacks = read_json(folder / "trainer_state.json").get("stateful_callbacks", {})
             attributes = dict(callbacks.get(ProgressionCallback.__name__, {}).get("attributes", {}))
-            saved = dict(attributes.get("step_settings", {}))
+            # Earlier versions saved seeds alone.
+            saved = {**attributes.get("seeds", {}), **attributes.get("step_settings", {})}
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{folder}/trainer_state.json is damaged ({error}); use another checkpoint") from error
         mine = self.step_settings()
