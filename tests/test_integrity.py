@@ -343,18 +343,23 @@ def test_last_checkpoint_that_was_written_to_its_end_is_taken(
         assert f"checkpoint-{step} was not written to its end" in caplog.text
 
 
-def test_a_checkpoint_has_the_random_state_of_every_process(tmp_path):
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state_0.pth"):
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_checkpoint_has_the_random_state_of_every_process(tmp_path, missing):
+    tmp_path, run = tmp_path / "checkpoint-1", tmp_path
+    tmp_path.mkdir()
+    state = f"rng_state_{1 - missing}.pth"
+    for name in ("optimizer.pt", "scheduler.pt", state):
         torch.save({}, tmp_path / name)
     for name in ("config.json", "trainer_state.json"):
         (tmp_path / name).write_text("{}")
     save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
 
     assert set(check_whole(tmp_path)) == {"weight"}
-    with pytest.raises(ValueError, match=r"holds no rng_state_1.pth.*by fewer processes"):
+    with pytest.raises(ValueError, match=rf"holds no rng_state_{missing}.pth.*by fewer processes"):
         check_whole(tmp_path, world_size=2)
+    assert last_whole_checkpoint(run, world_size=2) is None
     # One process has one without a number: whole, so that the Trainer can say that there were fewer.
-    (tmp_path / "rng_state_0.pth").rename(tmp_path / "rng_state.pth")
+    (tmp_path / state).rename(tmp_path / "rng_state.pth")
     assert set(check_whole(tmp_path, world_size=2)) == {"weight"}
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import pickle
 import subprocess
 import sys
@@ -23,8 +24,8 @@ from transformers import (
 from hf_stompp import StoMPPConfig, binarize, commit, pack
 from hf_stompp.config import FORMAT_VERSION
 from hf_stompp.model import quantizer
-from hf_stompp.model.checkpoint import guard_name
-from hf_stompp.model.modules import masked_modules, packed_modules
+from hf_stompp.model.checkpoint import guard_name, leave_files
+from hf_stompp.model.modules import first_nonfinite, masked_modules, packed_modules
 from hf_stompp.nn import (
     MaskedBinaryActivation,
     PackedBinaryActivation,
@@ -611,6 +612,23 @@ def test_file_does_not_stay_in_memory_beside_a_model_that_was_loaded_from_it(req
 
     gc.collect()
     assert str(folder) not in Path("/proc/self/maps").read_text(), f"{type(model).__name__} keeps its file mapped"
+
+
+def test_buffer_that_two_modules_share_is_copied_once() -> None:
+    first, second = torch.nn.Module(), torch.nn.Module()
+    shared = torch.ones(3)
+    for module in (first, second):
+        module.register_buffer("table", shared)
+    leave_files(torch.nn.Sequential(first, second))
+
+    assert first.table is second.table and first.table is not shared and torch.equal(first.table, shared)
+
+
+def test_a_sum_that_overflows_is_no_damage() -> None:
+    large, damaged = torch.full((4,), 3e38), torch.tensor([0.0, math.nan])
+    named = [("count", torch.ones(2, dtype=torch.long)), ("large", large)]
+    assert first_nonfinite(named) is None
+    assert first_nonfinite([*named, ("damaged", damaged)]) == "damaged"
 
 
 def test_file_that_is_replaced_while_it_is_loaded_is_refused(packed_folder, monkeypatch):

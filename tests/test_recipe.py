@@ -334,6 +334,7 @@ class TestRestart:
             ({"asked": {"teacher": "none"}}, "teacher was 'float', is 'none'"),
             ({"learning_rate": 1.0}, "learning_rate was 0.0002, is 1.0"),
             ({"seed": 7}, "seed was 42, is 7"),
+            ({"bf16": True}, "bf16 was False, is True"),
         ],
     )
     def test_the_folder_of_another_run_is_refused(
@@ -358,6 +359,18 @@ class TestRestart:
         file.write_text(json.dumps({name: settings[name] for name in settings if name != "world_size"}))
 
         assert run_recipe(recipe(), tiny_model("bert")).metrics["packed"]
+
+    def test_another_number_of_processes_is_a_difference(
+        self, recipe: Callable, tiny_model: Callable, tmp_path: Path
+    ) -> None:
+        killed = recipe(prepare=lambda trainer: trainer.add_callback(KillAfter(trainer, "run", 3)))
+        with pytest.raises(Killed):
+            run_recipe(killed, tiny_model("bert"))
+        file = tmp_path / "run" / SETTINGS
+        file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), "world_size": 2}))
+
+        with pytest.raises(ValueError, match="belongs to another run: world_size was 2, is 1"):
+            run_recipe(recipe(), tiny_model("bert"))
 
 
 class TestOrderOfExamples:

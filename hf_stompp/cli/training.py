@@ -134,7 +134,13 @@ class ProgressLines(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         now, done = time.monotonic(), state.global_step - self._first_step
-        if logs is None or "loss" not in logs or not done or now - self._last < self.seconds:
+        if (
+            not state.is_world_process_zero
+            or logs is None
+            or "loss" not in logs
+            or not done
+            or now - self._last < self.seconds
+        ):
             return
         self._last = now
         minutes = (now - self._begin) / done * (state.max_steps - state.global_step) / 60

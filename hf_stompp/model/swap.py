@@ -57,10 +57,10 @@ FLOAT_MODULES: dict[str, type[nn.Module]] = {
     "embedding": nn.Embedding,
     "int8_embedding": nn.Embedding,
 }
-"""What all that a plan names was in the float model."""
+"""Kind in the plan -> class in the float model."""
 
 MASKED_MODULES: dict[str, type[nn.Module]] = {**MASKED_LAYERS, "embedding": MaskedBinaryEmbedding}
-"""What of it a latent model has instead that is no [`FLOAT_MODULES`] too."""
+"""Kind in the plan -> class in a latent model, where that is no class of the float model as well."""
 
 
 def _sizes(layer: Any) -> tuple[Any, ...]:

@@ -140,8 +140,9 @@ def claim_output_dir(recipe: Recipe) -> None:
     recipe.output_dir.mkdir(parents=True, exist_ok=True)
     if _holds_work(recipe):
         earlier = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        # What a version before this one did not record is no difference.
-        changed = [name for name in settings if not earlier or earlier.get(name, settings[name]) != settings[name]]
+        # What a version before this one did not record is no difference; without a record nothing is known.
+        recorded = [name for name in settings if name in earlier or not earlier]
+        changed = [name for name in recorded if earlier.get(name) != settings[name]]
         if changed:
             differences = "; ".join(f"{name} was {earlier.get(name)!r}, is {settings[name]!r}" for name in changed)
             raise ValueError(

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..machine import surroundings
+from ..machine import processor
 from ..model.integrity import check_whole, last_whole_checkpoint, read_json, tensor_digest, verify_files
 from ..model.modules import config_of, first_nonfinite, frozen_counts, fully_binary, masked_modules, packed_modules
 from ..nn import MaskedBinaryActivation
@@ -172,9 +172,9 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, PushingTrainer):
 
     def machine(self) -> str:
         """What decides, beside the settings, in which order sums run: processor or GPU, and PyTorch."""
-        found = surroundings()
-        device = found["machine"]["cpu"] if self.args.device.type == "cpu" else found["machine"]["accelerator"]
-        return f"{device}, torch {found['versions']['torch']}"
+        device = self.args.device
+        name = processor()["name"] if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
+        return f"{name}, torch {torch.__version__}"
 
     def _load_callback_state(self) -> None:
         super()._load_callback_state()
@@ -303,11 +303,11 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, PushingTrainer):
             self._initialize_activations(inputs, by_batch=True)
         loss = super().training_step(model, inputs, *args, **kwargs)
         # Transformers looks at it too, but to leave it out of the log.
-        if self._is_so_anywhere(not bool(torch.isfinite(loss).all())):
+        if self._any_rank(not bool(torch.isfinite(loss).all())):
             self._check_weights()
         return loss
 
-    def _is_so_anywhere(self, found: bool) -> bool:
+    def _any_rank(self, found: bool) -> bool:
         """Whether any rank has found it: a rank that stops alone leaves the others waiting for its gradients."""
         flag = torch.tensor(float(found), device=self.args.device)
         return bool(self.accelerator.reduce(flag, reduction="sum"))
@@ -321,7 +321,7 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, PushingTrainer):
             ValueError: it has, on some rank; names the step, the unit in transition and the first tensor.
         """
         name = first_nonfinite(self.model.state_dict().items())
-        if not self._is_so_anywhere(name is not None):
+        if not self._any_rank(name is not None):
             return
         # What BatchNorm has recorded is each rank's own.
         name = name or "a tensor of another rank"

@@ -75,18 +75,22 @@ def test_training_shows_a_bar_on_a_terminal_and_lines_elsewhere(
     assert [type(one) for one in found] == [bar if watched else training.ProgressLines]
 
 
-def test_lines_tell_step_loss_and_time_left_and_come_no_more_often_than_asked(capsys: pytest.CaptureFixture) -> None:
-    state = transformers.TrainerState(global_step=100, max_steps=2100)
-    for seconds in (0.0, 3600.0):
-        lines = training.ProgressLines(seconds)
-        state.global_step = 100
+def test_lines_tell_step_loss_and_time_left_and_come_no_more_often_than_asked(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged = [(0, 100), (30, 600), (61, 1100), (90, 1600), (122, 2000)]
+    clock = iter([0, *(second for second, _ in logged)] * 2)
+    monkeypatch.setattr(training.time, "monotonic", lambda: next(clock))
+    for is_first in (True, False):
+        state = transformers.TrainerState(global_step=100, max_steps=6100, is_world_process_zero=is_first)
+        lines = training.ProgressLines()
         lines.on_train_begin(None, state, None)
-        time.sleep(0.05)
-        for state.global_step in (100, 1100):
+        for _, state.global_step in logged:
             lines.on_log(None, state, None, logs={"loss": 1.23456})
-            lines.on_log(None, state, None, logs={"eval_loss": 1.0})
 
-    assert capsys.readouterr().err == "step 1,100 of 2,100, loss 1.23, 0 min left\n"
+    # 1,000 steps in 61 seconds, 5,000 to go: 305 seconds. 1,900 in 122, 4,100 to go: 263. Other ranks are silent.
+    expected = ["step 1,100 of 6,100, loss 1.23, 5 min left", "step 2,000 of 6,100, loss 1.23, 4 min left"]
+    assert capsys.readouterr().err.splitlines() == expected
 
 
 def test_run_ends_in_a_packed_model_that_eval_finds_as_good(

@@ -122,9 +122,14 @@ static inline void store_sums8(const product *p, int64_t row, int64_t column, __
 /* Bytes in a row that hold features. */
 static inline int64_t used_bytes(const product *p) { return divide_up(p->in_features, 8); }
 
-static int64_t panels_at_a_time(const product *p) {
-    int64_t panels = PANEL_BYTES / (divide_up(used_bytes(p), 16) * 16 * COLUMNS);
-    return panels < 1 ? 1 : panels;
+static inline int64_t panel_bytes(const product *p) { return divide_up(used_bytes(p), 16) * 16 * COLUMNS; }
+
+static int64_t panels_at_a_time(const product *p) { return max_int64(1, PANEL_BYTES / panel_bytes(p)); }
+
+/* What all panels of a part that are laid out at a time take. */
+static int64_t bytes_of_panels(const product *p, const struct part *part) {
+    int64_t panels = divide_up(part->column_end - part->column_begin, COLUMNS);
+    return min_int64(panels_at_a_time(p), panels) * panel_bytes(p);
 }
 
 static int uses_panels(const product *p, const struct part *part) {
@@ -133,9 +138,7 @@ static int uses_panels(const product *p, const struct part *part) {
 
 static size_t scratch_bytes(const product *p, const struct part *part) {
     size_t input = (size_t)(4 * row_bytes(p->in_features));
-    if (!uses_panels(p, part)) return input;
-    int64_t panels = min_int64(panels_at_a_time(p), divide_up(part->column_end - part->column_begin, COLUMNS));
-    return input + (size_t)(panels * divide_up(used_bytes(p), 16) * 16 * COLUMNS);
+    return uses_panels(p, part) ? input + (size_t)bytes_of_panels(p, part) : input;
 }
 
 /* 16 rows of 16 bytes to 16 columns: four rounds of interleaving row i with row i + 8. */
@@ -165,6 +168,12 @@ static void lay_out_panel(const product *p, int64_t column, uint8_t *panel) {
             transpose16(r);
             for (int j = 0; j < 16; j++) _mm_store_si128((__m128i *)(panel + (k + j) * COLUMNS + first), r[j]);
         }
+}
+
+/* The panels of columns `begin` to `end`, one behind the other. */
+static void lay_out_panels(const product *p, int64_t begin, int64_t end, uint8_t *panels) {
+    for (int64_t column = begin; column < end; column += COLUMNS, panels += panel_bytes(p))
+        lay_out_panel(p, column, panels);
 }
 
 __attribute__((always_inline)) static inline void multiply_block(const product *p, const uint8_t *input,
@@ -226,17 +235,15 @@ __attribute__((always_inline)) static inline void multiply_block(const product *
 }
 
 static void multiply_many_rows(const product *p, const struct part *part, uint8_t *packed, uint8_t *panels) {
-    int64_t panel_bytes = divide_up(used_bytes(p), 16) * 16 * COLUMNS;
     int64_t columns_at_a_time = panels_at_a_time(p) * COLUMNS;
     for (int64_t begin = part->column_begin; begin < part->column_end; begin += columns_at_a_time) {
         int64_t end = min_int64(part->column_end, begin + columns_at_a_time);
-        for (int64_t column = begin; column < end; column += COLUMNS)
-            lay_out_panel(p, column, panels + (column - begin) / COLUMNS * panel_bytes);
+        lay_out_panels(p, begin, end, panels);
         for (int64_t row = part->row_begin; row < part->row_end; row += ROWS) {
             int64_t rows = min_int64(ROWS, part->row_end - row);
             const uint8_t *input = bits_of_rows(p, pack_sign, row, rows, packed);
             for (int64_t column = begin; column < end; column += COLUMNS) {
-                const uint8_t *panel = panels + (column - begin) / COLUMNS * panel_bytes;
+                const uint8_t *panel = panels + (column - begin) / COLUMNS * panel_bytes(p);
                 if (rows == 3)
                     multiply_block(p, input, 3, panel, row, column);
                 else if (rows == 2)
@@ -328,19 +335,16 @@ enum {
     TABLE_OFFSET = 512,
     TABLE_BYTES = 32,
     STEP_TABLES = 8,
-    /* Sums of 16 bits hold those of so many steps. */
+    /* Sums of 16 bits hold those of so many steps: 8 x 31 x 256 <= 65535. */
     TABLE_STEPS = 256,
     TABLE_ROWS = 2,
 };
 
 static inline int64_t tables_of_row(const product *p) { return code_bytes(p->in_features) / GROUP; }
 
-static inline int64_t panel_bytes(const product *p) { return divide_up(used_bytes(p), 16) * 16 * COLUMNS; }
-
 static size_t byte_scratch_bytes_avx2(const product *p, const struct part *part) {
-    int64_t panels = min_int64(panels_at_a_time(p), divide_up(part->column_end - part->column_begin, COLUMNS));
     int64_t row = tables_of_row(p) * TABLE_BYTES + code_bytes(p->in_features);
-    return (size_t)(panels * panel_bytes(p) + TABLE_ROWS * row);
+    return (size_t)(bytes_of_panels(p, part) + TABLE_ROWS * row);
 }
 
 static void write_tables(const int8_t *codes, int64_t tables, uint8_t *table) {
@@ -368,6 +372,20 @@ ALWAYS_INLINE __m256i table_at(const uint8_t *table) {
 ALWAYS_INLINE void add_bytes(__m256i bytes, __m256i words[2]) {
     words[0] = _mm256_add_epi16(words[0], _mm256_and_si256(bytes, _mm256_set1_epi16(255)));
     words[1] = _mm256_add_epi16(words[1], _mm256_srli_epi16(bytes, 8));
+}
+
+/* Twice the sums of 8 columns of a vector's 32, from the words of low and of high bytes. Columns 0 to 7 and 16 to 23
+ * are the low words of its halves, the others the high ones. */
+ALWAYS_INLINE __m256i twice_sums(const __m256i words[4], int eight) {
+    __m256i low = _mm256_unpacklo_epi16(words[0], words[1]), high = _mm256_unpacklo_epi16(words[2], words[3]);
+    if (eight % 2) {
+        low = _mm256_unpackhi_epi16(words[0], words[1]);
+        high = _mm256_unpackhi_epi16(words[2], words[3]);
+    }
+    __m128i low_words = eight < 2 ? _mm256_castsi256_si128(low) : _mm256_extracti128_si256(low, 1);
+    __m128i high_words = eight < 2 ? _mm256_castsi256_si128(high) : _mm256_extracti128_si256(high, 1);
+    return _mm256_add_epi32(_mm256_slli_epi32(_mm256_cvtepu16_epi32(low_words), 1),
+                            _mm256_slli_epi32(_mm256_cvtepu16_epi32(high_words), 6));
 }
 
 /* `rows` rows of tables by 64 columns. */
@@ -422,17 +440,7 @@ ALWAYS_INLINE void multiply_tables(const product *p, const uint8_t *tables, int 
         }
         for (int i = 0; i < rows; i++)
             for (int j = 0; j < 8; j++) {
-                /* Columns 0 to 7 and 16 to 23 of a vector are the low words of its halves, the rest the high ones. */
-                const __m256i *w = words[i][j / 4];
-                __m256i low = j % 2 ? _mm256_unpackhi_epi16(w[0], w[1]) : _mm256_unpacklo_epi16(w[0], w[1]);
-                __m256i high = j % 2 ? _mm256_unpackhi_epi16(w[2], w[3]) : _mm256_unpacklo_epi16(w[2], w[3]);
-                if (j % 4 >= 2) {
-                    low = _mm256_permute4x64_epi64(low, 0x4e);
-                    high = _mm256_permute4x64_epi64(high, 0x4e);
-                }
-                __m256i twice_low = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(low)), 1);
-                __m256i twice_high = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(high)), 6);
-                sums[i][j] = _mm256_add_epi32(sums[i][j], _mm256_add_epi32(twice_low, twice_high));
+                sums[i][j] = _mm256_add_epi32(sums[i][j], twice_sums(words[i][j / 4], j % 4));
             }
     }
     for (int i = 0; i < rows; i++)
@@ -446,8 +454,7 @@ static void multiply_bytes_avx2(const product *p, const struct part *part, void 
         int64_t end = min_int64(part->column_end, begin + columns_at_a_time);
         uint8_t *panels = scratch, *tables = panels + divide_up(end - begin, COLUMNS) * panel_bytes(p);
         int8_t *codes = (int8_t *)tables + TABLE_ROWS * row_tables * TABLE_BYTES;
-        for (int64_t column = begin; column < end; column += COLUMNS)
-            lay_out_panel(p, column, panels + (column - begin) / COLUMNS * panel_bytes(p));
+        lay_out_panels(p, begin, end, panels);
         for (int64_t row = part->row_begin; row < part->row_end; row += TABLE_ROWS) {
             int64_t rows = min_int64(TABLE_ROWS, part->row_end - row);
             float scales[TABLE_ROWS];
