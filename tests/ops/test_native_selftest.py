@@ -84,10 +84,11 @@ def test_no_kernel_has_a_race_between_its_threads_or_its_callers(compiler: list[
     assert "scalar" in kernels_run(run([program]))
 
 
-def test_neon_equals_plain_loops(tmp_path: Path) -> None:
-    emulator = next(filter(None, map(shutil.which, ARM_EMULATORS)), None)
-    if emulator is None or shutil.which(ARM_COMPILER) is None:
-        pytest.skip("no aarch64 cross-compiler or qemu")
+@pytest.fixture(scope="module")
+def arm_selftest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which(ARM_COMPILER) is None:
+        pytest.skip("no aarch64 cross-compiler")
+    folder = tmp_path_factory.mktemp("arm")
     kernels = build.KERNEL_FILES["aarch64"]
     defines = [f"-DHF_STOMPP_WITH_{Path(name).stem.upper()}" for name in kernels]
     flags = [*build.COMMON_FLAGS, "-fopenmp", *defines, '-DHF_STOMPP_SOURCE_HASH=""', f"-I{build.SOURCES}"]
@@ -97,10 +98,19 @@ def test_neon_equals_plain_loops(tmp_path: Path) -> None:
         (build.SOURCES / "dispatch.c", []),
         *((build.SOURCES / name, kernel_flags) for name, kernel_flags in kernels.items()),
     ]:
-        objects.append(tmp_path / f"{source.stem}.o")
+        objects.append(folder / f"{source.stem}.o")
         run([ARM_COMPILER, *flags, *kernel_flags, "-c", source, "-o", objects[-1]])
-    program = tmp_path / "selftest"
+    program = folder / "selftest"
     run([ARM_COMPILER, "-static", "-fopenmp", *objects, "-lm", "-o", program])
+    return program
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processor", ["cortex-a72", "max"], ids=["without_sdot", "with_sdot"])
+def test_neon_equals_plain_loops(processor: str, arm_selftest: Path) -> None:
+    emulator = next(filter(None, map(shutil.which, ARM_EMULATORS)), None)
+    if emulator is None:
+        pytest.skip("no qemu")
 
     # On an Arm machine the other test runs this kernel without an emulator.
-    assert kernels_run(run([emulator, program])) == ["neon", "scalar"]
+    assert kernels_run(run([emulator, "-cpu", processor, arm_selftest])) == ["neon", "scalar"]

@@ -7,6 +7,14 @@
 #include "bytes.h"
 #include "kernel.h"
 
+/* SDOT came after NEON: it is compiled for the functions that have it, which run where the processor has it, too. */
+#if defined(__ARM_FEATURE_DOTPROD)
+#define SDOT
+#elif defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 16 : __GNUC__ >= 8)
+#include <sys/auxv.h>
+#define SDOT __attribute__((target("arch=armv8.2-a+dotprod")))
+#endif
+
 enum {
     /* 4 x 4 vectors of byte sums, 4 of totals, the columns and a row take 25 of the 32 registers. */
     ROWS = 4,
@@ -68,16 +76,16 @@ static void pack_sign(const void *input, int64_t dtype, const float *threshold, 
 }
 
 /* store_sum for 4 columns from `column` on, a multiple of 4. */
-static inline void store_sums4(const product *p, int64_t row, int64_t column, int32x4_t sums) {
+static inline void store_sums4(const product *p, int64_t row, int64_t column, int32x4_t sums, float row_scale) {
     if (column + 4 > p->out_features) {
         int32_t each[4];
         vst1q_s32(each, sums);
-        for (int64_t j = column; j < p->out_features; j++) store_sum(p, row, j, each[j - column], 1.0f);
+        for (int64_t j = column; j < p->out_features; j++) store_sum(p, row, j, each[j - column], row_scale);
         return;
     }
     int64_t index = row * p->out_features + column;
-    /* Two roundings, as in store_sum: no vfmaq_f32. */
-    float32x4_t value = vmulq_f32(vcvtq_f32_s32(sums), vld1q_f32(p->scale + column));
+    /* Rounded after each step, as in store_sum: no vfmaq_f32. */
+    float32x4_t value = vmulq_f32(vmulq_n_f32(vcvtq_f32_s32(sums), row_scale), vld1q_f32(p->scale + column));
     if (p->bias) value = vaddq_f32(value, vld1q_f32(p->bias + column));
     uint16x4_t half = vdup_n_u16(0);
     if (p->output_dtype == HF_STOMPP_BF16) {
@@ -105,6 +113,12 @@ static inline void store_sums4(const product *p, int64_t row, int64_t column, in
     }
 }
 
+/* Past the last column the last one stands in: store_sums4 leaves out what it gives. */
+static inline void weight_of_columns(const product *p, int64_t column, const uint8_t *weight[COLUMNS]) {
+    for (int j = 0; j < COLUMNS; j++)
+        weight[j] = p->weight + min_int64(column + j, p->out_features - 1) * row_bytes(p->in_features);
+}
+
 /* The sums of the bytes of 4 vectors, in two neighbours each. */
 static inline uint16x8_t add_neighbours(const uint8x16_t sum[COLUMNS]) {
     uint16x8_t low = vpaddq_u16(vpaddlq_u8(sum[0]), vpaddlq_u8(sum[1]));
@@ -117,8 +131,7 @@ __attribute__((always_inline)) static inline void multiply_block(const product *
                                                                  int rows, int64_t row, int64_t column) {
     int64_t bytes = row_bytes(p->in_features), used = divide_up(p->in_features, 8 * VECTOR_BYTES) * VECTOR_BYTES;
     const uint8_t *weight[COLUMNS];
-    /* Past the last column the last one stands in: store_sums4 leaves out what it gives. */
-    for (int j = 0; j < COLUMNS; j++) weight[j] = p->weight + min_int64(column + j, p->out_features - 1) * bytes;
+    weight_of_columns(p, column, weight);
     uint32x4_t different[ROWS];
 #pragma GCC unroll 4
     for (int i = 0; i < rows; i++) different[i] = vdupq_n_u32(0);
@@ -148,7 +161,7 @@ __attribute__((always_inline)) static inline void multiply_block(const product *
 #pragma GCC unroll 4
     for (int i = 0; i < rows; i++) {
         int32x4_t twice = vreinterpretq_s32_u32(vshlq_n_u32(different[i], 1));
-        store_sums4(p, row + i, column, vsubq_s32(features, twice));
+        store_sums4(p, row + i, column, vsubq_s32(features, twice), 1.0f);
     }
 }
 
@@ -178,13 +191,112 @@ static void multiply(const product *p, const struct part *part, void *scratch) {
     }
 }
 
+/* --- rows of bytes: the sum of the codes whose bit is set --- */
+
+/* Adds the codes where `chosen` is all ones to the four sums, four to each. */
+typedef int32x4_t add_function(int32x4_t sum, int8x16_t codes, int8x16_t chosen);
+
+static inline int32x4_t add_codes(int32x4_t sum, int8x16_t codes, int8x16_t chosen) {
+    return vpadalq_s16(sum, vpaddlq_s8(vandq_s8(codes, chosen)));
+}
+
+#ifdef SDOT
+/* All ones are -1. */
+SDOT static inline int32x4_t add_codes_sdot(int32x4_t sum, int8x16_t codes, int8x16_t chosen) {
+    return vdotq_s32(sum, codes, vnegq_s8(chosen));
+}
+#endif
+
+/* Inlined with a constant number of rows and a constant function, as multiply_block is. */
+ALWAYS_INLINE void multiply_codes_block(const product *p, const int8_t *codes, int rows, int64_t row, int64_t column,
+                                        const float *scales, const int32_t *totals, add_function *add) {
+    const uint8_t places[8] = {1, 2, 4, 8, 16, 32, 64, 128};
+    const uint8x16_t place = vcombine_u8(vld1_u8(places), vld1_u8(places));
+    int64_t bytes = code_bytes(p->in_features);
+    const uint8_t *weight[COLUMNS];
+    weight_of_columns(p, column, weight);
+    int32x4_t sum[ROWS][COLUMNS];
+#pragma GCC unroll 4
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < COLUMNS; j++) sum[i][j] = vdupq_n_s32(0);
+    for (int64_t k = 0; k < bytes; k += VECTOR_BYTES) {
+        int8x16_t chosen[COLUMNS];
+#pragma GCC unroll 4
+        for (int j = 0; j < COLUMNS; j++) {
+            uint8x16_t bits = vcombine_u8(vld1_dup_u8(weight[j] + k / 8), vld1_dup_u8(weight[j] + k / 8 + 1));
+            chosen[j] = vreinterpretq_s8_u8(vtstq_u8(bits, place));
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < rows; i++) {
+            int8x16_t value = vld1q_s8(codes + i * bytes + k);
+#pragma GCC unroll 4
+            for (int j = 0; j < COLUMNS; j++) sum[i][j] = add(sum[i][j], value, chosen[j]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < rows; i++) {
+        int32x4_t added = vpaddq_s32(vpaddq_s32(sum[i][0], sum[i][1]), vpaddq_s32(sum[i][2], sum[i][3]));
+        int32x4_t sums = vsubq_s32(vshlq_n_s32(added, 1), vdupq_n_s32(totals[i]));
+        store_sums4(p, row + i, column, sums, scales[i]);
+    }
+}
+
+ALWAYS_INLINE void multiply_codes(const product *p, const struct part *part, int8_t *codes, add_function *add) {
+    for (int64_t row = part->row_begin; row < part->row_end; row += ROWS) {
+        int64_t rows = min_int64(ROWS, part->row_end - row);
+        float scales[ROWS];
+        int32_t totals[ROWS];
+        quantize_rows(p, row, rows, codes, scales, totals);
+        for (int64_t column = part->column_begin; column < part->column_end; column += COLUMNS) {
+            if (rows == 4)
+                multiply_codes_block(p, codes, 4, row, column, scales, totals, add);
+            else if (rows == 3)
+                multiply_codes_block(p, codes, 3, row, column, scales, totals, add);
+            else if (rows == 2)
+                multiply_codes_block(p, codes, 2, row, column, scales, totals, add);
+            else
+                multiply_codes_block(p, codes, 1, row, column, scales, totals, add);
+        }
+    }
+}
+
+#ifdef SDOT
+SDOT static void multiply_codes_sdot(const product *p, const struct part *part, int8_t *codes) {
+    multiply_codes(p, part, codes, add_codes_sdot);
+}
+
+static int has_sdot(void) {
+#ifdef __ARM_FEATURE_DOTPROD
+    return 1;
+#else
+    return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#endif
+}
+#endif
+
+static size_t byte_scratch_bytes_neon(const product *p, const struct part *part) {
+    (void)part;
+    return (size_t)(ROWS * code_bytes(p->in_features));
+}
+
+static void multiply_bytes_neon(const product *p, const struct part *part, void *scratch) {
+#ifdef SDOT
+    if (has_sdot()) {
+        multiply_codes_sdot(p, part, scratch);
+        return;
+    }
+#endif
+    multiply_codes(p, part, scratch, add_codes);
+}
+
 const struct kernel hf_stompp_neon_kernel = {
     .unavailable = unavailable,
     .pack_sign = pack_sign,
     .scratch_bytes = scratch_bytes,
     .multiply = multiply,
-    .byte_scratch_bytes = byte_scratch_bytes,
-    .multiply_bytes = multiply_bytes,
+    .byte_scratch_bytes = byte_scratch_bytes_neon,
+    .multiply_bytes = multiply_bytes_neon,
     .rows_per_thread = 64,
     MASKED_FUNCTIONS,
 };
