@@ -1,5 +1,6 @@
 """
-The papers' finding, from scratch: residual networks of three depths on CIFAR-10, with and without growing masks.
+The papers' finding, from scratch: residual networks of three depths and MobileNetV2 on CIFAR-10, with and without
+growing masks.
 
     python benchmarks/vision.py WORK --train_file train.parquet --validation_file test.parquet
     python benchmarks/vision.py --show benchmarks/results/vision.jsonl --plot vision.png
@@ -20,7 +21,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accuracy import append_line, read_lines
@@ -29,15 +30,30 @@ from accuracy import append_line, read_lines
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "image_classification" / "run_image_classification.py"
 RESULTS = Path(__file__).resolve().parent / "results" / "vision.jsonl"
 
-DEPTHS: dict[int, dict[str, Any]] = {
-    18: {"depths": [2, 2, 2, 2], "layer_type": "basic"},
-    34: {"depths": [3, 4, 6, 3], "layer_type": "basic"},
-    50: {"depths": [3, 4, 6, 3], "layer_type": "bottleneck"},
-}
-"""What the residual networks of the papers differ by."""
-
 WIDTH = 16
 """Channels of the first stage, of basic blocks; the papers have 64. Bottleneck blocks put out four times as many."""
+
+RESNET = {"embedding_size": WIDTH, "hidden_sizes": [WIDTH * 2**stage for stage in range(4)], "layer_type": "basic"}
+
+BOTTLENECK = {**RESNET, "hidden_sizes": [4 * WIDTH * 2**stage for stage in range(4)], "layer_type": "bottleneck"}
+
+
+class Network(NamedTuple):
+    """A network of the papers: its name, the type of its model, and fields of its config."""
+
+    name: str
+    model_type: str
+    config: dict[str, Any]
+
+
+DEPTHS = {
+    18: Network("ResNet-18", "resnet", {**RESNET, "depths": [2, 2, 2, 2]}),
+    34: Network("ResNet-34", "resnet", {**RESNET, "depths": [3, 4, 6, 3]}),
+    50: Network("ResNet-50", "resnet", {**BOTTLENECK, "depths": [3, 4, 6, 3]}),
+    # Half of the papers' channels.
+    53: Network("MobileNetV2", "mobilenet_v2", {"depth_multiplier": 0.5, "classifier_dropout_prob": 0.0}),
+}
+"""The networks, by their layers."""
 
 SIGNS = {"activation_functions": "sign", "weight_scale": "none"}
 """The papers' networks: signs in the place of activation functions, weights of +-1."""
@@ -47,6 +63,8 @@ WEIGHTS = {"mode": "bwn", "activation_bits": "none", "weight_scale": "none"}
 
 CLIPPED = {"surrogate": "clipped_ste", "weight_window": 1.0, "activation_window": 1.0}
 """The straight-through estimator that learns: the gradient of the clipped identity."""
+
+BIREAL = "bireal_resnet"
 
 CELLS: dict[str, dict[str, Any]] = {
     "float": {"method": "float"},
@@ -63,17 +81,26 @@ CELLS: dict[str, dict[str, Any]] = {
     "kept-stompp": {"method": "stompp"},
     "kept-stompp_ste": {"method": "stompp_ste", **CLIPPED},
     "kept-stompp-reverse": {"method": "stompp", "progression_order": "reverse"},
+    "bireal-ste": {"model_type": BIREAL, "method": "ste", **CLIPPED},
+    "bireal-stompp": {"model_type": BIREAL, "method": "stompp"},
+    "bireal-stompp_ste": {"model_type": BIREAL, "method": "stompp_ste", **CLIPPED},
 }
-"""What is compared. `kept`: activation functions stay, and shortcuts are float."""
+"""
+What is compared. `kept`: activation functions stay, and shortcuts are float. `bireal`: a float shortcut around every
+convolution, and no activation functions.
+"""
+
+
+def exists(cell: str, depth: int) -> bool:
+    """Whether there is such a network: Bi-Real ones have basic blocks."""
+    return CELLS[cell].get("model_type") != BIREAL or DEPTHS[depth].config.get("layer_type") == "basic"
 
 
 def command_of(cell: str, depth: int, seed: int, folder: Path, arguments: argparse.Namespace) -> list[str]:
     """The command line of a run, without the program's name."""
-    wide = 4 if DEPTHS[depth]["layer_type"] == "bottleneck" else 1
-    network = {"embedding_size": WIDTH, "hidden_sizes": [WIDTH * wide * 2**stage for stage in range(4)]}
     asked = {
-        "model_type": "resnet",
-        "config_overrides": json.dumps({**network, **DEPTHS[depth]}),
+        "model_type": DEPTHS[depth].model_type,
+        "config_overrides": json.dumps(DEPTHS[depth].config),
         "train_file": arguments.train_file,
         "validation_file": arguments.validation_file,
         "image_size": arguments.image_size,
@@ -144,7 +171,7 @@ def table_of(lines: Iterable[dict[str, Any]]) -> str:
     found: dict[tuple[str, int], list[float]] = {}
     for line in lines:
         found.setdefault((line["cell"], line["depth"]), []).append(line["accuracy"])
-    rows = ["| | " + " | ".join(f"ResNet-{depth}" for depth in DEPTHS) + " |", "|---|" + "---|" * len(DEPTHS)]
+    rows = ["| | " + " | ".join(network.name for network in DEPTHS.values()) + " |", "|---|" + "---|" * len(DEPTHS)]
     for cell in CELLS:
         values = [found.get((cell, depth)) for depth in DEPTHS]
         if any(values):
@@ -169,9 +196,10 @@ def plot(lines: list[dict[str, Any]], file: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    deepest = max(DEPTHS)
+    residual = [depth for depth, network in DEPTHS.items() if network.model_type == "resnet"]
+    deepest = max(residual)
     for cell, (label, color, style) in SHOWN.items():
-        found = [line for line in lines if line["cell"] == cell]
+        found = [line for line in lines if line["cell"] == cell and line["depth"] in residual]
         depths = sorted({line["depth"] for line in found})
         means = [statistics.mean(line["accuracy"] for line in found if line["depth"] == depth) for depth in depths]
         # Hollow squares: another kind of network.
@@ -182,10 +210,12 @@ def plot(lines: list[dict[str, Any]], file: Path) -> None:
                 steps = [20 * (index + 1) for index in range(len(line["losses"]))]
                 right.plot(steps, line["losses"], style, color=color, linewidth=1)
     left.axhline(10, color="#656d76", linewidth=0.8)
-    left.annotate("chance", (min(DEPTHS), 10), textcoords="offset points", xytext=(0, 3), color="#656d76", fontsize=8)
-    left.set(xlabel="layers", ylabel="accuracy, %", xticks=list(DEPTHS), ylim=(0, None))
+    left.annotate(
+        "chance", (min(residual), 10), textcoords="offset points", xytext=(0, 3), color="#656d76", fontsize=8
+    )
+    left.set(xlabel="layers", ylabel="accuracy, %", xticks=residual, ylim=(0, None))
     left.legend(fontsize=8, frameon=False)
-    right.set(xlabel="step", ylabel="loss in training", title=f"ResNet-{deepest}")
+    right.set(xlabel="step", ylabel="loss in training", title=DEPTHS[deepest].name)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=110)
@@ -217,7 +247,8 @@ def main(argv: list[str] | None = None) -> None:
     for seed in arguments.seed if arguments.show is None else ():
         for depth in arguments.depth:
             for cell in arguments.cell:
-                run(cell, depth, seed, arguments)
+                if exists(cell, depth):
+                    run(cell, depth, seed, arguments)
     lines = read_lines(arguments.show or arguments.results)
     print(table_of(lines))
     if arguments.plot is not None:

@@ -15,5 +15,8 @@ def load(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     # Data classes and pydantic look their module up.
     sys.modules[spec.name] = module
+    # As Python does: files beside a program can be imported.
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
     spec.loader.exec_module(module)
     return module

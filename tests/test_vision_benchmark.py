@@ -36,11 +36,13 @@ def lines(vision: Any) -> list[dict[str, Any]]:
 
 def test_the_script_takes_the_command_line_of_every_run(vision: Any, script: Any, tmp_path: Path) -> None:
     arguments = vision.parse_arguments([str(tmp_path), "--train_file", "a.parquet", "--validation_file", "b.parquet"])
-    for depth in vision.DEPTHS:
+    blocks = {18: 8, 34: 16, 50: 16}
+    for depth, network in vision.DEPTHS.items():
         for cell, asked in vision.CELLS.items():
             words = vision.command_of(cell, depth, 3, tmp_path, arguments)
             model, data, recipe, training = script.parse_arguments([*words, "--use_cpu", "True"])
-            assert sum(model.config_overrides["depths"]) == {18: 8, 34: 16, 50: 16}[depth]
+            assert model.model_type == asked.get("model_type", network.model_type)
+            assert depth not in blocks or sum(model.config_overrides["depths"]) == blocks[depth]
             assert (recipe.method, training.seed, data.image_size) == (asked["method"], 3, 64)
 
 
@@ -56,7 +58,8 @@ def images(vision: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list
     rows = {"img": pictures, "label": [index % 2 for index in range(8)]}
     file = str(tmp_path / "images.parquet")
     Dataset.from_dict(rows, features=features).to_parquet(file)
-    monkeypatch.setitem(vision.DEPTHS, 18, {"depths": [1, 1, 1, 1], "layer_type": "basic"})
+    shallow = vision.DEPTHS[18]._replace(config={**vision.RESNET, "depths": [1, 1, 1, 1]})
+    monkeypatch.setitem(vision.DEPTHS, 18, shallow)
     return [str(tmp_path / "work"), "--train_file", file, "--validation_file", file, "--depth", "18"]
 
 

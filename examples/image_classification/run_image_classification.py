@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import bireal  # noqa: F401 - registers its type
 import datasets
 import numpy as np
 import torch
