@@ -66,13 +66,17 @@ CLIPPED = {"surrogate": "clipped_ste", "weight_window": 1.0, "activation_window"
 
 BIREAL = "bireal_resnet"
 
+POLYNOMIAL = {**CLIPPED, "surrogate": "polynomial"}
+
 CELLS: dict[str, dict[str, Any]] = {
     "float": {"method": "float"},
     "ste": {"method": "ste", **SIGNS, **CLIPPED},
     "ste-slow": {"method": "ste", **SIGNS, **CLIPPED, "learning_rate": 0.01},
     "ste-identity": {"method": "ste", **SIGNS, "surrogate": "ste"},
+    "ste-polynomial": {"method": "ste", **SIGNS, **POLYNOMIAL},
     "stompp": {"method": "stompp", **SIGNS},
     "stompp_ste": {"method": "stompp_ste", **SIGNS, **CLIPPED},
+    "stompp_ste-polynomial": {"method": "stompp_ste", **SIGNS, **POLYNOMIAL},
     "stompp-global": {"method": "stompp", **SIGNS, "progression_order": "global"},
     "stompp-reverse": {"method": "stompp", **SIGNS, "progression_order": "reverse"},
     "bwn-stompp": {"method": "stompp", **WEIGHTS},

@@ -125,7 +125,8 @@ class StoMPPConfig(QuantizationConfigMixin):
             Every one must match a linear layer of the encoder, and no layer may get two modes.
         surrogate (`str`, *optional*, defaults to `"ste"`):
             Gradient of the frozen entries: `"none"` (STE-free, exactly 0; paper), `"ste"` (StoMPP+STE, identity;
-            paper) or `"clipped_ste"` (identity within a window; BinaryNet).
+            paper), `"clipped_ste"` (identity within a window; BinaryNet) or `"polynomial"` (a slope that falls from 2
+            to 0 within a window; Bi-Real).
         weight_scale (`str`, *optional*, defaults to `"row"`):
             Hard level of a weight: mean magnitude of its output `"row"` (XNOR-Net, BiBERT) or of the whole `"tensor"`
             (BiT), or 1 (`"none"`; paper).
@@ -136,8 +137,8 @@ class StoMPPConfig(QuantizationConfigMixin):
             Clip range of the free weights, as a multiple of the weight scale (ours; the paper clips at 1, which
             destroys a pretrained network before anything is frozen).
         weight_window (`float`, *optional*):
-            Window of the surrogate `clipped_ste` for frozen weights, as a multiple of the weight scale (ours). `None`:
-            the clip range.
+            Window of the surrogates `clipped_ste` and `polynomial` for frozen weights, as a multiple of the weight
+            scale (ours). `None`: the clip range.
         activation_scale (`str`, *optional*, defaults to `"learned"`):
             Hard level of an activation, one number a tensor, initialised from the first batch, then `"learned"` (BiT)
             or `"fixed"`.
@@ -153,8 +154,8 @@ class StoMPPConfig(QuantizationConfigMixin):
             of the weights because activations have outliers: at 3 little is left of a pretrained network before
             anything is frozen (`benchmarks/results/clip_range.json`).
         activation_window (`float`, *optional*, defaults to 2.0):
-            Window of the surrogate `clipped_ste` for frozen activations, as a multiple of the activation scale (ours).
-            `None`: the clip range.
+            Window of the surrogates `clipped_ste` and `polynomial` for frozen activations, as a multiple of the
+            activation scale (ours). `None`: the clip range.
         feed_forward_levels (`str`, *optional*, defaults to `"signed"`):
             Levels behind the feed-forward activation function: `"signed"` = {-a, +a} about the shift, `"zero_one"` =
             {0, a} (BiT's set for non-negative tensors).

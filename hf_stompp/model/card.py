@@ -41,6 +41,7 @@ SURROGATE_WORDS = {
     "none": "without a straight-through estimator: a frozen entry has no gradient",
     "ste": "with a straight-through estimator for the frozen entries",
     "clipped_ste": "with a clipped straight-through estimator for the frozen entries",
+    "polynomial": "with a polynomial gradient for the frozen entries",
 }
 
 CITATION = """\

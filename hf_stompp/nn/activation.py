@@ -43,8 +43,8 @@ class MaskedBinaryActivation(MaskedBinaryModule):
         levels (`str`, *optional*, defaults to `"signed"`): a key of [`~hf_stompp.nn.functional.LEVELS`].
         clip (`float`, *optional*, defaults to 10.0): clip range of the smooth branch as a multiple of the scale.
         surrogate (`str`, *optional*, defaults to `"ste"`): a key of [`~hf_stompp.nn.functional.SURROGATES`].
-        window (`float`, *optional*): of the surrogate `clipped_ste`, as a multiple of the scale; the clip range when
-            not given.
+        window (`float`, *optional*): of the surrogates `clipped_ste` and `polynomial`, as a multiple of the scale; the
+            clip range when not given.
         scale (`str`, *optional*, defaults to `"learned"`): `"learned"` or `"fixed"` at its first value.
         initial_scale (`float`, *optional*, defaults to 1.0): first value of the scale, as a multiple of what the first
             batch says.

@@ -116,6 +116,23 @@ def weight_scale(weight: Tensor, kind: str) -> Tensor:
     return WEIGHT_SCALES[kind](weight.detach()).to(torch.float32)
 
 
+def _slope(surrogate: str, mask: Tensor, distance: Tensor, window: Tensor) -> Tensor | None:
+    """What the gradient is multiplied by: `None` for 1 everywhere."""
+    slope = SURROGATES[surrogate].slope
+    if slope is None:
+        return None
+    # Beyond its window a gradient is 0 already.
+    return torch.where(mask, slope((distance / window.clamp_min(torch.finfo(window.dtype).tiny)).clamp(max=1)), 1.0)
+
+
+def _weight_gradient(
+    grad: Tensor, weight: Tensor, mask: Tensor, scale: Tensor, clip: float, surrogate: str, window: float
+) -> Tensor:
+    passed = masked_weight_grad(grad, weight, mask, scale, clip, surrogate, window)
+    slope = _slope(surrogate, mask, weight.abs(), window * scale)
+    return passed if slope is None else passed * slope.to(passed.dtype)
+
+
 class _MaskedBinaryWeight(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -127,7 +144,7 @@ class _MaskedBinaryWeight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return masked_weight_grad(grad, *ctx.saved_tensors, *ctx.settings), None, None, None, None, None
+        return _weight_gradient(grad, *ctx.saved_tensors, *ctx.settings), None, None, None, None, None
 
 
 def masked_binary_weight(
@@ -142,8 +159,8 @@ def masked_binary_weight(
         scale (`Tensor` of shape `(rows, 1)`): from [`weight_scale`].
         clip (`float`): clip range as a multiple of the scale.
         surrogate (`str`): a key of [`SURROGATES`], the gradient of the frozen entries.
-        window (`float`, *optional*): within how many scales `clipped_ste` passes the gradient of a frozen entry; the
-            clip range when not given.
+        window (`float`, *optional*): within how many scales `clipped_ste` and `polynomial` pass the gradient of a
+            frozen entry; the clip range when not given.
 
     Returns:
         `Tensor` of shape `(rows, in_features)`: dtype of `weight`.
@@ -178,7 +195,7 @@ class _MaskedBinaryLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_input = grad @ masked_weight(weight, mask, scale, clip, grad.dtype)
         if ctx.needs_input_grad[1]:
-            grad_weight = masked_weight_grad(grad.T @ input, weight, mask, scale, clip, surrogate, window)
+            grad_weight = _weight_gradient(grad.T @ input, weight, mask, scale, clip, surrogate, window)
         if ctx.needs_input_grad[4]:
             grad_bias = grad.sum(dim=0)
         return grad_input, grad_weight, None, None, grad_bias, None, None, None
@@ -286,14 +303,18 @@ class _MaskedBinaryActivation(torch.autograd.Function):
         output, passes, upper = masked_activation(
             value, pre_activation, mask, threshold, offset, amplitude, center, bound, surrogate, window
         )
-        ctx.save_for_backward(mask, passes, upper)
+        slope = _slope(surrogate, mask, (value - center).abs(), window)
+        ctx.save_for_backward(mask, passes, upper, slope)
         ctx.like = [(t.shape, t.dtype) for t in (threshold, offset, amplitude, center, bound)]
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        mask, passes, upper = ctx.saved_tensors
+        mask, passes, upper, slope = ctx.saved_tensors
         grad_value, (passed, held, held_upper) = masked_activation_grad(grad, passes, upper, mask)
+        if slope is not None:
+            grad_value = grad_value * slope.to(grad_value.dtype)
+            passed = grad_value.reshape(-1, grad_value.shape[-1]).sum(dim=0, dtype=passed.dtype)
         by_level = 2 * held_upper - held
         # The mask is constant down a column: its sums belong either to the two levels or to the clip range.
         terms = [-passed * mask, held * mask, by_level * mask, held * ~mask, by_level * ~mask]
@@ -337,8 +358,8 @@ def masked_binary_activation(
         clip (`float`): clip range as a multiple of the scale.
         surrogate (`str`): a key of [`SURROGATES`].
         levels (`str`, *optional*, defaults to `"signed"`): a key of [`LEVELS`].
-        window (`float`, *optional*): within how many scales of its centre `clipped_ste` passes the gradient of a
-            frozen value; the clip range when not given.
+        window (`float`, *optional*): within how many scales of its centre `clipped_ste` and `polynomial` pass the
+            gradient of a frozen value; the clip range when not given.
         blocked (`bool`, *optional*, defaults to `False`): the mask is full and the surrogate `none`: value and
             threshold get no gradient, not even 0, nor does anything that reaches the loss through them alone.
 

@@ -43,8 +43,8 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
         center (`str`, *optional*, defaults to `"none"`): a key of [`~hf_stompp.nn.functional.WEIGHT_CENTERS`].
         clip (`float`, *optional*, defaults to 3.0): clip range of the weight as a multiple of its scale.
         surrogate (`str`, *optional*, defaults to `"ste"`): a key of [`~hf_stompp.nn.functional.SURROGATES`].
-        window (`float`, *optional*): of the surrogate `clipped_ste`, as a multiple of the scale; the clip range when
-            not given.
+        window (`float`, *optional*): of the surrogates `clipped_ste` and `polynomial`, as a multiple of the scale; the
+            clip range when not given.
         activation_bits (`int`, *optional*): 8 rounds float inputs in evaluation, see
             [`~hf_stompp.ops.quantize_rows`]; they are not rounded when not given.
         device (`torch.device`, *optional*).

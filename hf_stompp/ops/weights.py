@@ -27,22 +27,28 @@ class Surrogate(NamedTuple):
     passes: Callable[[Tensor, Tensor], Tensor]
     # enum hf_stompp_surrogate, and the `rule` of Triton's kernels.
     number: int | None = None
+    # Kernels know slope 1 alone; `hf_stompp.nn.functional` multiplies by another.
+    slope: Callable[[Tensor], Tensor] | None = None
 
 
 SURROGATES: dict[str, Surrogate] = {
     "none": Surrogate(lambda mask, inside: inside & ~mask, 0),
     "ste": Surrogate(lambda mask, inside: inside | mask, 1),
     "clipped_ste": Surrogate(lambda mask, inside: inside, 2),
+    "polynomial": Surrogate(lambda mask, inside: inside, 2, lambda distance: 2 - 2 * distance),
 }
 """
 Gradient rules by name, each with a function `(mask, inside) -> passes` of booleans that broadcast against each other.
 `inside` tells which entries lie within their range: a free entry's is the clip range, a frozen one's the *window*.
-`passes` tells which entries the gradient passes through (with slope 1; it is 0 elsewhere).
+`passes` tells which entries the gradient passes through; it is 0 elsewhere. A frozen entry multiplies it by `slope` of
+its distance from the middle of the window, in windows, where there is such a function; else the slope is 1.
 
 - `none`: STE-free; a frozen entry passes exactly 0 (the paper).
 - `ste`: StoMPP+STE; a frozen entry passes the gradient unchanged (the paper's identity surrogate).
 - `clipped_ste`: a frozen entry passes the gradient unchanged within the window, and none outside (BinaryNet, arXiv
   1602.02830, eq. 4; that the window may be narrower than the clip range is ours).
+- `polynomial`: the same with a slope that falls from 2 in the middle of the window to 0 at its ends (Bi-Real, arXiv
+  1808.00278, eq. 6, where the window is 1).
 """
 
 

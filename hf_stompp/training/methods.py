@@ -56,7 +56,7 @@ METHODS: dict[str, Method] = {
     "float": Method("no binarization", defaults=FLOAT_DEFAULTS),
     "ste": Method(
         "everything binary from the first step, straight-through gradient",
-        {"surrogate": ("clipped_ste", "ste")},
+        {"surrogate": ("clipped_ste", "polynomial", "ste")},
         AT_ONCE,
     ),
     "stompp": Method(
@@ -64,7 +64,7 @@ METHODS: dict[str, Method] = {
     ),
     "stompp_ste": Method(
         "layer by layer through growing masks, straight-through gradient of frozen entries",
-        {"surrogate": ("ste", "clipped_ste")},
+        {"surrogate": ("ste", "clipped_ste", "polynomial")},
         PROGRESSIVE,
     ),
     "bit": Method(
@@ -157,7 +157,7 @@ class RecipeArguments:
     )
     weight_clip: float | None = option("Clip range of weights that are not frozen, in multiples of their scale.")
     weight_window: float | None = option(
-        "With --surrogate clipped_ste: within how many scales a frozen weight passes its gradient."
+        "With --surrogate clipped_ste or polynomial: within how many scales a frozen weight passes its gradient."
     )
     activation_scale: str | None = option(
         "An activation's scale, taken from the first batch, is then learned or not.",
@@ -173,7 +173,7 @@ class RecipeArguments:
         "Clip range of activations that are not frozen, in multiples of their scale."
     )
     activation_window: float | None = option(
-        "With --surrogate clipped_ste: within how many scales a frozen activation passes its gradient."
+        "With --surrogate clipped_ste or polynomial: within how many scales a frozen activation passes its gradient."
     )
     feed_forward_levels: str | None = option(
         "The two values of the activations between the feed-forward linears.", choices=CHOICES["feed_forward_levels"]

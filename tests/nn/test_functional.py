@@ -21,10 +21,12 @@ from hf_stompp.nn.functional import (
 # The definitions once more, entry by entry in Python's floats, without a tensor operation.
 
 
-def passes_gradient(frozen: bool, inside: bool, surrogate: str) -> bool:
+def slope_of(frozen: bool, distance: float, reach: float, surrogate: str) -> float:
+    inside = float(distance <= reach)
     if not frozen:
         return inside
-    return {"none": False, "ste": True, "clipped_ste": inside}[surrogate]
+    falling = inside * (2 - 2 * (distance / reach))
+    return {"none": 0.0, "ste": 1.0, "clipped_ste": inside, "polynomial": falling}[surrogate]
 
 
 def gelu_and_slope(x: float) -> tuple[float, float]:
@@ -40,8 +42,8 @@ def reference_weight(w, mask, scale, clip, surrogate, upstream, window=None):
         inside = -clip * a <= x <= clip * a
         free = x if inside else math.copysign(clip * a, x)
         out[r, c] = (a if x >= 0 else -a) if frozen else free
-        in_reach = abs(x) <= (window if frozen else clip) * a
-        grad[r, c] = upstream[r, c].item() if passes_gradient(frozen, in_reach, surrogate) else 0.0
+        slope = slope_of(frozen, abs(x), (window if frozen else clip) * a, surrogate)
+        grad[r, c] = upstream[r, c].item() * slope
     return out, grad
 
 
@@ -58,8 +60,7 @@ def reference_activation(
         center = middle if signed else 0.0
         inside = abs(value - center) <= clip * a
         above = x >= threshold[f].item()
-        in_reach = abs(value - center) <= (window if frozen else clip) * a
-        passes = passes_gradient(frozen, in_reach, surrogate)
+        passes = slope_of(frozen, abs(value - center), (window if frozen else clip) * a, surrogate)
         if frozen:
             low, high = (middle - a, middle + a) if signed else (0.0, a)
             out[n, f] = high if above else low
