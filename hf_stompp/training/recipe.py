@@ -17,6 +17,7 @@ from ..config import StoMPPConfig
 from ..output import write_json
 from .arguments import StoMPPTrainingArguments
 from .methods import RecipeArguments
+from .resuming import STEP_SETTINGS
 
 
 SETTINGS = "run_settings.json"
@@ -34,10 +35,7 @@ ASKED_SETTINGS = (
     "dropout",
 )
 
-TRAINING_SETTINGS = (
-    *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size"),
-    *("gradient_accumulation_steps", "train_sampling_strategy", "seed", "world_size", "bf16", "fp16"),
-)
+TRAINING_SETTINGS = (*STEP_SETTINGS, "learning_rate", "num_train_epochs", "max_steps", "bf16", "fp16")
 """Arguments of the Trainer that a run which is started again must share with its first start."""
 
 

@@ -47,9 +47,10 @@ from ..output import write_json
 from ..reports.drawing import add_dynamics
 from .arguments import StoMPPTrainingArguments
 from .recipe import FINISHED, TEACHERS, Recipe, Results, claim_output_dir
+from .resuming import scales_loss
 from .sampling import ReproducibleGrouping
 from .summary import bytes_of_weights, bytes_when_saved, measure, measures, milliseconds_per_batch
-from .trainer import StoMPPTrainer, scales_loss
+from .trainer import StoMPPTrainer
 from .training_set import class_names
 
 

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import json
-import logging
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..machine import processor
-from ..model.integrity import check_whole, last_whole_checkpoint, read_json, tensor_digest, verify_files
+from ..model.integrity import last_whole_checkpoint, tensor_digest
 from ..model.modules import config_of, first_nonfinite, frozen_counts, fully_binary, masked_modules, packed_modules
 from ..nn import MaskedBinaryActivation
 from ..reports.dynamics import ALL_UNITS, FRACTION_PREFIX
@@ -27,11 +23,9 @@ from .distillation_trainer import DistillingTrainer
 from .freezing import check_settings, initialize_activations
 from .progression import Progression, plan_progression
 from .pushing import PushingTrainer
+from .resuming import ResumingTrainer, scales_loss
 from .sampling import ReproducibleGrouping
 from .training_set import check_training_set
-
-
-logger = logging.getLogger(__name__)
 
 
 def _activation_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -44,12 +38,7 @@ def _activation_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def scales_loss(trainer: Trainer) -> bool:
-    """Whether a run has a `GradScaler`, as in float16."""
-    return trainer.accelerator.scaler is not None
-
-
-class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, PushingTrainer):
+class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, ResumingTrainer, PushingTrainer):
     """
     Trains a binarized model: once per optimizer step the masks advance, and everything that is reported is the fully
     binary network.
@@ -97,7 +86,6 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, PushingTrainer):
         self.add_callback(self.progression_callback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(UnitProgressCallback(self))
-        self._saved_progression: dict[str, Any] | None = None
 
     def _refuse_unsupported(self) -> None:
         if not isinstance(self.args, StoMPPTrainingArguments):
@@ -156,25 +144,6 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, PushingTrainer):
         if self._saved_progression is not None:
             refuse_another(progression, self._saved_progression)
         return progression
-
-    def step_settings(self) -> dict[str, Any]:
-        """
-        Which examples make a step, and in which precision it is computed: what a resumed run must share with the one
-        that it goes on with, beside config and progression.
-        """
-        args = self.args
-        names = ["seed", "data_seed", "train_sampling_strategy", "world_size", "per_device_train_batch_size"]
-        return {
-            **{name: getattr(args, name) for name in [*names, "gradient_accumulation_steps"]},
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "mixed_precision": self.accelerator.mixed_precision,
-        }
-
-    def machine(self) -> str:
-        """What decides, beside the settings, in which order sums run: processor or GPU, and PyTorch."""
-        device = self.args.device
-        name = processor()["name"] if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
-        return f"{name}, torch {torch.__version__}"
 
     def _load_callback_state(self) -> None:
         super()._load_callback_state()
@@ -445,79 +414,6 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, PushingTrainer):
         units = {f"{FRACTION_PREFIX}{unit}": count / size for unit, (count, size) in counts.items()}
         # Under no name that begins another's: MLflow's file store keeps a metric in a file of that name.
         return {f"{FRACTION_PREFIX}{ALL_UNITS}": frozen / entries} | units
-
-    # --- checkpoints -----------------------------------------------------------------------------------------------
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._check_checkpoint(Path(resume_from_checkpoint))
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        # It was on disk for a while.
-        verify_files(sorted(Path(str(self.state.best_model_checkpoint)).glob("*.safetensors")))
-        super()._load_best_model()
-
-    def _check_checkpoint(self, folder: Path) -> None:
-        """
-        Checks a checkpoint before anything is loaded from it.
-
-        Raises:
-            ValueError: it is damaged, incomplete, of another config, or was not written by this Trainer.
-        """
-        # First: with other processes it would seem incomplete.
-        self._check_progress(folder)
-        names = check_whole(folder, self.args.world_size, scales_loss(self))
-        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
-        missing = [name for name in self.model.state_dict() if name not in names and name not in tied]
-        if missing:
-            raise ValueError(
-                f"{folder}: the checkpoint lacks {len(missing)} tensors, the first of them {missing[0]!r}; use "
-                f"another one"
-            )
-        saved = read_json(folder / "config.json").get("quantization_config", {})
-        mine = json.loads(config_of(self.model).to_json_string())
-        changed = sorted(name for name in mine if mine[name] != saved.get(name))
-        if changed:
-            raise ValueError(
-                f"{folder}: the checkpoint was trained with another StoMPPConfig; resume with the one it was started "
-                "with. Fields that differ, saved -> now: "
-                + "; ".join(f"{name}: {saved.get(name)!r} -> {mine[name]!r}" for name in changed)
-            )
-
-    def _check_progress(self, folder: Path) -> None:
-        """
-        Checks what a checkpoint says of the run that wrote it, and notes its progression.
-
-        Raises:
-            ValueError: it is damaged, was not written by this Trainer, or the steps of that run were others.
-        """
-        try:
-            callbacks = read_json(folder / "trainer_state.json").get("stateful_callbacks", {})
-            attributes = dict(callbacks.get(ProgressionCallback.__name__, {}).get("attributes", {}))
-            # Earlier versions saved seeds alone.
-            saved = {**attributes.get("seeds", {}), **attributes.get("step_settings", {})}
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder}/trainer_state.json is damaged ({error}); use another checkpoint") from error
-        mine = self.step_settings()
-        changed = [name for name in mine if name in saved and saved[name] != mine[name]]
-        if changed:
-            raise ValueError(
-                f"{folder}: other examples would make a step, or it would be computed in another precision; resume "
-                "with the settings that the run was started with. Saved -> now: "
-                + "; ".join(f"{name}: {saved[name]!r} -> {mine[name]!r}" for name in changed)
-            )
-        before, now = attributes.get("machine"), self.machine()
-        if before is not None and before != now and self.is_world_process_zero():
-            logger.warning(
-                "%s was written on another machine (%s, here %s), where sums may run in another order: the run will "
-                "not end in the same bits",
-                *(folder, before, now),
-            )
-        self._saved_progression = attributes.get("progression")
-        if self._saved_progression is None:
-            raise ValueError(
-                f"{folder}/trainer_state.json holds no progression: the checkpoint was not written by StoMPPTrainer"
-            )
 
     # --- the model card --------------------------------------------------------------------------------------------
 
