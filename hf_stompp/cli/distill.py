@@ -35,16 +35,8 @@ from .errors import CommandError, hub_errors
 from .evaluation import read_tokenizer
 from .models import megabytes, read_config, state_of
 from .options import read_losses
-from .training import (
-    SUMMARY,
-    Interrupted,
-    StopAfterStep,
-    check_output,
-    default_method,
-    quiet,
-    resuming,
-    stopping_on_interrupt,
-)
+from .progress import Interrupted, StopAfterStep, quiet, stopping_on_interrupt
+from .training import SUMMARY, check_output, default_method, resuming
 
 
 IDENTITY = ("model", "student", "text_columns", "split_sentences", "max_texts", "max_length", "validation_share")

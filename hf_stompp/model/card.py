@@ -416,18 +416,6 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join([f"| {' | '.join(header)} |", f"|{'---|' * len(header)}", *lines]) if lines else ""
 
 
-# --- pushing ---------------------------------------------------------------------------------------------------------
-
-
-def upload_modified_files(model: PreTrainedModel, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-    """
-    What a model uploads of a folder, with a card. Both ways of pushing a model by itself, `push_to_hub` and
-    `save_pretrained(push_to_hub=True)`, end here.
-    """
-    complete_card(model, Path(working_dir) / "README.md", repo_id, kwargs.get("revision"))
-    return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
-
-
 def _empty_form() -> str:
     """The text of the card that Transformers makes for a repository without one."""
     return ModelCard.from_template(ModelCardData(), model_description=EMPTY_DESCRIPTION).text.strip()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -170,12 +171,17 @@ if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
     register_quantizer(QUANT_METHOD)(StoMPPQuantizer)
 
 
-def _upload_modified_files(model: Any, *args: Any, **kwargs: Any) -> Any:
+def _upload_modified_files(model: Any, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+    """
+    What a model uploads of a folder, with a card. Both ways of pushing a model by itself, `push_to_hub` and
+    `save_pretrained(push_to_hub=True)`, end here.
+    """
     # Named like the method that it stands in for, which is what a pickled model finds when it is read. Who only loads
     # a model needs no card, and not what that imports.
-    from .card import upload_modified_files
+    from .card import complete_card
 
-    return upload_modified_files(model, *args, **kwargs)
+    complete_card(model, Path(working_dir) / "README.md", repo_id, kwargs.get("revision"))
+    return type(model)._upload_modified_files(model, working_dir, repo_id, *args, **kwargs)
 
 
 def _complete_cards(model: nn.Module) -> None:

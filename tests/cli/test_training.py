@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from hf_stompp import StoMPPConfig, StoMPPTrainer, StoMPPTrainingArguments, binarize, cli, commit
-from hf_stompp.cli import training
+from hf_stompp.cli import progress
 from hf_stompp.model.example_inputs import example_inputs
 from hf_stompp.model.modules import packed_modules
 from hf_stompp.training.summary import compared_with_float
@@ -67,12 +67,12 @@ def test_training_shows_a_bar_on_a_terminal_and_lines_elsewhere(
         model, kind, arguments = binarize(model, StoMPPConfig()), StoMPPTrainer, StoMPPTrainingArguments
     args = arguments(str(tmp_path), disable_tqdm=not watched, use_cpu=True)
     trainer = kind(model, args, train_dataset=datasets.Dataset.from_dict({"labels": [0]}))
-    training.quiet(trainer)
+    progress.quiet(trainer)
 
-    bar = training.QuietUnitBar if binary else training.QuietBar
-    shown = transformers.ProgressCallback, transformers.PrinterCallback, training.ProgressLines
+    bar = progress.QuietUnitBar if binary else progress.QuietBar
+    shown = transformers.ProgressCallback, transformers.PrinterCallback, progress.ProgressLines
     found = [one for one in trainer.callback_handler.callbacks if isinstance(one, shown)]
-    assert [type(one) for one in found] == [bar if watched else training.ProgressLines]
+    assert [type(one) for one in found] == [bar if watched else progress.ProgressLines]
 
 
 def test_lines_tell_step_loss_and_time_left_and_come_no_more_often_than_asked(
@@ -80,10 +80,10 @@ def test_lines_tell_step_loss_and_time_left_and_come_no_more_often_than_asked(
 ) -> None:
     logged = [(0, 100), (30, 600), (61, 1100), (90, 1600), (122, 2000)]
     clock = iter([0, *(second for second, _ in logged)] * 2)
-    monkeypatch.setattr(training.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     for is_first in (True, False):
         state = transformers.TrainerState(global_step=100, max_steps=6100, is_world_process_zero=is_first)
-        lines = training.ProgressLines()
+        lines = progress.ProgressLines()
         lines.on_train_begin(None, state, None)
         for _, state.global_step in logged:
             lines.on_log(None, state, None, logs={"loss": 1.23456})
