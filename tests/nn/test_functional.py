@@ -111,6 +111,13 @@ def test_weight_on_the_edge_of_the_clip_range_still_passes_the_gradient(surrogat
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES)
+def test_a_row_of_zeros_has_a_finite_gradient(surrogate: str) -> None:
+    w = torch.zeros(2, 4, requires_grad=True)
+    masked_binary_weight(w, torch.ones(2, 4, dtype=torch.bool), torch.zeros(2, 1), 3.0, surrogate).sum().backward()
+    assert torch.isfinite(w.grad).all()
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
 def test_the_window_is_the_clip_range_unless_another_is_given(surrogate: str) -> None:
     w, mask, scale = draw(8, 32), draw_mask(8, 32), torch.full((8, 1), 0.5, dtype=torch.float64)
     grads = []
