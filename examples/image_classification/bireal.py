@@ -31,6 +31,8 @@ class BiRealLayer(nn.Module):
     def __init__(self, basic: nn.Module) -> None:
         super().__init__()
         self.shortcut, self.layer = basic.shortcut, basic.layer
+        # A ReLU whatever the config says.
+        self.layer[0].activation = nn.Identity()
 
     def forward(self, hidden_state: Tensor) -> Tensor:
         """Maps images of shape `(batch, in_channels, height, width)` to `(batch, out_channels, ...)`."""
