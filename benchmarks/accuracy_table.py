@@ -32,6 +32,8 @@ ROWS = {
     "bytes in attention, text first": ("bwn-attention-distilled-2-epochs", "bwn-attention-distilled"),
     "`bnn`": ("ste",),
     "`bnn`, StoMPP's masks": ("stompp-ste-window",),
+    "`bnn`, four epochs": ("ste-4-epochs",),
+    "`bnn`, StoMPP's masks, four epochs": ("stompp-ste-window-4-epochs",),
     "`bnn`, text first": ("ste-distilled-4-epochs", "ste-distilled"),
     "`bnn`, teacher's attention learned": ("ste-distilled-all-attentions-4-epochs", "ste-distilled-all-attentions"),
     "the same, 20 epochs": ("ste-distilled-all-attentions-20-epochs",),
