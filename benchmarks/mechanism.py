@@ -44,9 +44,9 @@ from hf_stompp.training.stages import train_binary
 METHODS: dict[str, dict[str, Any]] = {
     "STE, weights": {"method": "ste", "mode": "bwn"},
     "STE, both": {"method": "ste"},
-    "StoMPP+STE, forward": {"method": "stompp_ste"},
-    "StoMPP+STE, reverse": {"method": "stompp_ste", "progression_order": "reverse"},
-    "StoMPP+STE, global": {"method": "stompp_ste", "progression_order": "global"},
+    "StoMPP+STE, forward": {"method": "stompp_ste", "surrogate": "ste"},
+    "StoMPP+STE, reverse": {"method": "stompp_ste", "surrogate": "ste", "progression_order": "reverse"},
+    "StoMPP+STE, global": {"method": "stompp_ste", "surrogate": "ste", "progression_order": "global"},
     "StoMPP, forward": {"method": "stompp"},
 }
 """Name in the figure -> method, and what it is asked for beside."""

@@ -123,7 +123,7 @@ class StoMPPConfig(QuantizationConfigMixin):
             Another mode for some of the linear layers (ours): a regular expression that matches whole dot-separated
             parts of their names -> `"bnn"`, `"bwn"` or `"float"`. Such as `{"layer.0": "bwn", "attention": "bwn"}`.
             Every one must match a linear layer of the encoder, and no layer may get two modes.
-        surrogate (`str`, *optional*, defaults to `"ste"`):
+        surrogate (`str`, *optional*, defaults to `"clipped_ste"`):
             Gradient of the frozen entries: `"none"` (STE-free, exactly 0; paper), `"ste"` (StoMPP+STE, identity;
             paper), `"clipped_ste"` (identity within a window; BinaryNet) or `"polynomial"` (a slope that falls from 2
             to 0 within a window; Bi-Real).
@@ -197,7 +197,7 @@ class StoMPPConfig(QuantizationConfigMixin):
     def __init__(
         self,
         mode: str = "bnn",
-        surrogate: str = "ste",
+        surrogate: str = "clipped_ste",
         weight_scale: str = "row",
         weight_center: str = "none",
         weight_clip: float = 3.0,

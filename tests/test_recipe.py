@@ -129,7 +129,7 @@ class TestMethods:
         [
             ("ste", {"surrogate": "clipped_ste"}, "immediate"),
             ("stompp", {"surrogate": "none"}, "cubic"),
-            ("stompp_ste", {"surrogate": "ste"}, "cubic"),
+            ("stompp_ste", {"surrogate": "clipped_ste"}, "cubic"),
             (
                 "bit",
                 {
@@ -484,7 +484,7 @@ class TestStart:
     @pytest.mark.parametrize(
         ("method", "asked", "message"),
         [
-            ("stompp", {}, "binarized with surrogate='ste', and 'none' is asked for"),
+            ("stompp", {}, "binarized with surrogate='clipped_ste', and 'none' is asked for"),
             ("ste", {"mode": "bwn"}, "binarized with mode='bnn', and 'bwn' is asked for"),
             ("ste", {"float_num_train_epochs": 1.0}, "has no float stage"),
             ("float", {}, "has no float stage"),

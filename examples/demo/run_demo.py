@@ -57,6 +57,8 @@ def run_demo(
         "method": method,
         "mode": mode,
         "float_num_train_epochs": 2,
+        # The words of the validation sentences are in none to train on: theirs would stay where others move.
+        "train_word_embeddings": False,
         "num_train_epochs": epochs,
         "per_device_train_batch_size": 32,
         "per_device_eval_batch_size": 32,

@@ -42,7 +42,7 @@ class MaskedBinaryActivation(MaskedBinaryModule):
             given.
         levels (`str`, *optional*, defaults to `"signed"`): a key of [`~hf_stompp.nn.functional.LEVELS`].
         clip (`float`, *optional*, defaults to 10.0): clip range of the smooth branch as a multiple of the scale.
-        surrogate (`str`, *optional*, defaults to `"ste"`): a key of [`~hf_stompp.nn.functional.SURROGATES`].
+        surrogate (`str`, *optional*, defaults to `"clipped_ste"`): a key of [`~hf_stompp.nn.functional.SURROGATES`].
         window (`float`, *optional*): of the surrogates `clipped_ste` and `polynomial`, as a multiple of the scale; the
             clip range when not given.
         scale (`str`, *optional*, defaults to `"learned"`): `"learned"` or `"fixed"` at its first value.
@@ -63,7 +63,7 @@ class MaskedBinaryActivation(MaskedBinaryModule):
         activation: nn.Module | None = None,
         levels: str = "signed",
         clip: float = 10.0,
-        surrogate: str = "ste",
+        surrogate: str = "clipped_ste",
         window: float | None = None,
         scale: str = "learned",
         initial_scale: float = 1.0,

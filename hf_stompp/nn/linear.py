@@ -42,7 +42,7 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
         scale (`str`, *optional*, defaults to `"row"`): a key of [`~hf_stompp.nn.functional.WEIGHT_SCALES`].
         center (`str`, *optional*, defaults to `"none"`): a key of [`~hf_stompp.nn.functional.WEIGHT_CENTERS`].
         clip (`float`, *optional*, defaults to 3.0): clip range of the weight as a multiple of its scale.
-        surrogate (`str`, *optional*, defaults to `"ste"`): a key of [`~hf_stompp.nn.functional.SURROGATES`].
+        surrogate (`str`, *optional*, defaults to `"clipped_ste"`): a key of [`~hf_stompp.nn.functional.SURROGATES`].
         window (`float`, *optional*): of the surrogates `clipped_ste` and `polynomial`, as a multiple of the scale; the
             clip range when not given.
         activation_bits (`int`, *optional*): 8 rounds float inputs in evaluation, see
@@ -59,7 +59,7 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
         scale: str = "row",
         center: str = "none",
         clip: float = 3.0,
-        surrogate: str = "ste",
+        surrogate: str = "clipped_ste",
         window: float | None = None,
         activation_bits: int | None = None,
         device: torch.device | None = None,
@@ -260,7 +260,7 @@ class MaskedBinaryEmbedding(MaskedBinaryModule):
         embedding_dim: int,
         padding_idx: int | None = None,
         clip: float = 3.0,
-        surrogate: str = "ste",
+        surrogate: str = "clipped_ste",
         window: float | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,

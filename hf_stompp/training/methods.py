@@ -64,7 +64,7 @@ METHODS: dict[str, Method] = {
     ),
     "stompp_ste": Method(
         "layer by layer through growing masks, straight-through gradient of frozen entries",
-        {"surrogate": ("ste", "clipped_ste", "polynomial")},
+        {"surrogate": ("clipped_ste", "polynomial", "ste")},
         PROGRESSIVE,
     ),
     "bit": Method(
