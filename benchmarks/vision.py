@@ -175,9 +175,10 @@ def table_of(lines: Iterable[dict[str, Any]]) -> str:
     found: dict[tuple[str, int], list[float]] = {}
     for line in lines:
         found.setdefault((line["cell"], line["depth"]), []).append(line["accuracy"])
-    rows = ["| | " + " | ".join(network.name for network in DEPTHS.values()) + " |", "|---|" + "---|" * len(DEPTHS)]
+    run = [depth for depth in DEPTHS if any(depth == other for _, other in found)]
+    rows = ["| | " + " | ".join(DEPTHS[depth].name for depth in run) + " |", "|---|" + "---|" * len(run)]
     for cell in CELLS:
-        values = [found.get((cell, depth)) for depth in DEPTHS]
+        values = [found.get((cell, depth)) for depth in run]
         if any(values):
             shown = ("-" if value is None else f"{statistics.mean(value):.1f}" for value in values)
             rows.append(f"| `{cell}` | " + " | ".join(shown) + " |")

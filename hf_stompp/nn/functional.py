@@ -116,21 +116,21 @@ def weight_scale(weight: Tensor, kind: str) -> Tensor:
     return WEIGHT_SCALES[kind](weight.detach()).to(torch.float32)
 
 
-def _slope(surrogate: str, mask: Tensor, distance: Tensor, window: Tensor) -> Tensor | None:
-    """What the gradient is multiplied by: `None` for 1 everywhere."""
-    slope = SURROGATES[surrogate].slope
-    if slope is None:
-        return None
-    # Beyond its window a gradient is 0 already.
-    return torch.where(mask, slope((distance / window.clamp_min(torch.finfo(window.dtype).tiny)).clamp(max=1)), 1.0)
+def _slope(surrogate: str, mask: Tensor, distance: Tensor, window: Tensor) -> Tensor:
+    """What the gradient is multiplied by, of a surrogate with a slope."""
+    slope: Any = SURROGATES[surrogate].slope
+    # Beyond its window, and where a value is NaN, a gradient is 0 already.
+    part = (distance / window.clamp_min(torch.finfo(window.dtype).tiny)).clamp(max=1).nan_to_num(1.0)
+    return torch.where(mask, slope(part), 1.0)
 
 
 def _weight_gradient(
     grad: Tensor, weight: Tensor, mask: Tensor, scale: Tensor, clip: float, surrogate: str, window: float
 ) -> Tensor:
     passed = masked_weight_grad(grad, weight, mask, scale, clip, surrogate, window)
-    slope = _slope(surrogate, mask, weight.abs(), window * scale)
-    return passed if slope is None else passed * slope.to(passed.dtype)
+    if SURROGATES[surrogate].slope is None:
+        return passed
+    return (passed * _slope(surrogate, mask, weight.abs(), window * scale)).to(passed.dtype)
 
 
 class _MaskedBinaryWeight(torch.autograd.Function):
@@ -303,18 +303,22 @@ class _MaskedBinaryActivation(torch.autograd.Function):
         output, passes, upper = masked_activation(
             value, pre_activation, mask, threshold, offset, amplitude, center, bound, surrogate, window
         )
-        slope = _slope(surrogate, mask, (value - center).abs(), window)
-        ctx.save_for_backward(mask, passes, upper, slope)
+        ctx.surrogate = surrogate
+        sloped = () if SURROGATES[surrogate].slope is None else (value, center, window)
+        ctx.save_for_backward(mask, passes, upper, *sloped)
         ctx.like = [(t.shape, t.dtype) for t in (threshold, offset, amplitude, center, bound)]
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        mask, passes, upper, slope = ctx.saved_tensors
+        mask, passes, upper, *sloped = ctx.saved_tensors
         grad_value, (passed, held, held_upper) = masked_activation_grad(grad, passes, upper, mask)
-        if slope is not None:
-            grad_value = grad_value * slope.to(grad_value.dtype)
-            passed = grad_value.reshape(-1, grad_value.shape[-1]).sum(dim=0, dtype=passed.dtype)
+        if sloped:
+            value, center, window = sloped
+            distance = (value.to(torch.promote_types(value.dtype, torch.float32)) - center).abs()
+            exact = grad_value * _slope(ctx.surrogate, mask, distance, window)
+            passed = exact.reshape(-1, exact.shape[-1]).sum(dim=0, dtype=passed.dtype)
+            grad_value = exact.to(grad_value.dtype)
         by_level = 2 * held_upper - held
         # The mask is constant down a column: its sums belong either to the two levels or to the clip range.
         terms = [-passed * mask, held * mask, by_level * mask, held * ~mask, by_level * ~mask]

@@ -92,7 +92,7 @@ def masked_activation(
         mask (`Tensor` of shape `(features,)`, bool): the freeze mask `M`.
         threshold, offset, center (`Tensor` of shape `(features,)` or `()`): floating.
         amplitude, bound (`Tensor` of shape `()`): floating.
-        surrogate (`str`): a key of [`SURROGATES`].
+        surrogate (`str`): a key of [`SURROGATES`]; the caller multiplies by its `slope`, where it has one.
         window (`Tensor` of shape `()`): floating, range of a frozen entry on either side of the centre.
 
     Returns:

@@ -27,7 +27,7 @@ class Surrogate(NamedTuple):
     passes: Callable[[Tensor, Tensor], Tensor]
     # enum hf_stompp_surrogate, and the `rule` of Triton's kernels.
     number: int | None = None
-    # Kernels know slope 1 alone; `hf_stompp.nn.functional` multiplies by another.
+    # Operators know slope 1 alone; `hf_stompp.nn.functional` multiplies by another.
     slope: Callable[[Tensor], Tensor] | None = None
 
 
@@ -134,7 +134,8 @@ def masked_weight_grad(
     Args:
         grad (`Tensor` of shape `(..., in_features)`): any floating dtype.
         weight, mask, scale, clip: as in [`masked_weight`].
-        surrogate (`str`): a key of [`SURROGATES`], the gradient of the frozen entries.
+        surrogate (`str`): a key of [`SURROGATES`], the gradient of the frozen entries, but for a `slope`: the caller
+            multiplies by that.
         window (`float`): range of a frozen weight as a multiple of the scale.
 
     Returns:

@@ -152,7 +152,7 @@ def test_float(run_glue, arguments, own_files, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "method, surrogate, schedule",
-    [("ste", "clipped_ste", "immediate"), ("stompp", "none", "cubic"), ("stompp_ste", "ste", "cubic")],
+    [("ste", "clipped_ste", "immediate"), ("stompp", "none", "cubic"), ("stompp_ste", "clipped_ste", "cubic")],
 )
 def test_binary_methods(run_glue, arguments, own_files, tmp_path, method, surrogate, schedule):
     summary = run_glue.main(arguments("do_train", "do_eval", method=method, **own_files))

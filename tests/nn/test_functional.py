@@ -233,19 +233,20 @@ def test_frozen_features_pass_no_gradient_without_ste(with_gelu: bool) -> None:
 
 @pytest.mark.parametrize("levels", LEVELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("surrogate", ["ste", "polynomial"])
 def test_activation_in_half_precision_keeps_its_dtype_and_float32_parameter_gradients(
-    dtype: torch.dtype, levels: str
+    surrogate: str, dtype: torch.dtype, levels: str
 ) -> None:
     pre, mask = draw(64, 6, dtype=dtype).requires_grad_(), draw_mask(6)
     upstream = draw(64, 6, seed=2, dtype=dtype)
     threshold, shift = torch.full((6,), 0.25, requires_grad=True), torch.full((6,), 0.5, requires_grad=True)
     scale = torch.tensor(0.75, requires_grad=True)
-    arguments = mask, threshold, scale, shift, 2.0, "ste", levels
+    arguments = mask, threshold, scale, shift, 2.0, surrogate, levels
     out = masked_binary_activation(pre, pre, *arguments)
     out.backward(upstream)
     exact = pre.detach().double()
     expected, d_pre, d_threshold, d_scale, d_shift = reference_activation(
-        exact, mask, *(t.detach().double() for t in arguments[1:4]), 2.0, "ste", levels, False, upstream.double()
+        exact, mask, *(t.detach().double() for t in arguments[1:4]), 2.0, surrogate, levels, False, upstream.double()
     )
     assert out.dtype == pre.grad.dtype == dtype
     torch.testing.assert_close(out, expected.to(dtype))

@@ -138,6 +138,34 @@ def test_frozen_weights_pass_no_gradient_without_ste(autocast: bool) -> None:
     assert torch.count_nonzero(x.grad[:, ~features]) > 0
 
 
+def test_the_slope_of_a_surrogate_reaches_the_weight() -> None:
+    layer, x, upstream = make_linear(surrogate="polynomial", binary_input=False), draw(8, 13), draw(8, 5, seed=4)
+    layer.advance(0.0, 0.5, 10, mask_generator(0, "unit", "linear", 0))
+    layer(x).backward(upstream)
+
+    weight = layer.weight.detach().double()
+    reach = layer.clip * weight.abs().mean(dim=1, keepdim=True)
+    slope = torch.where(layer.freeze_mask, 2 - 2 * weight.abs() / reach, 1.0) * (weight.abs() <= reach)
+    expected = slope * (upstream.double().T @ x.double())
+    assert 0 < layer.freeze_mask.sum() < weight.numel()
+    torch.testing.assert_close(layer.weight.grad.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("surrogate", ["clipped_ste", "polynomial"])
+def test_gradients_of_a_compiled_layer_are_those_of_the_layer(surrogate: str) -> None:
+    torch.compiler.reset()
+    layer, x = make_linear(surrogate=surrogate), draw(8, 13)
+    for module in (layer, layer.input_activation):
+        module.advance(0.0, 0.5, 10, mask_generator(0, "unit", "linear", 0))
+    found = []
+    for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        layer.zero_grad()
+        run(x).sum().backward()
+        found.append([parameter.grad.clone() for parameter in layer.parameters()])
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
 def test_autocast_computes_in_bfloat16_and_keeps_float32_gradients() -> None:
     layer, x = make_linear(64, 5), draw(8, 64)
     layer.advance(0.0, 0.5, 10, mask_generator(0, "unit", "linear", 0))
