@@ -35,6 +35,7 @@ ROWS = {
     "`bnn`, four epochs": ("ste-4-epochs",),
     "`bnn`, StoMPP's masks, four epochs": ("stompp-ste-window-4-epochs",),
     "`bnn`, text first": ("ste-distilled-4-epochs", "ste-distilled"),
+    "`bnn`, text first, film reviews beside it": ("ste-distilled-reviews",),
     "`bnn`, teacher's attention learned": ("ste-distilled-all-attentions-4-epochs", "ste-distilled-all-attentions"),
     "the same, 20 epochs": ("ste-distilled-all-attentions-20-epochs",),
     "bag of words": ("tfidf",),
