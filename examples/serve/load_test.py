@@ -26,6 +26,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hf_stompp.machine import surroundings
 from hf_stompp.output import write_json
 
@@ -145,30 +147,47 @@ def measure(words: list[str], texts: list[str], arguments: argparse.Namespace) -
     """What clients see of one server, and what it takes."""
     words = [*words, "--threads", str(arguments.threads), "--max_batch_size", str(arguments.max_batch_size)]
     with serving(words, arguments.cores) as (process, port):
-        end = time.monotonic() + arguments.seconds
+        start = time.monotonic()
         draws = [random.Random(f"{arguments.seed} {number}") for number in range(arguments.clients)]
-        clients = [Client(port, texts, draw, end) for draw in draws]
+        clients = [Client(port, texts, draw, start + arguments.seconds) for draw in draws]
         for client in clients:
             client.start()
         time.sleep(min(10, arguments.seconds / 2))
         early = resident_bytes(process)
         for client in clients:
             client.join()
+        # The last answers come after the time is up.
+        span = time.monotonic() - start
         late = resident_bytes(process)
-    seconds = sorted(second for client in clients for second in client.seconds)
+    return {**figures(clients, span), "resident_bytes": {"after_ten_seconds": early, "at_the_end": late}}
+
+
+def figures(clients: list[Client], span: float) -> dict[str, Any]:
+    """
+    What the clients of one server saw together.
+
+    Args:
+        clients (`list[Client]`): those that have ended.
+        span (`float`): the seconds from the first request to the last answer.
+
+    Returns:
+        `dict[str, Any]`: plain JSON. Percentiles lie between two requests where none is exactly there, and are `None`
+        when none was answered.
+    """
+    seconds = [second for client in clients for second in client.seconds]
     scores: dict[str, list[float]] = {}
     for text, score in (pair for client in clients for pair in client.scores):
         scores.setdefault(text, []).append(score)
-
-    def milliseconds(share: float) -> float | None:
-        return round(1000 * seconds[int(share * len(seconds))], 1) if seconds else None
-
+    percentiles = np.percentile(seconds, [50, 95, 99]).tolist() if seconds else [None] * 3
     return {
         "requests": len(seconds),
-        "requests_per_second": round(len(seconds) / arguments.seconds, 1),
-        "milliseconds": {"median": milliseconds(0.5), "p95": milliseconds(0.95), "p99": milliseconds(0.99)},
+        "seconds": round(span, 3),
+        "requests_per_second": round(len(seconds) / span, 1),
+        "milliseconds": {
+            name: None if value is None else round(1000 * value, 1)
+            for name, value in zip(("median", "p95", "p99"), percentiles, strict=True)
+        },
         "errors": dict(sum((client.errors for client in clients), Counter())),
-        "resident_bytes": {"after_ten_seconds": early, "at_the_end": late},
         "score_changes_with_batch": round(max((max(found) - min(found) for found in scores.values()), default=0), 6),
     }
 

@@ -307,7 +307,37 @@ def test_the_load_test_measures_packed_float_and_int8(
     assert found["command"] == f"python examples/serve/load_test.py {' '.join(words)}"
     for row in found["models"].values():
         assert row["requests"] > 0 and row["errors"] == {} and min(row["resident_bytes"].values()) > 2**20
+        # The second that was asked for, and what the last answers took.
+        assert row["seconds"] > 1
         assert 0 < row["milliseconds"]["median"] <= row["milliseconds"]["p95"] <= row["milliseconds"]["p99"]
+
+
+def test_figures_of_several_clients_are_those_worked_out_by_hand() -> None:
+    one, other = clients = [load_test.Client(0, [], load_test.random.Random(0), 0) for _ in range(2)]
+
+    none = load_test.figures(clients, 2.0)
+    assert (none["requests"], none["requests_per_second"], none["score_changes_with_batch"]) == (0, 0, 0)
+    assert none["milliseconds"] == {"median": None, "p95": None, "p99": None}
+
+    one.seconds, other.seconds = [0.03], [0.01]
+    # Of two requests the median lies halfway, p95 at 95 % of the way from the fast one to the slow one.
+    assert load_test.figures(clients, 2.0)["milliseconds"] == {"median": 20.0, "p95": 29.0, "p99": 29.8}
+
+    # All of 0, 1, ..., 100 ms once, out of order.
+    one.seconds, other.seconds = [n / 1000 for n in range(100, 0, -2)], [n / 1000 for n in (*range(1, 100, 2), 0)]
+    one.scores, other.scores = [("a", 0.5), ("b", 0.875)], [("a", 0.75), ("b", 0.25), ("b", 0.5)]
+    one.errors.update({"status 503": 2})
+    other.errors.update({"status 503": 1, "timed out": 1})
+    assert load_test.figures(clients, 8.0) == {
+        "requests": 101,
+        "seconds": 8.0,
+        # 101 / 8 = 12.625
+        "requests_per_second": 12.6,
+        "milliseconds": {"median": 50.0, "p95": 95.0, "p99": 99.0},
+        "errors": {"status 503": 3, "timed out": 1},
+        # Of b; that of a is 0.25.
+        "score_changes_with_batch": 0.625,
+    }
 
 
 def test_errors_of_a_server_are_counted_by_kind() -> None:
