@@ -9,14 +9,18 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
+import yaml
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.other import get_free_port
 from programs import load
 from safetensors.torch import load_file
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 
 SCRIPT = Path(__file__).with_name("train.py")
@@ -95,6 +99,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Comp
     process = start(
         accelerate("cpu_2.yaml"),
         Run(str(folder / "equal"), batch=4, accumulation=2, examples=27, teacher=True, optim="adamw_torch"),
+        Run(str(folder / "shuffled"), batch=4, order="random"),
         Run(str(folder / "nan"), batch=4, wrong="nan", at=5),
         Run(str(folder / "mask"), batch=4, wrong="mask", at=1),
         Run(str(folder / "whole"), **DROPOUT),
@@ -107,6 +112,11 @@ def test_two_processes_with_a_teacher_equal_one_on_the_same_global_batches(two: 
     # Of 27 examples the last batch has three, all of one rank's; one process gets it filled up as they do.
     settings = {"accumulation": 2, "examples": 27, "filled_up": 32, "teacher": True, "optim": "adamw_torch"}
     assert_equals_one(two[0] / "equal", 2, **settings)
+
+
+def test_two_processes_equal_one_on_shuffled_examples(two: Any) -> None:
+    # Ten steps of 8 of 64 examples: the second epoch has an order of its own.
+    assert_equals_one(two[0] / "shuffled", 2, order="random")
 
 
 def test_nan_on_one_rank_alone_stops_all_of_them_at_the_same_step(two: Any) -> None:
@@ -151,6 +161,20 @@ def test_accelerate_takes_every_file_and_starts_processes_with_it(config: str) -
     machines = 2 if config == "two_machines.yaml" else 1
     assert (arguments.multi_gpu, arguments.num_machines, arguments.mixed_precision) == (True, machines, "no")
     assert arguments.num_processes == {"cpu_2.yaml": 2, "cpu_4.yaml": 4, "gpus.yaml": 2}.get(config, 8)
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.iterdir()), ids=lambda file: file.name)
+def test_accelerate_and_torch_know_every_key_and_value_of_a_file(file: Path) -> None:
+    read, types = load_config_from_file(str(file)), get_type_hints(ClusterConfig)
+    options = {option.dest: option for option in launch_command_parser()._actions}
+    for key in yaml.safe_load(file.read_text(encoding="utf-8")):
+        value = getattr(read, key)
+        assert isinstance(value, types[key]), key
+        assert key not in options or options[key].choices is None or value in options[key].choices, key
+    # These two are texts to accelerate.
+    assert read.gpu_ids in (None, "all") or all(number.isdecimal() for number in read.gpu_ids.split(","))
+    where = RendezvousParameters(read.rdzv_backend, "127.0.0.1:29500", "run", min_nodes=1, max_nodes=1, rank=0)
+    assert get_rendezvous_handler(where).get_backend() == read.rdzv_backend
 
 
 @pytest.mark.slow

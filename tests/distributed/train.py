@@ -35,6 +35,7 @@ class Run:
     accumulation: int = 1
     examples: int = 64
     filled_up: int = 0
+    order: str = "sequential"
     surrogate: str = "ste"
     schedule: str = "cubic"
     optim: str = "sgd"
@@ -102,7 +103,7 @@ def train(run: Run) -> None:
             max_steps=10,
             per_device_train_batch_size=run.batch,
             gradient_accumulation_steps=run.accumulation,
-            train_sampling_strategy="sequential",
+            train_sampling_strategy=run.order,
             learning_rate=1e-3,
             optim=run.optim,
             progression_schedule=run.schedule,
