@@ -775,6 +775,15 @@ def test_altered_table_is_refused(packed_folder, edit):
         load(packed_folder)
 
 
+@pytest.mark.parametrize("auto_class", [AutoModelForSequenceClassification, AutoModel])
+def test_mask_of_a_layer_that_the_table_leaves_out_is_refused(latent_folder, auto_class):
+    # That of the first key, which no other entry names.
+    edit_config(latent_folder, lambda config: config["modules"].pop(1))
+
+    with pytest.raises(ValueError, match=r"self\.key\.freeze_mask', but the modules in its config\.json lack"):
+        auto_class.from_pretrained(latent_folder)
+
+
 def test_bias_that_the_table_does_not_know_is_refused(tiny_packed, tmp_path):
     tiny_packed("bert", StoMPPConfig(mode="bwn")).save_pretrained(tmp_path)
     edit_config(tmp_path, lambda config: config["modules"][-1].update(bias=False))

@@ -56,21 +56,32 @@ def guard_name(model: nn.Module) -> str | None:
     return next((f"{name}.weight" for name in names), None)
 
 
-def refuse_packed(files: Iterable[str]) -> None:
+def check_latent(model: nn.Module, files: Iterable[str]) -> None:
     """
-    Refuses to load a latent model from packed files; the guard in them would do so without an explanation.
+    Checks that files are those of a latent model with these masked modules. The guard in packed ones would refuse
+    them without an explanation; a layer that only the file knows as masked would become a float one.
+
+    Args:
+        model (`PreTrainedModel`): with the modules of its plan.
+        files (`Iterable[str]`): safetensors files.
 
     Raises:
-        ValueError: names the first packed tensor.
+        ValueError: names the first packed tensor, or the first mask of another module.
     """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    masked = {name.removeprefix(prefix) for name in masked_modules(model)}
     for file in files:
         with safe_open(file, framework="pt") as handle:
-            name = next((key for key in handle.keys() if key.endswith(".packed_weight")), None)
-        if name is not None:
-            raise ValueError(
-                f"{file} holds the packed tensor {name!r}, but its config.json says 'latent': they are not of one "
-                "model; download or copy the folder again"
-            )
+            names = list(handle.keys())
+        for name in names:
+            module, _, tensor = name.removeprefix(prefix).rpartition(".")
+            if tensor == "packed_weight":
+                found = f"the packed tensor {name!r}, but its config.json says 'latent'"
+            elif tensor == "freeze_mask" and module not in masked:
+                found = f"the tensor {name!r}, but the modules in its config.json lack {module!r}"
+            else:
+                continue
+            raise ValueError(f"{file} holds {found}: they are not of one model; download or copy the folder again")
 
 
 def expect_guard(model: nn.Module) -> None:

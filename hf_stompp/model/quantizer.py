@@ -16,13 +16,13 @@ from ..config import QUANT_METHOD, StoMPPConfig
 from .adapters import refuse_adapters
 from .binarizing import binarize_modules
 from .checkpoint import (
+    check_latent,
     check_loaded,
     check_shapes,
     expect_guard,
     follow_prefix,
     guard_name,
     leave_files,
-    refuse_packed,
     skip_initialization,
 )
 from .integrity import Verification, digests
@@ -58,8 +58,8 @@ class StoMPPQuantizer(HfQuantizer):
         files = kwargs.get("checkpoint_files") or []
         self._verification = Verification(files)
         if config.state == "latent":
-            refuse_packed(files)
             swap_in_masked(model, config)
+            check_latent(model, files)
         else:
             swap_in_packed(model, config, dtype=kwargs.get("dtype"))
             skip_initialization(model)
