@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import transformers
 from torch import Tensor
 
 from hf_stompp import StoMPPConfig, binarize, commit, pack, register_lora, unpack
-from hf_stompp.machine import surroundings
+from hf_stompp.machine import command_line, surroundings
 
 
 VOCABULARY, LENGTH, CLASSES, BATCH, EVALUATED = 24, 8, 8, 64, 2000
@@ -134,7 +133,7 @@ def main() -> None:
         row = {"mode": mode, "task": task, "base": base, "targets": target, "seeds": found}
         print(row["mode"], "|", task, "|", base, "|", target, "|", [each["accuracy"] for each in found], flush=True)
         rows.append(row)
-    command = shlex.join(["python", "benchmarks/adapters.py", *sys.argv[1:]])
+    command = command_line(["python", "benchmarks/adapters.py", *sys.argv[1:]])
     result: dict[str, Any] = {"command": command, "seed": list(range(arguments.seeds)), **surroundings(), "rows": rows}
     result["versions"]["peft"] = peft.__version__
     arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_stompp.benchmark import SHAPES
-from hf_stompp.machine import surroundings
+from hf_stompp.machine import command_line, surroundings
 from hf_stompp.ops import binary_linear, cpu, pack_bits
 from hf_stompp.ops.operators import on_kernels
 
@@ -91,7 +91,7 @@ def main() -> None:
 
     result = {
         "method": "call_overhead",
-        "command": f"python benchmarks/call_overhead.py --output benchmarks/results/{arguments.output.name}",
+        "command": command_line(["python", "benchmarks/call_overhead.py", *sys.argv[1:]]),
         "seed": 0,
         "load_average": os.getloadavg(),
         **surroundings(),

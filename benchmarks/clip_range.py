@@ -22,6 +22,7 @@ import transformers
 from transformers import AutoModel, AutoTokenizer
 
 from hf_stompp import StoMPPConfig, __version__, binarize
+from hf_stompp.machine import command_line
 
 
 ROOT = Path(__file__).parent.parent
@@ -59,7 +60,7 @@ def main() -> None:
             print("  ".join(f"{name}={value:.6g}" for name, value in rows[-1].items()), flush=True)
     result = {
         "method": "clip_range",
-        "command": "python benchmarks/clip_range.py",
+        "command": command_line(["python", "benchmarks/clip_range.py", *sys.argv[1:]]),
         "model": "all-MiniLM-L6-v2" if model is None else model.name,
         "seed": 0,
         "sentences": len(sentences),

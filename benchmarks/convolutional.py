@@ -10,6 +10,7 @@ import argparse
 import copy
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_stompp import StoMPPConfig, binarize, commit, pack
 from hf_stompp.benchmark import interleave
-from hf_stompp.machine import surroundings
+from hf_stompp.machine import command_line, surroundings
 
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -63,7 +64,7 @@ def main() -> None:
     packed = seconds["packed_channels_last"]["median"]
     result = {
         "method": "convolutional",
-        "command": f"python benchmarks/convolutional.py --output benchmarks/results/{arguments.output.name}",
+        "command": command_line(["python", "benchmarks/convolutional.py", *sys.argv[1:]]),
         "seed": 0,
         "size": arguments.size,
         "load_average": os.getloadavg(),

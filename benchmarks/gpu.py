@@ -19,7 +19,6 @@ import argparse
 import copy
 import json
 import math
-import shlex
 import statistics
 import sys
 import time
@@ -38,7 +37,7 @@ from transformers import BertConfig, BertModel
 
 from hf_stompp import StoMPPConfig, binarize, commit
 from hf_stompp.benchmark import ROUNDS, SHAPES, packed_copy
-from hf_stompp.machine import surroundings
+from hf_stompp.machine import command_line, surroundings
 from hf_stompp.ops import (
     binary_linear,
     binary_linear_sign,
@@ -1157,7 +1156,7 @@ def main() -> None:
     device = torch.device(arguments.device)
     result: dict[str, Any] = {
         "method": "cuda_benchmark",
-        "command": "python " + shlex.join([f"benchmarks/{Path(__file__).name}", *sys.argv[1:]]),
+        "command": command_line(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
         "seed": arguments.seed,
         **surroundings(),
         "gpu": device_properties(device),

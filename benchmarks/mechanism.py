@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import shlex
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -34,7 +33,7 @@ from transformers import (
 
 from hf_stompp import StoMPPTrainingArguments, binarize
 from hf_stompp.cli.training import compute_metrics
-from hf_stompp.machine import surroundings
+from hf_stompp.machine import command_line, surroundings
 from hf_stompp.model.modules import config_of, unit_modules
 from hf_stompp.training.methods import RecipeArguments
 from hf_stompp.training.recipe import Recipe, Results
@@ -161,7 +160,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "seed": arguments.seed,
         "methods": found,
         **surroundings(),
-        "command": shlex.join(["python", "benchmarks/mechanism.py", *arguments.words]),
+        "command": command_line(["python", "benchmarks/mechanism.py", *arguments.words]),
     }
 
 

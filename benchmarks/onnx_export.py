@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -23,7 +22,7 @@ from transformers import BertForSequenceClassification
 
 from hf_stompp import StoMPPConfig, benchmark, binarize, commit, pack
 from hf_stompp.export import export_onnx, plain_torch, sample_inputs
-from hf_stompp.machine import surroundings
+from hf_stompp.machine import command_line, surroundings
 
 
 BATCH, LENGTH = 4, 128
@@ -98,7 +97,7 @@ def main() -> None:
         found = measure(Path(folder))
     result = {
         "method": "onnx_export",
-        "command": "python " + shlex.join(["benchmarks/onnx_export.py", *sys.argv[1:]]),
+        "command": command_line(["python", "benchmarks/onnx_export.py", *sys.argv[1:]]),
         "seed": 0,
         "threads": arguments.threads,
         **surroundings(),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from hf_stompp.machine import surroundings
+from hf_stompp.machine import command_line, surroundings
 from hf_stompp.nn import PackedBinaryLinear, RoundedEmbedding
 
 
@@ -72,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
             if kind != first
         },
         **surroundings(),
-        "command": shlex.join(["python", "benchmarks/rounding.py", *(sys.argv[1:] if argv is None else argv)]),
+        "command": command_line(["python", "benchmarks/rounding.py", *(sys.argv[1:] if argv is None else argv)]),
     }
     print(json.dumps(result, indent=2))
     if arguments.output is not None:

@@ -26,7 +26,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from hf_stompp import StoMPPConfig
 from hf_stompp.data.tables import read_table, split_files
-from hf_stompp.machine import surroundings
+from hf_stompp.machine import command_line, surroundings
 from hf_stompp.training.sentence_encoder import embed, modules_folder, pooling_of
 from hf_stompp.training.summary import bytes_of_weights
 
@@ -88,8 +88,8 @@ def measure(packed: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "bytes": {"float": float_bytes, "packed": bytes_of_weights(packed)},
         "seconds": sum(summary.get("seconds", {}).values()) or None,
         "machine": {**machine["machine"], **machine["versions"]},
-        "command": summary.get("command"),
-        "measured_by": shlex.join(["python", "benchmarks/sentence_encoder.py", *sys.argv[1:]]),
+        "command": command_line(shlex.split(summary["command"])) if "command" in summary else None,
+        "measured_by": command_line(["python", "benchmarks/sentence_encoder.py", *sys.argv[1:]]),
     }
 
 

@@ -17,7 +17,6 @@ import inspect
 import json
 import logging
 import resource
-import shlex
 import sys
 import tempfile
 import textwrap
@@ -35,7 +34,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_stompp import StoMPPConfig, StoMPPTrainer, StoMPPTrainingArguments, binarize, pack
-from hf_stompp.machine import surroundings
+from hf_stompp.machine import command_line, surroundings
 from hf_stompp.model.example_inputs import example_inputs
 from hf_stompp.model.modules import config_of
 
@@ -332,7 +331,7 @@ def main(argv: list[str] | None = None) -> int:
             "cases": cases,
             "seed": SEED,
             **surroundings(),
-            "command": shlex.join(["python", "benchmarks/supported.py", *words]),
+            "command": command_line(["python", "benchmarks/supported.py", *words]),
         }
         if arguments.json is not None:
             arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

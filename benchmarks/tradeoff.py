@@ -19,7 +19,6 @@ import itertools
 import json
 import pickle
 import random
-import shlex
 import statistics
 import sys
 import time
@@ -34,7 +33,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_stompp.benchmark import dynamic_int8, torch_threads
-from hf_stompp.machine import surroundings
+from hf_stompp.machine import command_line, surroundings
 from hf_stompp.model.modules import packed_modules
 from hf_stompp.training.summary import bytes_of_weights
 
@@ -162,7 +161,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "rounds": arguments.rounds,
             "models": rows,
             **surroundings(),
-            "command": shlex.join(["python", "benchmarks/tradeoff.py", *arguments.words]),
+            "command": command_line(["python", "benchmarks/tradeoff.py", *arguments.words]),
         }
 
 

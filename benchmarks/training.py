@@ -18,7 +18,6 @@ import ctypes
 import itertools
 import json
 import os
-import shlex
 import statistics
 import sys
 import threading
@@ -34,7 +33,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 from hf_stompp import binarize
-from hf_stompp.machine import surroundings
+from hf_stompp.machine import command_line, surroundings
 from hf_stompp.ops import cpu
 from hf_stompp.training.arguments import DEFAULT_LOSSES
 from hf_stompp.training.distillation import Comparison, distillation_loss
@@ -256,7 +255,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             records[method].append({"step": step, **seconds, "seconds": sum(seconds.values()), "peak_bytes": peak})
     return {
         "method": "training_benchmark",
-        "command": "python " + shlex.join([f"benchmarks/{Path(__file__).name}", *sys.argv[1:]]),
+        "command": command_line(["python", "benchmarks/training.py", *sys.argv[1:]]),
         "model": arguments.model,
         "dtype": arguments.dtype,
         "device": device.type,

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import shutil
 import statistics
@@ -25,6 +24,8 @@ from typing import Any, NamedTuple
 
 import torch
 from accuracy import append_line, read_lines
+
+from hf_stompp.machine import command_line
 
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "image_classification" / "run_image_classification.py"
@@ -164,9 +165,7 @@ def line_of(folder: Path) -> dict[str, Any]:
         "seconds": summary["seconds"],
         "machine": {**summary["machine"], **summary["versions"]},
         # Where the images lie is no part of the experiment.
-        "command": " ".join(
-            os.path.basename(word) if word.startswith("/") else word for word in summary["command"].split(" ")
-        ),
+        "command": command_line(shlex.split(summary["command"])),
     }
 
 

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from typing import Any
 from mechanism import Watch, plot
 from vision import CELLS, DEPTHS, SCRIPT, command_of
 
-from hf_stompp.machine import surroundings
+from hf_stompp.machine import command_line, surroundings
 from hf_stompp.model.modules import masked_modules
 
 
@@ -94,10 +92,7 @@ def main(argv: list[str] | None = None) -> None:
             "seed": arguments.seed,
             "methods": {TITLES[cell]: watched(cell, arguments) for cell in arguments.cell},
             **surroundings(),
-            # Where the images lie is no part of the experiment.
-            "command": shlex.join(
-                ["python", "benchmarks/vision_gradients.py", *map(os.path.basename, arguments.words)]
-            ),
+            "command": command_line(["python", "benchmarks/vision_gradients.py", *arguments.words]),
         }
         if arguments.output is not None:
             arguments.output.write_text(json.dumps(result) + "\n", encoding="utf-8")

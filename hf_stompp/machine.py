@@ -1,9 +1,11 @@
-"""Where something was measured: the machine, and versions."""
+"""Where something was measured, and how: the machine, versions, the command."""
 
 from __future__ import annotations
 
 import os
 import platform
+import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +52,22 @@ def surroundings() -> dict[str, Any]:
             "onednn": torch.backends.mkldnn.is_available(),
         },
     }
+
+
+def command_line(words: Iterable[str]) -> str:
+    """
+    A command as a result file has it. Absolute paths would tell whose machine it was: only their last part stays.
+
+    Args:
+        words (`Iterable[str]`): the program and its arguments; a path may also stand behind a `=`.
+
+    Returns:
+        `str`: quoted for a shell.
+    """
+    return shlex.join(map(_without_folders, words))
+
+
+def _without_folders(word: str) -> str:
+    """A word whose absolute path, if it has one, is cut to its last part."""
+    name, equals, path = ("", "", word) if Path(word).is_absolute() else word.partition("=")
+    return f"{name}{equals}{Path(path).name}" if Path(path).is_absolute() else word

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_stompp.machine import surroundings
+from hf_stompp.machine import command_line, surroundings
 from hf_stompp.output import write_json
 
 
@@ -240,7 +240,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "texts": len(texts),
         "models": models,
         **surroundings(),
-        "command": shlex.join(["python", "examples/serve/load_test.py", *(sys.argv[1:] if argv is None else argv)]),
+        "command": command_line(["python", "examples/serve/load_test.py", *(sys.argv[1:] if argv is None else argv)]),
     }
     print(table(result))
     if arguments.output is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -28,7 +27,7 @@ from ..benchmark import (
     speedups,
     torch_threads,
 )
-from ..machine import surroundings
+from ..machine import command_line, surroundings
 from ..ops import cpu
 from ..output import replacing
 
@@ -184,8 +183,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Runs `hf-stompp bench`."""
     all_levels = ["op", "model"] if arguments.quick else ["op", "model", "loading"]
     levels = all_levels if arguments.level == "all" else [arguments.level]
-    # A path would tell whose machine it was.
-    command = shlex.join(["hf-stompp", *(Path(word).name if "/" in word else word for word in arguments.words)])
+    command = command_line(["hf-stompp", *arguments.words])
     with nullcontext() if arguments.output is None else _writable(arguments.output) as file:
         result = measure(levels, arguments.threads, arguments.kernels, command, arguments.quick)
         if file is not None:

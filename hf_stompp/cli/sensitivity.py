@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..benchmark import layer_seconds, model_seconds, packed_copy
 from ..config import CHOICES
-from ..machine import surroundings
+from ..machine import command_line, surroundings
 from ..model.sensitivity import (
     DETAILS,
     Cost,
@@ -196,7 +196,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "suggestion": suggestion,
         "seed": arguments.seed,
         **surroundings(),
-        "command": shlex.join(["hf-stompp", *arguments.words]),
+        "command": command_line(["hf-stompp", *arguments.words]),
     }
 
 
