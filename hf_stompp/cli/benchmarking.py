@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -29,7 +27,7 @@ from ..benchmark import (
 )
 from ..machine import command_line, surroundings
 from ..ops import cpu
-from ..output import replacing
+from .conversion import output_file
 
 
 def _load_average() -> list[float]:
@@ -171,20 +169,12 @@ def _columns(rows: Rows) -> list[str]:
     return [lines[0], "-" * len(lines[0]), *lines[1:], ""]
 
 
-@contextmanager
-def _writable(path: Path) -> Iterator[Path]:
-    """A file to write, whose folder takes one: that shows now, not when ten minutes of measuring are done."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial:
-        yield partial
-
-
 def run(arguments: argparse.Namespace) -> None:
     """Runs `hf-stompp bench`."""
     all_levels = ["op", "model"] if arguments.quick else ["op", "model", "loading"]
     levels = all_levels if arguments.level == "all" else [arguments.level]
     command = command_line(["hf-stompp", *arguments.words])
-    with nullcontext() if arguments.output is None else _writable(arguments.output) as file:
+    with nullcontext() if arguments.output is None else output_file(arguments.output, force=True) as file:
         result = measure(levels, arguments.threads, arguments.kernels, command, arguments.quick)
         if file is not None:
             file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..model.card import model_card
 from ..model.conversion import pack, unpack
-from ..output import copy_file
+from ..output import copy_file, replacing
 from .errors import CommandError
 from .models import TOKENIZER_FILES, load, local_folder, megabytes, read_config, state_of
 
@@ -57,9 +57,7 @@ def output_folder(output: str, force: bool, model: str) -> Iterator[Path]:
         place.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".hf_stompp-", dir=place))
     except OSError as error:
-        raise CommandError(
-            f"cannot write to {place} ({error.strerror}): choose another folder, or change its permissions"
-        ) from error
+        raise _cannot_write(place, error) from error
     try:
         made = work / "new"
         made.mkdir()
@@ -70,6 +68,49 @@ def output_folder(output: str, force: bool, model: str) -> Iterator[Path]:
             made.rename(folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def output_file(output: str | Path, force: bool, suffix: str = "") -> Iterator[Path]:
+    """
+    A file to write, which takes the place of `output` when the block ends well, and vanishes when it does not, with
+    the folders that were made for it. That it cannot be written to shows before the block begins its work.
+
+    Args:
+        output (`str` or `Path`): the file that the user named.
+        force (`bool`): replace a file that is there.
+        suffix (`str`, *optional*, defaults to any): what its name must end in.
+
+    Raises:
+        CommandError: `output` is a folder, has another suffix, is there, or cannot be written to.
+    """
+    path = Path(output).expanduser()
+    if path.is_dir():
+        raise CommandError(f"{output} is a folder: name a file, such as {path / f'result{suffix}'}")
+    if suffix and path.suffix != suffix:
+        raise CommandError(f"{output} does not end in {suffix}: name such a file to write")
+    if os.path.lexists(path) and not force:
+        raise CommandError(f"{output} is there: choose another file, or replace it with --force")
+    made = [folder for folder in path.parents if not folder.exists()]
+    try:
+        with ExitStack() as stack:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                partial = stack.enter_context(replacing(path))
+            except OSError as error:
+                raise _cannot_write(path.parent, error) from error
+            yield partial
+    finally:
+        if not path.exists():
+            for folder in filter(Path.is_dir, made):
+                folder.rmdir()
+
+
+def _cannot_write(folder: Path, error: OSError) -> CommandError:
+    """What to do about a folder that takes no file."""
+    return CommandError(
+        f"cannot write to {folder} ({error.strerror}): choose another folder, or change its permissions"
+    )
 
 
 def _replace_model(folder: Path, new: Path, old: Path) -> None:

@@ -262,3 +262,11 @@ def test_command_that_may_not_write_says_so_before_it_works(
     }
     message = refused(command, *words[command])
     assert str(closed) in message and "change its permissions" in message
+
+
+def test_bench_refuses_a_folder_and_leaves_none_behind_when_it_fails(refused, tmp_path, monkeypatch):
+    assert f"{tmp_path} is a folder: name a file" in refused("bench", "--quick", "--output", tmp_path)
+
+    monkeypatch.setattr("torch.manual_seed", lambda seed: 1 / 0)
+    assert "ZeroDivisionError" in refused("bench", "--quick", "--output", tmp_path / "deep" / "bench.json")
+    assert not list(tmp_path.iterdir())

@@ -77,7 +77,8 @@ def test_output_that_is_no_onnx_file_is_refused(packed, refused, tmp_path):
     assert "is a folder: name a file" in refused("export", packed, tmp_path)
     assert "does not end in .onnx" in refused("export", packed, tmp_path / "model")
     (tmp_path / "file").write_text("")
-    assert "cannot write to" in refused("export", packed, tmp_path / "file" / "model.onnx")
+    for output in (tmp_path / "file" / "model.onnx", tmp_path / "file" / "deep" / "model.onnx"):
+        assert f"cannot write to {output.parent}" in refused("export", packed, output)
 
 
 def test_link_to_nothing_is_a_file_that_is_there(packed, refused, tmp_path):
