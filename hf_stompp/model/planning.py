@@ -319,6 +319,13 @@ def _plan_block(
         before (`dict[str, PlannedModule]`): the plan of the blocks before this one.
     """
     plan: Plan = {}
+    replaced = {
+        name
+        for name in trace.functions
+        if config.activation_functions == "sign"
+        and name.startswith(f"{block_name}.")
+        and not is_excluded(name, config.modules_to_not_convert)
+    }
     last: str | None = None
     for name, read in trace.reads.items():
         if name in units:
@@ -326,14 +333,8 @@ def _plan_block(
             source = None if config.mode_of(name) == "bwn" else _sign_before(read, {**before, **plan}, trace) or name
             has_bias = convolutions[name].bias is not None
             plan[name] = PlannedModule(name, "convolution", units[name], source, has_bias)
-        elif config.activation_functions == "sign" and last is not None and plan[last].reads_bits:
-            is_inside = name.startswith(f"{block_name}.") and name in trace.functions
-            if (
-                is_inside
-                and not is_excluded(name, config.modules_to_not_convert)
-                and trace.reads_channels_of(name, last)
-            ):
-                plan[name] = PlannedModule(name, "sign", units[last], last)
+        elif name in replaced and last is not None and plan[last].reads_bits and trace.reads_channels_of(name, last):
+            plan[name] = PlannedModule(name, "sign", units[last], last)
     return plan
 
 
