@@ -288,7 +288,6 @@ def test_packed_signs_are_those_of_plain_comparisons(x: Tensor, has_threshold: b
         thresholds = threshold.tolist()
     expected = packed_by_hand(x.double().reshape(-1, features).tolist(), thresholds)
     # The operator, which runs a kernel, takes no float64.
-    # The operator, which runs a kernel, takes no float64.
     for pack_signs in (signs.pack_sign,) if x.dtype == torch.float64 else (signs.pack_sign, pack_sign):
         bits, popcounts = pack_signs(x, threshold)
         assert bits.shape == (*x.shape[:-1], packed_bytes(features)) and popcounts.shape == x.shape[:-1]
