@@ -102,7 +102,7 @@ def exists(cell: str, depth: int) -> bool:
 
 
 def command_of(cell: str, depth: int, seed: int, folder: Path, arguments: argparse.Namespace) -> list[str]:
-    """The command line of a run, without the program's name."""
+    """The command line of a run, without the program's name and how long it trains."""
     asked = {
         "model_type": DEPTHS[depth].model_type,
         "config_overrides": json.dumps(DEPTHS[depth].config),
@@ -113,7 +113,6 @@ def command_of(cell: str, depth: int, seed: int, folder: Path, arguments: argpar
         "do_train": True,
         "do_eval": True,
         **CELLS[cell],
-        "num_train_epochs": arguments.epochs,
         "per_device_train_batch_size": arguments.batch_size,
         "seed": seed,
         "bf16": True,
@@ -137,7 +136,7 @@ def run(cell: str, depth: int, seed: int, arguments: argparse.Namespace) -> None
     if any(key.items() <= line.items() for line in read_lines(arguments.results)):
         return
     folder.mkdir(parents=True, exist_ok=True)
-    command = command_of(cell, depth, seed, folder, arguments)
+    command = [*command_of(cell, depth, seed, folder, arguments), "--num_train_epochs", str(arguments.epochs)]
     print(shlex.join([SCRIPT.name, *command]), flush=True)
     with open(f"{folder}.log", "a", encoding="utf-8") as log:
         done = subprocess.run([sys.executable, str(SCRIPT), *command], stdout=log, stderr=subprocess.STDOUT)

@@ -74,8 +74,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if arguments.show is None and None in (arguments.work, arguments.train_file, arguments.validation_file):
         parser.error("name a folder, --train_file and --validation_file, or --show a result")
     arguments.words = sys.argv[1:] if argv is None else argv
-    # Steps are what counts here.
-    arguments.epochs = 1
     return arguments
 
 
