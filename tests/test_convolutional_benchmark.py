@@ -7,15 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from programs import load
 
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_benchmark_times_both_models_in_both_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
-    import convolutional
-
+    convolutional = load(ROOT / "benchmarks" / "convolutional.py")
     output = tmp_path / "times.json"
     monkeypatch.setattr(sys, "argv", ["convolutional", "--output", str(output), "--size", "32", "--rounds", "1"])
 

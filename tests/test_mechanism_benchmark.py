@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from programs import load
 
 from hf_stompp import StoMPPConfig, binarize
 from hf_stompp.model.modules import config_of, unit_modules
@@ -20,10 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture
 def mechanism() -> Any:
     pytest.importorskip("datasets")
-    sys.path.append(str(ROOT / "benchmarks"))
-    import mechanism
-
-    return mechanism
+    return load(ROOT / "benchmarks" / "mechanism.py")
 
 
 def test_norms_and_flips_are_those_of_each_layer(mechanism: Any, tiny_model: Callable) -> None:

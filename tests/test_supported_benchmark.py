@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import load
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,10 +16,7 @@ RESULT = ROOT / "benchmarks" / "results" / "supported.json"
 
 @pytest.fixture
 def supported() -> Any:
-    sys.path.append(str(ROOT / "benchmarks"))
-    import supported
-
-    return supported
+    return load(ROOT / "benchmarks" / "supported.py")
 
 
 @pytest.mark.parametrize(

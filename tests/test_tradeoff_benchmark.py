@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from programs import load
 
 from hf_stompp import StoMPPConfig, binarize, commit, pack
 from hf_stompp.model.example_inputs import example_inputs
@@ -24,10 +24,7 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{i}" for i in ran
 def tradeoff() -> Any:
     pytest.importorskip("sklearn")
     pytest.importorskip("datasets")
-    sys.path.append(str(ROOT / "benchmarks"))
-    import tradeoff
-
-    return tradeoff
+    return load(ROOT / "benchmarks" / "tradeoff.py")
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from programs import load
 from torch.nn import functional as F
 
 
@@ -18,11 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def program(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
-    import unlabelled_examples
-
-    return unlabelled_examples
+def program() -> Any:
+    return load(ROOT / "benchmarks" / "unlabelled_examples.py")
 
 
 def test_single_texts_lose_some_words_or_have_two_swapped(program: Any) -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from programs import load
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,9 +17,7 @@ def test_writes_sentences_of_reviews_and_of_both_columns_of_a_task_once_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     datasets = pytest.importorskip("datasets")
-    sys.path.append(str(ROOT / "benchmarks"))
-    import unlabelled_text
-
+    unlabelled_text = load(ROOT / "benchmarks" / "unlabelled_text.py")
     reviews = [f"This is film {number}. Too short. I liked it very much!" for number in range(20)]
     datasets.Dataset.from_dict({"text": reviews}).to_parquet(tmp_path / "reviews.parquet")
     pairs = {"sentence1": ["A dog runs fast."] * 2, "sentence2": ["A cat  sits\nthere.", "w " * 41], "label": [0, 1]}
@@ -41,9 +40,7 @@ def test_writes_sentences_of_reviews_and_of_both_columns_of_a_task_once_each(
 
 def test_writes_pairs_of_texts_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
-    sys.path.append(str(ROOT / "benchmarks"))
-    import unlabelled_text
-
+    unlabelled_text = load(ROOT / "benchmarks" / "unlabelled_text.py")
     pairs = {"sentence1": ["one", "two", "one"], "sentence2": ["first", "second", "first"], "label": [0, 1, 1]}
     (tmp_path / "mrpc").mkdir()
     datasets.Dataset.from_dict(pairs).to_parquet(tmp_path / "mrpc" / "train.parquet")
