@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from programs import load
 
+from hf_stompp import StoMPPConfig
+
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -103,15 +105,14 @@ def test_the_table_of_training_cost_is_what_the_result_files_say() -> None:
 
 
 def test_the_table_of_the_demo_is_what_the_result_file_says() -> None:
-    results = ROOT / "benchmarks" / "results"
-    shown, other = (json.loads((results / name).read_text()) for name in ("demo_amd_epyc_zen5.json", "demo.json"))
+    shown = json.loads((ROOT / "benchmarks" / "results" / "demo_amd_epyc_zen5.json").read_text(encoding="utf-8"))
+    # What the demo does today.
+    assert shown["config"]["surrogate"] == StoMPPConfig().surrogate
+    assert "--train_word_embeddings False" in shown["command"]
     for name in ("float", "packed"):
         accuracy, size = shown["metrics"][name]["eval_accuracy"], shown["bytes"][name]
         row = [name, f"{accuracy:.3f}", f"{size:,}", f"{shown['milliseconds_per_batch'][name]:.1f}"]
         assert row in [line.split() for line in README.splitlines()]
-    times = other["milliseconds_per_batch"]
-    said = f"{other['metrics']['packed']['eval_accuracy']:.3f} and was {times['float'] / times['packed']:.2f} times"
-    assert said in " ".join(README.split())
 
 
 def test_the_cost_of_a_teacher_is_what_the_result_file_says() -> None:
