@@ -56,29 +56,34 @@ def guard_name(model: nn.Module) -> str | None:
     return next((f"{name}.weight" for name in names), None)
 
 
-def check_latent(model: nn.Module, files: Iterable[str]) -> None:
+def check_modules(model: nn.Module, files: Iterable[str], state: str) -> None:
     """
-    Checks that files are those of a latent model with these masked modules. The guard in packed ones would refuse
-    them without an explanation; a layer that only the file knows as masked would become a float one.
+    Checks that files are those of a model with these binary modules. The guard in packed files would refuse a latent
+    model without an explanation; a layer that only the file knows as masked would become a float one, and a threshold
+    that only the file knows would be dropped.
 
     Args:
         model (`PreTrainedModel`): with the modules of its plan.
         files (`Iterable[str]`): safetensors files.
+        state (`str`): `"latent"` or `"packed"`.
 
     Raises:
-        ValueError: names the first packed tensor, or the first mask of another module.
+        ValueError: names the first packed tensor of a latent model, or the first mask or threshold of another module.
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     masked = {name.removeprefix(prefix) for name in masked_modules(model)}
+    known = {name.removeprefix(prefix) for name, _ in model.named_modules()}
     for file in files:
         with safe_open(file, framework="pt") as handle:
             names = list(handle.keys())
         for name in names:
             module, _, tensor = name.removeprefix(prefix).rpartition(".")
-            if tensor == "packed_weight":
+            if state == "latent" and tensor == "packed_weight":
                 found = f"the packed tensor {name!r}, but its config.json says 'latent'"
-            elif tensor == "freeze_mask" and module not in masked:
+            elif state == "latent" and tensor == "freeze_mask" and module not in masked:
                 found = f"the tensor {name!r}, but the modules in its config.json lack {module!r}"
+            elif tensor == "threshold" and module not in known:
+                found = f"the tensor {name!r}, but by the modules in its config.json nothing has it"
             else:
                 continue
             raise ValueError(f"{file} holds {found}: they are not of one model; download or copy the folder again")

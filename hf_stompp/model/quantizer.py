@@ -16,8 +16,8 @@ from ..config import QUANT_METHOD, StoMPPConfig
 from .adapters import refuse_adapters
 from .binarizing import binarize_modules
 from .checkpoint import (
-    check_latent,
     check_loaded,
+    check_modules,
     check_shapes,
     expect_guard,
     follow_prefix,
@@ -59,11 +59,11 @@ class StoMPPQuantizer(HfQuantizer):
         self._verification = Verification(files)
         if config.state == "latent":
             swap_in_masked(model, config)
-            check_latent(model, files)
         else:
             swap_in_packed(model, config, dtype=kwargs.get("dtype"))
             skip_initialization(model)
             expect_guard(model)
+        check_modules(model, files, config.state)
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
