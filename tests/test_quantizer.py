@@ -734,6 +734,20 @@ def test_checkpoint_without_a_table_is_refused(packed_folder, modules):
         load(packed_folder)
 
 
+def test_threshold_that_by_the_table_nobody_has_is_refused(tiny_packed, tmp_path):
+    tiny_packed("bert").save_pretrained(tmp_path)
+
+    def read_what_another_reads(config: dict) -> None:
+        # The first product of a feed-forward block has a threshold of its own, and so has what comes before it.
+        entries = {entry["name"]: entry for entry in config["modules"]}
+        block = "bert.encoder.layer.1."
+        entries[f"{block}intermediate.dense"]["input"] = entries[f"{block}attention.output.dense"]["input"]
+
+    edit_config(tmp_path, read_what_another_reads)
+    with pytest.raises(ValueError, match=r"intermediate\.dense\.input_activation\.threshold', but the modules in its"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize(("written", "claimed"), [("packed", "latent"), ("latent", "packed")])
 def test_state_that_is_not_the_files_is_refused(tiny_committed, tmp_path, written, claimed):
     model = tiny_committed("bert")

@@ -326,6 +326,14 @@ class TestRestart:
         assert second.metrics == first.metrics and second.steps == first.steps == {"float": 10}
         assert second.trainer.state.log_history[: len(first.trainer.state.log_history) - 1]
 
+    @pytest.fixture
+    def killed(self, recipe: Callable, tiny_model: Callable, tmp_path: Path) -> Path:
+        """The folder of a run that was killed after three steps."""
+        run = recipe(prepare=lambda trainer: trainer.add_callback(KillAfter(trainer, "run", 3)))
+        with pytest.raises(Killed):
+            run_recipe(run, tiny_model("bert"))
+        return tmp_path / "run"
+
     @pytest.mark.parametrize(
         ("other", "difference"),
         [
@@ -338,35 +346,26 @@ class TestRestart:
         ],
     )
     def test_the_folder_of_another_run_is_refused(
-        self, other: dict, difference: str, recipe: Callable, tiny_model: Callable, tmp_path: Path
+        self, killed: Path, other: dict, difference: str, recipe: Callable, tiny_model: Callable
     ) -> None:
-        killed = recipe(prepare=lambda trainer: trainer.add_callback(KillAfter(trainer, "run", 3)))
-        with pytest.raises(Killed):
-            run_recipe(killed, tiny_model("bert"))
-        before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+        before = {path: path.stat().st_mtime_ns for path in killed.rglob("*")}
         with pytest.raises(ValueError, match=f"belongs to another run: .*{difference}"):
             run_recipe(recipe(**other), tiny_model("bert"))
-        assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+        assert {path: path.stat().st_mtime_ns for path in killed.rglob("*")} == before
 
     def test_a_setting_that_an_earlier_version_did_not_record_is_no_difference(
-        self, recipe: Callable, tiny_model: Callable, tmp_path: Path
+        self, killed: Path, recipe: Callable, tiny_model: Callable
     ) -> None:
-        killed = recipe(prepare=lambda trainer: trainer.add_callback(KillAfter(trainer, "run", 3)))
-        with pytest.raises(Killed):
-            run_recipe(killed, tiny_model("bert"))
-        file = tmp_path / "run" / SETTINGS
+        file = killed / SETTINGS
         settings = json.loads(file.read_text(encoding="utf-8"))
         file.write_text(json.dumps({name: settings[name] for name in settings if name != "world_size"}))
 
         assert run_recipe(recipe(), tiny_model("bert")).metrics["packed"]
 
     def test_another_number_of_processes_is_a_difference(
-        self, recipe: Callable, tiny_model: Callable, tmp_path: Path
+        self, killed: Path, recipe: Callable, tiny_model: Callable
     ) -> None:
-        killed = recipe(prepare=lambda trainer: trainer.add_callback(KillAfter(trainer, "run", 3)))
-        with pytest.raises(Killed):
-            run_recipe(killed, tiny_model("bert"))
-        file = tmp_path / "run" / SETTINGS
+        file = killed / SETTINGS
         file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), "world_size": 2}))
 
         with pytest.raises(ValueError, match="belongs to another run: world_size was 2, is 1"):

@@ -44,6 +44,8 @@ def test_the_script_takes_the_command_line_of_every_run(vision: Any, script: Any
             assert model.model_type == asked.get("model_type", network.model_type)
             assert depth not in blocks or sum(model.config_overrides["depths"]) == blocks[depth]
             assert (recipe.method, training.seed, data.image_size) == (asked["method"], 3, 64)
+    # Blocks of three convolutions and of depthwise ones are not those of Bi-Real.
+    assert [depth for depth in vision.DEPTHS if vision.exists("bireal-ste", depth)] == [18, 34]
 
 
 @pytest.fixture

@@ -56,6 +56,10 @@ def guard_name(model: nn.Module) -> str | None:
     return next((f"{name}.weight" for name in names), None)
 
 
+BINARY_TENSORS = {"latent": ("packed_weight", "freeze_mask", "threshold"), "packed": ("threshold",)}
+"""Tensors that would be dropped without a word where the model has none of the name, by its state."""
+
+
 def check_modules(model: nn.Module, files: Iterable[str], state: str) -> None:
     """
     Checks that files are those of a model with these binary modules. The guard in packed files would refuse a latent
@@ -68,24 +72,20 @@ def check_modules(model: nn.Module, files: Iterable[str], state: str) -> None:
         state (`str`): `"latent"` or `"packed"`.
 
     Raises:
-        ValueError: names the first packed tensor of a latent model, or the first mask or threshold of another module.
+        ValueError: names the first of [`BINARY_TENSORS`] that the model lacks.
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    masked = {name.removeprefix(prefix) for name in masked_modules(model)}
-    known = {name.removeprefix(prefix) for name, _ in model.named_modules()}
+    known = {name.removeprefix(prefix) for name in model.state_dict()}
     for file in files:
         with safe_open(file, framework="pt") as handle:
             names = list(handle.keys())
         for name in names:
             module, _, tensor = name.removeprefix(prefix).rpartition(".")
-            if state == "latent" and tensor == "packed_weight":
-                found = f"the packed tensor {name!r}, but its config.json says 'latent'"
-            elif state == "latent" and tensor == "freeze_mask" and module not in masked:
-                found = f"the tensor {name!r}, but the modules in its config.json lack {module!r}"
-            elif tensor == "threshold" and module not in known:
-                found = f"the tensor {name!r}, but by the modules in its config.json nothing has it"
-            else:
+            if tensor not in BINARY_TENSORS[state] or f"{module}.{tensor}" in known:
                 continue
+            found = f"the tensor {name!r}, but the modules in its config.json lack {module!r}"
+            if tensor == "packed_weight":
+                found = f"the packed tensor {name!r}, but its config.json says {state!r}"
             raise ValueError(f"{file} holds {found}: they are not of one model; download or copy the folder again")
 
 

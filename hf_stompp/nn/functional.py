@@ -116,9 +116,8 @@ def weight_scale(weight: Tensor, kind: str) -> Tensor:
     return WEIGHT_SCALES[kind](weight.detach()).to(torch.float32)
 
 
-def _slope(surrogate: str, mask: Tensor, distance: Tensor, window: Tensor) -> Tensor:
-    """What the gradient is multiplied by, of a surrogate with a slope."""
-    slope: Any = SURROGATES[surrogate].slope
+def _frozen_slope(slope: Callable[[Tensor], Tensor], mask: Tensor, distance: Tensor, window: Tensor) -> Tensor:
+    """What a gradient is multiplied by: the slope where an entry is frozen, else 1."""
     # Beyond its window, and where a value is NaN, a gradient is 0 already.
     part = (distance / window.clamp_min(torch.finfo(window.dtype).tiny)).clamp(max=1).nan_to_num(1.0)
     return torch.where(mask, slope(part), 1.0)
@@ -127,10 +126,8 @@ def _slope(surrogate: str, mask: Tensor, distance: Tensor, window: Tensor) -> Te
 def _weight_gradient(
     grad: Tensor, weight: Tensor, mask: Tensor, scale: Tensor, clip: float, surrogate: str, window: float
 ) -> Tensor:
-    passed = masked_weight_grad(grad, weight, mask, scale, clip, surrogate, window)
-    if SURROGATES[surrogate].slope is None:
-        return passed
-    return (passed * _slope(surrogate, mask, weight.abs(), window * scale)).to(passed.dtype)
+    passed, slope = masked_weight_grad(grad, weight, mask, scale, clip, surrogate, window), SURROGATES[surrogate].slope
+    return passed if slope is None else (passed * _frozen_slope(slope, mask, weight.abs(), window * scale)).to(passed)
 
 
 class _MaskedBinaryWeight(torch.autograd.Function):
@@ -303,9 +300,8 @@ class _MaskedBinaryActivation(torch.autograd.Function):
         output, passes, upper = masked_activation(
             value, pre_activation, mask, threshold, offset, amplitude, center, bound, surrogate, window
         )
-        ctx.surrogate = surrogate
-        sloped = () if SURROGATES[surrogate].slope is None else (value, center, window)
-        ctx.save_for_backward(mask, passes, upper, *sloped)
+        ctx.slope = SURROGATES[surrogate].slope
+        ctx.save_for_backward(mask, passes, upper, *(() if ctx.slope is None else (value, center, window)))
         ctx.like = [(t.shape, t.dtype) for t in (threshold, offset, amplitude, center, bound)]
         return output
 
@@ -316,7 +312,7 @@ class _MaskedBinaryActivation(torch.autograd.Function):
         if sloped:
             value, center, window = sloped
             distance = (value.to(torch.promote_types(value.dtype, torch.float32)) - center).abs()
-            exact = grad_value * _slope(ctx.surrogate, mask, distance, window)
+            exact = grad_value * _frozen_slope(ctx.slope, mask, distance, window)
             passed = exact.reshape(-1, exact.shape[-1]).sum(dim=0, dtype=passed.dtype)
             grad_value = exact.to(grad_value.dtype)
         by_level = 2 * held_upper - held

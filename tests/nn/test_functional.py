@@ -219,6 +219,14 @@ def test_activation_value_and_every_gradient_equal_the_definition(
         torch.testing.assert_close(got, gradient, **close, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("surrogate", ["clipped_ste", "polynomial"])
+def test_a_frozen_value_that_is_nan_is_outside_every_window(surrogate: str) -> None:
+    pre, frozen = torch.tensor([[math.nan, 0.25]], requires_grad=True), torch.ones(2, dtype=torch.bool)
+    out = masked_binary_activation(pre, pre, frozen, torch.zeros(2), torch.tensor(1.0), torch.zeros(2), 3.0, surrogate)
+    out.sum().backward()
+    assert pre.grad[0, 0] == 0 and pre.grad[0, 1] > 0
+
+
 @pytest.mark.parametrize("with_gelu", [False, True], ids=["identity", "gelu"])
 def test_frozen_features_pass_no_gradient_without_ste(with_gelu: bool) -> None:
     pre, mask = draw(4, 3, 8, dtype=torch.float32).requires_grad_(), draw_mask(8)
