@@ -1,6 +1,6 @@
 """
-Prints the tables of CPU speed in `docs/kernels.md`: those of `hf-stompp bench`, from `benchmarks/results/cpu_*.json`,
-as Markdown.
+Prints the tables of CPU speed in `docs/kernels.md`: those of `hf-stompp bench`, from `benchmarks/results/cpu_*.json`
+and `loading_*.json`, as Markdown.
 
     python benchmarks/cpu_table.py
 """
@@ -24,9 +24,18 @@ TABLES: dict[str, Callable[[dict], benchmarking.Rows]] = {
 """Each by the part of a result that it shows: `--level` may have left out the others."""
 
 
+SHOWN = {"cpu_*.json": ("models", "linear", "linear_speedups"), "loading_*.json": ("loading",)}
+"""Files, and what is shown of each."""
+
+
 def read_results() -> list[dict]:
-    """The result files of `hf-stompp bench`, in the order of their names."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("cpu_*.json"))]
+    """What is shown of the result files of `hf-stompp bench`, in the order of their names."""
+    results = []
+    for pattern, parts in SHOWN.items():
+        for path in sorted(RESULTS.glob(pattern)):
+            result = json.loads(path.read_text(encoding="utf-8"))
+            results.append({name: result[name] for name in ("machine", *parts) if name in result})
+    return results
 
 
 def tables(result: dict) -> list[str]:
