@@ -9,7 +9,7 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
 
 
@@ -232,6 +232,12 @@ def _read_entry(entry: dict[str, Any]) -> PlannedModule:
     bias = entry.get("bias")
     if kind in LAYER_KINDS and not isinstance(bias, bool):
         raise ValueError(f"StoMPPConfig.modules: bias of {in_short(name)} must be true or false, got {in_short(bias)}")
+    unknown = sorted(entry.keys() - {field.name for field in fields(PlannedModule)}, key=str)
+    if unknown:
+        raise ValueError(
+            f"StoMPPConfig.modules: {in_short(name)} has no {in_short(unknown[0])}: the config is damaged or was "
+            "changed; take the original"
+        )
     return PlannedModule(name, kind, unit, source, bias is True)
 
 

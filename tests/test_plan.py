@@ -36,6 +36,8 @@ def test_units_are_in_order_of_depth_without_what_is_only_rounded() -> None:
         ([linear("a", None)], "input None of 'a' is that of mode 'bwn', which neither mode nor modes have"),
         ([{**WORDS, "name": ["words"]}], "an entry must have a name"),
         ([{**WORDS, "kind": ["embedding"]}], "an entry must have a name, a kind of"),
+        ([{**linear("a", "a"), "scale": 2}], "'a' has no 'scale'"),
+        ([{**WORDS, 3: 4}], "has no 3"),
     ],
 )
 def test_entries_that_contradict_each_other_are_refused(entries: list[dict], message: str) -> None:
