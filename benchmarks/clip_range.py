@@ -27,7 +27,7 @@ from hf_stompp.machine import command_line
 
 ROOT = Path(__file__).parent.parent
 OUTPUT = ROOT / "benchmarks" / "results" / "clip_range.json"
-CLIPS = [(3, 3), (3, 6), (3, 10), (3, 20), (3, 1e6), (5, 10), (5, 20), (1e6, 3), (1e6, 10)]
+CLIPS = [(1, 1), (1, 10), (3, 1), (3, 3), (3, 6), (3, 10), (3, 20), (3, 1e6), (5, 10), (5, 20), (1e6, 3), (1e6, 10)]
 
 
 @torch.no_grad()

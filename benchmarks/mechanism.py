@@ -40,13 +40,16 @@ from hf_stompp.training.recipe import Recipe, Results
 from hf_stompp.training.stages import train_binary
 
 
+WIDE = {"weight_clip": 3.0, "activation_clip": 10.0}
+"""Clip ranges that keep much of what a pretrained model knows."""
+
 METHODS: dict[str, dict[str, Any]] = {
     "STE, weights": {"method": "ste", "mode": "bwn"},
     "STE, both": {"method": "ste"},
-    "StoMPP+STE, forward": {"method": "stompp_ste", "surrogate": "ste"},
-    "StoMPP+STE, reverse": {"method": "stompp_ste", "surrogate": "ste", "progression_order": "reverse"},
-    "StoMPP+STE, global": {"method": "stompp_ste", "surrogate": "ste", "progression_order": "global"},
-    "StoMPP, forward": {"method": "stompp"},
+    "StoMPP+STE, forward": {"method": "stompp_ste", **WIDE, "surrogate": "ste"},
+    "StoMPP+STE, reverse": {"method": "stompp_ste", **WIDE, "surrogate": "ste", "progression_order": "reverse"},
+    "StoMPP+STE, global": {"method": "stompp_ste", **WIDE, "surrogate": "ste", "progression_order": "global"},
+    "StoMPP, forward": {"method": "stompp", **WIDE},
 }
 """Name in the figure -> method, and what it is asked for beside."""
 

@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--reviews_sentences", type=int, default=60_000)
     parser.add_argument("--dataset_dir", type=Path, required=True, help="folders of GLUE tasks, with train.parquet")
     parser.add_argument("--tasks", nargs="*", default=[])
+    parser.add_argument("--columns", nargs=2, default=["a", "b"], help="names of the two columns of pairs")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.reviews is None:
@@ -51,14 +52,14 @@ def main() -> None:
 
 
 def write_pairs(arguments: argparse.Namespace) -> None:
-    """Writes the pairs of texts of tasks: columns `a` and `b`."""
+    """Writes the pairs of texts of tasks."""
     tables = [list(training_texts(arguments.dataset_dir, task).values()) for task in arguments.tasks]
     single = [task for task, columns in zip(arguments.tasks, tables, strict=True) if len(columns) != 2]
     if single:
         raise SystemExit(f"{single[0]} has no pairs of texts: name other --tasks, or --reviews for sentences")
     pairs = list(dict.fromkeys(pair for columns in tables for pair in zip(*columns, strict=True)))
     random.Random(arguments.seed).shuffle(pairs)
-    lines = [json.dumps({"a": first, "b": second}) for first, second in pairs]
+    lines = [json.dumps(dict(zip(arguments.columns, pair, strict=True))) for pair in pairs]
     arguments.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{arguments.output}: {len(lines):,} pairs")
 

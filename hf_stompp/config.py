@@ -133,10 +133,10 @@ class StoMPPConfig(QuantizationConfigMixin):
         weight_center (`str`, *optional*, defaults to `"none"`):
             What is subtracted from a linear layer's weight before its sign is taken: nothing (paper), the mean of
             its output `"row"` (BiBERT) or of the whole `"tensor"` (BiT).
-        weight_clip (`float`, *optional*, defaults to 3.0):
-            Clip range of the free weights, as a multiple of the weight scale (ours; the paper clips at 1, which
-            destroys a pretrained network before anything is frozen).
-        weight_window (`float`, *optional*):
+        weight_clip (`float`, *optional*, defaults to 1.0):
+            Clip range of the free weights, as a multiple of the weight scale. At 1, as in the paper, an entry outside
+            of it does not move when it freezes.
+        weight_window (`float`, *optional*, defaults to 3.0):
             Window of the surrogates `clipped_ste` and `polynomial` for frozen weights, as a multiple of the weight
             scale (ours). `None`: the clip range.
         activation_scale (`str`, *optional*, defaults to `"learned"`):
@@ -149,10 +149,10 @@ class StoMPPConfig(QuantizationConfigMixin):
         activation_shift (`str`, *optional*, defaults to `"learned"`):
             Shift and threshold of a binary activation, one number a feature, initialised from the first batch, then
             `"learned"` (BiT) or `"fixed"`, or `"none"`: both 0.
-        activation_clip (`float`, *optional*, defaults to 10.0):
-            Clip range of the free activations, as a multiple of the activation scale (ours). It is far wider than that
-            of the weights because activations have outliers: at 3 little is left of a pretrained network before
-            anything is frozen (`benchmarks/results/clip_range.json`).
+        activation_clip (`float`, *optional*, defaults to 1.0):
+            Clip range of the free activations, as a multiple of the activation scale (1 in the paper). It costs much
+            of what a pretrained network knows before anything is frozen (`benchmarks/results/clip_range.json`), and
+            what is learned from then on fits the two levels.
         activation_window (`float`, *optional*, defaults to 2.0):
             Window of the surrogates `clipped_ste` and `polynomial` for frozen activations, as a multiple of the
             activation scale (ours). `None`: the clip range.
@@ -200,12 +200,12 @@ class StoMPPConfig(QuantizationConfigMixin):
         surrogate: str = "clipped_ste",
         weight_scale: str = "row",
         weight_center: str = "none",
-        weight_clip: float = 3.0,
-        weight_window: float | None = None,
+        weight_clip: float = 1.0,
+        weight_window: float | None = 3.0,
         activation_scale: str = "learned",
         initial_activation_scale: float = 1.0,
         activation_shift: str = "learned",
-        activation_clip: float = 10.0,
+        activation_clip: float = 1.0,
         activation_window: float | None = 2.0,
         feed_forward_levels: str = "signed",
         activation_functions: str = "kept",

@@ -250,7 +250,7 @@ def test_report_counts_the_filters_of_each_block() -> None:
 
 
 def test_activations_are_measured_behind_batch_norm_as_it_normalises_in_training() -> None:
-    model = binarize(resnet(), StoMPPConfig()).train()
+    model = binarize(resnet(), StoMPPConfig(weight_clip=3.0, activation_clip=10.0)).train()
     model.resnet.embedder.embedder.normalization.eval()
     modes = {name: module.training for name, module in model.named_modules()}
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "running" in name}

@@ -41,7 +41,7 @@ class MaskedBinaryActivation(MaskedBinaryModule):
         activation (`nn.Module`, *optional*): the model's activation function, elementwise; the identity when not
             given.
         levels (`str`, *optional*, defaults to `"signed"`): a key of [`~hf_stompp.nn.functional.LEVELS`].
-        clip (`float`, *optional*, defaults to 10.0): clip range of the smooth branch as a multiple of the scale.
+        clip (`float`, *optional*, defaults to 1.0): clip range of the smooth branch as a multiple of the scale.
         surrogate (`str`, *optional*, defaults to `"clipped_ste"`): a key of [`~hf_stompp.nn.functional.SURROGATES`].
         window (`float`, *optional*): of the surrogates `clipped_ste` and `polynomial`, as a multiple of the scale; the
             clip range when not given.
@@ -62,7 +62,7 @@ class MaskedBinaryActivation(MaskedBinaryModule):
         features: int,
         activation: nn.Module | None = None,
         levels: str = "signed",
-        clip: float = 10.0,
+        clip: float = 1.0,
         surrogate: str = "clipped_ste",
         window: float | None = None,
         scale: str = "learned",

@@ -41,7 +41,7 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
         bias (`bool`, *optional*, defaults to `True`).
         scale (`str`, *optional*, defaults to `"row"`): a key of [`~hf_stompp.nn.functional.WEIGHT_SCALES`].
         center (`str`, *optional*, defaults to `"none"`): a key of [`~hf_stompp.nn.functional.WEIGHT_CENTERS`].
-        clip (`float`, *optional*, defaults to 3.0): clip range of the weight as a multiple of its scale.
+        clip (`float`, *optional*, defaults to 1.0): clip range of the weight as a multiple of its scale.
         surrogate (`str`, *optional*, defaults to `"clipped_ste"`): a key of [`~hf_stompp.nn.functional.SURROGATES`].
         window (`float`, *optional*): of the surrogates `clipped_ste` and `polynomial`, as a multiple of the scale; the
             clip range when not given.
@@ -58,7 +58,7 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
         bias: bool = True,
         scale: str = "row",
         center: str = "none",
-        clip: float = 3.0,
+        clip: float = 1.0,
         surrogate: str = "clipped_ste",
         window: float | None = None,
         activation_bits: int | None = None,
@@ -259,7 +259,7 @@ class MaskedBinaryEmbedding(MaskedBinaryModule):
         num_embeddings: int,
         embedding_dim: int,
         padding_idx: int | None = None,
-        clip: float = 3.0,
+        clip: float = 1.0,
         surrogate: str = "clipped_ste",
         window: float | None = None,
         device: torch.device | None = None,

@@ -178,7 +178,7 @@ def test_a_fixed_shift_is_set_from_the_first_batch_and_none_stays_zero() -> None
 
 
 def test_the_mask_has_one_entry_a_feature_whatever_the_batch() -> None:
-    module = initialized(3, nn.GELU())
+    module = initialized(3, nn.GELU(), clip=10.0)
     module.restore(torch.tensor([True, False, True]))
     out = module(draw(5, 7, 3)).detach()
     middle, half = (t.detach() for t in module.two_levels())

@@ -82,6 +82,24 @@ def test_an_empty_mask_clips_the_input_about_its_shift() -> None:
     torch.testing.assert_close(layer(x), F.linear(clipped, layer.weight, layer.bias))
 
 
+def test_by_default_what_lies_beyond_one_scale_does_not_move_when_it_freezes() -> None:
+    layer = make_linear(binary_input=False, bias=False)
+    activation = MaskedBinaryActivation(13)
+    inputs = draw(64, 13, seed=2)
+    activation.initialize(inputs)
+    scale = layer.weight.abs().mean(dim=1, keepdim=True)
+    for module, argument, is_beyond in (
+        (layer, torch.eye(13), (layer.weight.abs() > scale).T),
+        (activation, inputs, (inputs - activation.shift).abs() > activation.scale),
+    ):
+        free = module(argument)
+        module.commit()
+        frozen = module(argument)
+        assert 0.2 < is_beyond.float().mean() < 0.6
+        torch.testing.assert_close(free[is_beyond], frozen[is_beyond])
+        assert not torch.isclose(free[~is_beyond], frozen[~is_beyond]).any()
+
+
 @pytest.mark.parametrize("binary_input", [True, False], ids=["bnn", "bwn"])
 @pytest.mark.parametrize("scale", ["row", "tensor", "none"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
