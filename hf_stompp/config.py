@@ -150,9 +150,8 @@ class StoMPPConfig(QuantizationConfigMixin):
             Shift and threshold of a binary activation, one number a feature, initialised from the first batch, then
             `"learned"` (BiT) or `"fixed"`, or `"none"`: both 0.
         activation_clip (`float`, *optional*, defaults to 1.0):
-            Clip range of the free activations, as a multiple of the activation scale (1 in the paper). It costs much
-            of what a pretrained network knows before anything is frozen (`benchmarks/results/clip_range.json`), and
-            what is learned from then on fits the two levels.
+            Clip range of the free activations, as a multiple of the activation scale (1 in the paper). What it leaves
+            of a pretrained network before anything is frozen: `benchmarks/results/clip_range.json`.
         activation_window (`float`, *optional*, defaults to 2.0):
             Window of the surrogates `clipped_ste` and `polynomial` for frozen activations, as a multiple of the
             activation scale (ours). `None`: the clip range.
