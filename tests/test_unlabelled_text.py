@@ -38,15 +38,19 @@ def test_writes_sentences_of_reviews_and_of_both_columns_of_a_task_once_each(
     assert len(lines) == len(set(lines))
 
 
-def test_writes_pairs_of_texts_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("names", [("a", "b"), ("sentence1", "sentence2")])
+def test_writes_pairs_of_texts_once_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, str]
+) -> None:
     datasets = pytest.importorskip("datasets")
     unlabelled_text = load(ROOT / "benchmarks" / "unlabelled_text.py")
     pairs = {"sentence1": ["one", "two", "one"], "sentence2": ["first", "second", "first"], "label": [0, 1, 1]}
     (tmp_path / "mrpc").mkdir()
     datasets.Dataset.from_dict(pairs).to_parquet(tmp_path / "mrpc" / "train.parquet")
     output = tmp_path / "pairs.jsonl"
+    columns = [] if names == ("a", "b") else ["--columns", *names]
     words = ["unlabelled_text.py", str(output), "--dataset_dir", str(tmp_path), "--tasks", "mrpc"]
-    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(sys, "argv", [*words, *columns])
     unlabelled_text.main()
     lines = [json.loads(line) for line in output.read_text().splitlines()]
-    assert sorted((line["a"], line["b"]) for line in lines) == [("one", "first"), ("two", "second")]
+    assert sorted(tuple(line[name] for name in names) for line in lines) == [("one", "first"), ("two", "second")]
