@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
-from unlabelled_text import training_texts
+from unlabelled_text import texts_of
 
 from hf_stompp.training.sentence_encoder import embed
 
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
-    columns = training_texts(arguments.dataset_dir, arguments.task)
+    columns = texts_of(arguments.dataset_dir, arguments.task)
     generator = random.Random(arguments.seed)
     made: list[tuple[str, ...]]
     if len(columns) == 1:

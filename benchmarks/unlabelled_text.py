@@ -7,6 +7,8 @@ Writes a text file of sentences without labels, a sentence a line, for `hf-stomp
 
 Takes sentences of film reviews, drawn at random, and every sentence of the training sets of the tasks named: those of
 3 to 40 words, each once. Without reviews it writes the tasks' pairs of texts as they are, each once, in random order.
+Texts that stand in a development set of any task in DIR are left out, compared by letters and digits: STS-B's training
+set shares pairs with MRPC's development set.
 """
 
 from __future__ import annotations
@@ -45,30 +47,49 @@ def main() -> None:
     random.Random(arguments.seed).shuffle(sentences)
     found = dict.fromkeys(_short(sentences)[: arguments.reviews_sentences])
     for task in arguments.tasks:
-        texts = [text for column in training_texts(arguments.dataset_dir, task).values() for text in column]
+        texts = [text for column in texts_of(arguments.dataset_dir, task).values() for text in column]
         found.update(dict.fromkeys(_short([line for text in texts for line in split_sentences(text)])))
+    kept_out = development_texts(arguments.dataset_dir)
+    found = {text: None for text in found if letters(text) not in kept_out}
     arguments.output.write_text("\n".join(found) + "\n", encoding="utf-8")
     print(f"{arguments.output}: {len(found):,} sentences")
 
 
 def write_pairs(arguments: argparse.Namespace) -> None:
     """Writes the pairs of texts of tasks."""
-    tables = [list(training_texts(arguments.dataset_dir, task).values()) for task in arguments.tasks]
+    tables = [list(texts_of(arguments.dataset_dir, task).values()) for task in arguments.tasks]
     single = [task for task, columns in zip(arguments.tasks, tables, strict=True) if len(columns) != 2]
     if single:
         raise SystemExit(f"{single[0]} has no pairs of texts: name other --tasks, or --reviews for sentences")
-    pairs = list(dict.fromkeys(pair for columns in tables for pair in zip(*columns, strict=True)))
+    kept_out = development_texts(arguments.dataset_dir)
+    pairs = [
+        pair
+        for pair in dict.fromkeys(pair for columns in tables for pair in zip(*columns, strict=True))
+        if kept_out.isdisjoint(map(letters, pair))
+    ]
     random.Random(arguments.seed).shuffle(pairs)
     lines = [json.dumps(dict(zip(arguments.columns, pair, strict=True))) for pair in pairs]
     arguments.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{arguments.output}: {len(lines):,} pairs")
 
 
-def training_texts(folder: Path, task: str) -> dict[str, list[str]]:
-    """The columns of a task's training set that hold text, by name."""
-    table = pyarrow.parquet.read_table(folder / task / "train.parquet")
+def texts_of(folder: Path, task: str, split: str = "train") -> dict[str, list[str]]:
+    """The columns of a task that hold text, by name."""
+    table = pyarrow.parquet.read_table(folder / task / f"{split}.parquet")
     names = [name for name in table.column_names if str(table.schema.field(name).type).endswith("string")]
     return {name: table[name].to_pylist() for name in names}
+
+
+def development_texts(folder: Path) -> set[str]:
+    """The letters of every text, and of every sentence of one, in the development sets of all tasks in a folder."""
+    tasks = [file.parent.name for file in folder.glob("*/validation.parquet")]
+    columns = (column for task in tasks for column in texts_of(folder, task, "validation").values())
+    return {letters(part) for column in columns for text in column for part in (text, *split_sentences(text))}
+
+
+def letters(text: str) -> str:
+    """What two spellings of a text have in common."""
+    return "".join(character for character in text.lower() if character.isalnum())
 
 
 def _short(sentences: list[str]) -> list[str]:

@@ -20,9 +20,14 @@ def test_writes_sentences_of_reviews_and_of_both_columns_of_a_task_once_each(
     unlabelled_text = load(ROOT / "benchmarks" / "unlabelled_text.py")
     reviews = [f"This is film {number}. Too short. I liked it very much!" for number in range(20)]
     datasets.Dataset.from_dict({"text": reviews}).to_parquet(tmp_path / "reviews.parquet")
-    pairs = {"sentence1": ["A dog runs fast."] * 2, "sentence2": ["A cat  sits\nthere.", "w " * 41], "label": [0, 1]}
+    pairs = {
+        "sentence1": ["A dog runs fast."] * 2,
+        "sentence2": ["A cat  sits\nthere. Its in a development set", "w " * 41],
+    }
     (tmp_path / "mrpc").mkdir()
     datasets.Dataset.from_dict(pairs).to_parquet(tmp_path / "mrpc" / "train.parquet")
+    known = {"sentence1": ["He is known. It's in a development set!"], "sentence2": ["no"], "label": [0]}
+    datasets.Dataset.from_dict(known).to_parquet(tmp_path / "mrpc" / "validation.parquet")
     output = tmp_path / "sentences.txt"
     words = [str(output), "--reviews", str(tmp_path / "reviews.parquet"), "--reviews_sentences", "30"]
     monkeypatch.setattr(sys, "argv", ["unlabelled_text.py", *words, "--dataset_dir", str(tmp_path), "--tasks", "mrpc"])
@@ -39,14 +44,18 @@ def test_writes_sentences_of_reviews_and_of_both_columns_of_a_task_once_each(
 
 
 @pytest.mark.parametrize("names", [("a", "b"), ("sentence1", "sentence2")])
-def test_writes_pairs_of_texts_once_each(
+def test_writes_pairs_of_texts_once_each_without_those_of_a_development_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, str]
 ) -> None:
     datasets = pytest.importorskip("datasets")
     unlabelled_text = load(ROOT / "benchmarks" / "unlabelled_text.py")
-    pairs = {"sentence1": ["one", "two", "one"], "sentence2": ["first", "second", "first"], "label": [0, 1, 1]}
+    # The last stands in a development set, spelled in another way.
+    pairs = {"sentence1": ["one", "two", "one", "four"], "sentence2": ["first", "second", "first", " three"]}
     (tmp_path / "mrpc").mkdir()
     datasets.Dataset.from_dict(pairs).to_parquet(tmp_path / "mrpc" / "train.parquet")
+    (tmp_path / "stsb").mkdir()
+    known = {"sentence1": ["Three!", "x"], "sentence2": ["y", "z"], "label": [1.0, 2.0]}
+    datasets.Dataset.from_dict(known).to_parquet(tmp_path / "stsb" / "validation.parquet")
     output = tmp_path / "pairs.jsonl"
     columns = [] if names == ("a", "b") else ["--columns", *names]
     words = ["unlabelled_text.py", str(output), "--dataset_dir", str(tmp_path), "--tasks", "mrpc"]
