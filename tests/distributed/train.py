@@ -5,6 +5,7 @@ several processes, and kill it. Not a test module.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -138,6 +139,8 @@ def train(run: Run) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
+    # A process that waits for ever says where, before the test gives it up.
+    faulthandler.dump_traceback_later(240, exit=True)
     for argument in sys.argv[1:]:
         train(Run(**json.loads(argument)))
     if torch.distributed.is_initialized():
