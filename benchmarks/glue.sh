@@ -44,7 +44,8 @@ for task in ${TASKS:-sst2 mrpc}; do
         case $method in *ste) surrogate=ste ;; *) surrogate=none ;; esac
         $run --model_name_or_path $task-float-$name --method $method --surrogate $surrogate --teacher none $binary \
             --weight_clip 3 --activation_clip 10 --eval_strategy epoch --save_strategy epoch --save_total_limit 1 \
-            --load_best_model_at_end --metric_for_best_model accuracy --logging_steps 50 --output_dir $task-$method-$name &
+            --load_best_model_at_end --metric_for_best_model accuracy --logging_steps 50 \
+            --output_dir $task-$method-$name &
         running="$running $!"
         [[ $name = *cuda ]] || { wait $running; running=; }
     done

@@ -7,8 +7,8 @@ Writes a text file of sentences without labels, a sentence a line, for `hf-stomp
 
 Takes sentences of film reviews, drawn at random, and every sentence of the training sets of the tasks named: those of
 3 to 40 words, each once. Without reviews it writes the tasks' pairs of texts as they are, each once, in random order.
-Texts that stand in a development set of any task in DIR are left out, compared by letters and digits: STS-B's training
-set shares pairs with MRPC's development set.
+What shares a text with a development set of any task in DIR is left out, compared by letters and digits, and counted:
+STS-B's training set has pairs of MRPC's development set.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow.parquet
@@ -49,10 +50,9 @@ def main() -> None:
     for task in arguments.tasks:
         texts = [text for column in texts_of(arguments.dataset_dir, task).values() for text in column]
         found.update(dict.fromkeys(_short([line for text in texts for line in split_sentences(text)])))
-    kept_out = development_texts(arguments.dataset_dir)
-    found = {text: None for text in found if letters(text) not in kept_out}
-    arguments.output.write_text("\n".join(found) + "\n", encoding="utf-8")
-    print(f"{arguments.output}: {len(found):,} sentences")
+    kept = [sentence for (sentence,) in without_development_texts([(line,) for line in found], arguments.dataset_dir)]
+    arguments.output.write_text("\n".join(kept) + "\n", encoding="utf-8")
+    print(f"{arguments.output}: {len(kept):,} sentences")
 
 
 def write_pairs(arguments: argparse.Namespace) -> None:
@@ -61,12 +61,8 @@ def write_pairs(arguments: argparse.Namespace) -> None:
     single = [task for task, columns in zip(arguments.tasks, tables, strict=True) if len(columns) != 2]
     if single:
         raise SystemExit(f"{single[0]} has no pairs of texts: name other --tasks, or --reviews for sentences")
-    kept_out = development_texts(arguments.dataset_dir)
-    pairs = [
-        pair
-        for pair in dict.fromkeys(pair for columns in tables for pair in zip(*columns, strict=True))
-        if kept_out.isdisjoint(map(letters, pair))
-    ]
+    found = dict.fromkeys(pair for columns in tables for pair in zip(*columns, strict=True))
+    pairs = without_development_texts(found, arguments.dataset_dir)
     random.Random(arguments.seed).shuffle(pairs)
     lines = [json.dumps(dict(zip(arguments.columns, pair, strict=True))) for pair in pairs]
     arguments.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -80,11 +76,28 @@ def texts_of(folder: Path, task: str, split: str = "train") -> dict[str, list[st
     return {name: table[name].to_pylist() for name in names}
 
 
-def development_texts(folder: Path) -> set[str]:
-    """The letters of every text, and of every sentence of one, in the development sets of all tasks in a folder."""
-    tasks = [file.parent.name for file in folder.glob("*/validation.parquet")]
-    columns = (column for task in tasks for column in texts_of(folder, task, "validation").values())
-    return {letters(part) for column in columns for text in column for part in (text, *split_sentences(text))}
+def without_development_texts(texts: Iterable[tuple[str, ...]], folder: Path) -> list[tuple[str, ...]]:
+    """Texts, or pairs of them, that share none with a development set in a folder; prints how many rows of each do."""
+    rows: dict[str, list[set[str]]] = {}
+    for file in sorted(folder.glob("*/validation.parquet")):
+        columns = texts_of(folder, file.parent.name, "validation").values()
+        rows[file.parent.name] = [
+            {letters(part) for text in row for part in (text, *split_sentences(text))}
+            for row in zip(*columns, strict=True)
+        ]
+    known = {text for sets in rows.values() for row in sets for text in row}
+    kept, shared, left_out = [], set(), 0
+    for text in texts:
+        found = known.intersection(map(letters, text))
+        shared |= found
+        if found:
+            left_out += 1
+        else:
+            kept.append(text)
+    print(f"left out: {left_out:,} that share a text with a development set, with so many of its rows:")
+    for task, sets in rows.items():
+        print(f"  {task}: {sum(not shared.isdisjoint(row) for row in sets):,} of {len(sets):,}")
+    return kept
 
 
 def letters(text: str) -> str:
