@@ -7,8 +7,8 @@ Writes a text file of sentences without labels, a sentence a line, for `hf-stomp
 
 Takes sentences of film reviews, drawn at random, and every sentence of the training sets of the tasks named: those of
 3 to 40 words, each once. Without reviews it writes the tasks' pairs of texts as they are, each once, in random order.
-What shares a text with a development set of any task in DIR is left out, compared by letters and digits, and counted:
-STS-B's training set has pairs of MRPC's development set.
+What shares a text, or a sentence of one, with a development set of any task in DIR is left out, compared by letters
+and digits, and counted: STS-B's training set has pairs of MRPC's development set.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def main() -> None:
     for task in arguments.tasks:
         texts = [text for column in texts_of(arguments.dataset_dir, task).values() for text in column]
         found.update(dict.fromkeys(_short([line for text in texts for line in split_sentences(text)])))
-    kept = [sentence for (sentence,) in without_development_texts([(line,) for line in found], arguments.dataset_dir)]
+    rows = without_development_texts([(line,) for line in found], arguments.dataset_dir)
+    kept = [sentence for (sentence,) in rows]
     arguments.output.write_text("\n".join(kept) + "\n", encoding="utf-8")
     print(f"{arguments.output}: {len(kept):,} sentences")
 
@@ -76,28 +77,27 @@ def texts_of(folder: Path, task: str, split: str = "train") -> dict[str, list[st
     return {name: table[name].to_pylist() for name in names}
 
 
-def without_development_texts(texts: Iterable[tuple[str, ...]], folder: Path) -> list[tuple[str, ...]]:
-    """Texts, or pairs of them, that share none with a development set in a folder; prints how many rows of each do."""
-    rows: dict[str, list[set[str]]] = {}
-    for file in sorted(folder.glob("*/validation.parquet")):
-        columns = texts_of(folder, file.parent.name, "validation").values()
-        rows[file.parent.name] = [
-            {letters(part) for text in row for part in (text, *split_sentences(text))}
-            for row in zip(*columns, strict=True)
-        ]
-    known = {text for sets in rows.values() for row in sets for text in row}
-    kept, shared, left_out = [], set(), 0
-    for text in texts:
-        found = known.intersection(map(letters, text))
-        shared |= found
-        if found:
-            left_out += 1
-        else:
-            kept.append(text)
-    print(f"left out: {left_out:,} that share a text with a development set, with so many of its rows:")
-    for task, sets in rows.items():
-        print(f"  {task}: {sum(not shared.isdisjoint(row) for row in sets):,} of {len(sets):,}")
+def without_development_texts(rows: Iterable[tuple[str, ...]], folder: Path) -> list[tuple[str, ...]]:
+    """The rows that share no sentence with a development set in a folder; prints how many share one."""
+    held_out = {
+        file.parent.name: list(
+            map(sentences_of, zip(*texts_of(folder, file.parent.name, "validation").values(), strict=True))
+        )
+        for file in sorted(folder.glob("*/validation.parquet"))
+    }
+    known = {sentence for sets in held_out.values() for row in sets for sentence in row}
+    shared = [(row, sentences_of(row) & known) for row in rows]
+    kept = [row for row, found in shared if not found]
+    leaked = {sentence for _, found in shared for sentence in found}
+    print(f"left out: {len(shared) - len(kept):,} that share a sentence with so many rows of a development set:")
+    for task, sets in held_out.items():
+        print(f"  {task}: {sum(not leaked.isdisjoint(row) for row in sets):,} of {len(sets):,}")
     return kept
+
+
+def sentences_of(row: tuple[str, ...]) -> set[str]:
+    """The letters of every text of a row, and of every sentence of one."""
+    return {letters(part) for text in row for part in (text, *split_sentences(text))}
 
 
 def letters(text: str) -> str:

@@ -196,7 +196,7 @@ def read_plan(entries: Any) -> Plan:
         `dict[str, PlannedModule]`.
 
     Raises:
-        ValueError: an entry is no such dict, or reads what it cannot read.
+        ValueError: an entry is no such dict, has a field that none has, or reads what it cannot read.
     """
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"StoMPPConfig.modules must be a list of entries, got {in_short(entries)}")
@@ -235,8 +235,8 @@ def _read_entry(entry: dict[str, Any]) -> PlannedModule:
     unknown = sorted(entry.keys() - {field.name for field in fields(PlannedModule)}, key=str)
     if unknown:
         raise ValueError(
-            f"StoMPPConfig.modules: {in_short(name)} has no {in_short(unknown[0])}: the config is damaged or was "
-            "changed; take the original"
+            f"StoMPPConfig.modules: {in_short(name)} has no {in_short(unknown[0])}: it may come from a newer "
+            "hf_stompp (then upgrade), or the config is damaged or was changed (then take the original)"
         )
     return PlannedModule(name, kind, unit, source, bias is True)
 

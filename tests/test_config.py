@@ -53,6 +53,13 @@ def twelve_layers() -> list[dict[str, object]]:
     return entries
 
 
+def test_the_defaults_that_decide_what_trains() -> None:
+    config = StoMPPConfig()
+    assert (config.mode, config.surrogate) == ("bnn", "clipped_ste")
+    assert (config.weight_clip, config.activation_clip) == (1.0, 1.0)
+    assert (config.weight_window, config.activation_window) == (3.0, 2.0)
+
+
 # bad values
 
 

@@ -382,7 +382,7 @@ def test_trainer_makes_a_network_from_a_config_binary_block_by_block(tmp_path: P
         {"pixel_values": torch.randn(3, SIZE, SIZE, generator=generator) + index % 3, "labels": index % 3}
         for index in range(24)
     ]
-    model = binarize(resnet(), StoMPPConfig(surrogate="none", weight_clip=1.0, activation_clip=1.0))
+    model = binarize(resnet(), StoMPPConfig(surrogate="none"))
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     arguments = StoMPPTrainingArguments(
         tmp_path, max_steps=18, per_device_train_batch_size=8, learning_rate=1e-2, report_to=[], use_cpu=True

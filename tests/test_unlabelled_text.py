@@ -45,16 +45,23 @@ def test_writes_sentences_of_reviews_and_of_both_columns_of_a_task_once_each(
 
 @pytest.mark.parametrize("names", [("a", "b"), ("sentence1", "sentence2")])
 def test_writes_pairs_of_texts_once_each_without_those_of_a_development_set(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], names: tuple[str, str]
 ) -> None:
     datasets = pytest.importorskip("datasets")
     unlabelled_text = load(ROOT / "benchmarks" / "unlabelled_text.py")
-    # The last stands in a development set, spelled in another way.
-    pairs = {"sentence1": ["one", "two", "one", "four"], "sentence2": ["first", "second", "first", " three"]}
+    # The last four share a text with a development set, or a sentence, spelled in another way.
+    pairs = {
+        "sentence1": ["one", "two", "one", "four", "Three", "It is a dog. It ran away.", "Not known. He ran off."],
+        "sentence2": ["first", "second", "first", " three", "third", "sixth", "seventh"],
+    }
     (tmp_path / "mrpc").mkdir()
     datasets.Dataset.from_dict(pairs).to_parquet(tmp_path / "mrpc" / "train.parquet")
     (tmp_path / "stsb").mkdir()
-    known = {"sentence1": ["Three!", "x"], "sentence2": ["y", "z"], "label": [1.0, 2.0]}
+    known = {
+        "sentence1": ["Three!", "it is a dog.  It ran away", "He ran off! And she stayed."],
+        "sentence2": ["y", "z", "Three"],
+        "label": [1.0, 2.0, 3.0],
+    }
     datasets.Dataset.from_dict(known).to_parquet(tmp_path / "stsb" / "validation.parquet")
     output = tmp_path / "pairs.jsonl"
     columns = [] if names == ("a", "b") else ["--columns", *names]
@@ -63,3 +70,5 @@ def test_writes_pairs_of_texts_once_each_without_those_of_a_development_set(
     unlabelled_text.main()
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert sorted(tuple(line[name] for name in names) for line in lines) == [("one", "first"), ("two", "second")]
+    told = capsys.readouterr().out
+    assert "left out: 4 that" in told and "stsb: 3 of 3" in told

@@ -8,6 +8,7 @@ becomes a tensor. `README.md` beside it has the commands.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import shlex
@@ -58,6 +59,9 @@ FROM_SCRATCH: dict[str, Any] = {
     "per_device_eval_batch_size": 256,
 }
 """Arguments of a network that starts from its config where nothing else is asked for: the recipe of the papers."""
+
+BINARY_FROM_SCRATCH = {"weight_window": 1.0}
+"""The same of a binary one: the gradient of a frozen weight passes within its clip range."""
 
 
 # ---- Arguments ------------------------------------------------------------------------------------------------------
@@ -142,6 +146,9 @@ def parse_arguments(
     defaults: dict[str, Any] = {"train_sampling_strategy": "random", "remove_unused_columns": False}
     if "model_type" in given:
         defaults |= FROM_SCRATCH
+        # The last one counts.
+        if dict(itertools.pairwise(argv)).get("--method") != "float":
+            defaults |= BINARY_FROM_SCRATCH
     parser.set_defaults(**defaults)
     model_args, data_args, recipe_args, training_args = parser.parse_args_into_dataclasses(
         argv, look_for_args_file=False

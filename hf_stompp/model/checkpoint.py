@@ -56,11 +56,14 @@ def guard_name(model: nn.Module) -> str | None:
     return next((f"{name}.weight" for name in names), None)
 
 
-BINARY_TENSORS = {"latent": ("packed_weight", "freeze_mask", "threshold"), "packed": ("threshold",)}
-"""Tensors that would be dropped without a word where the model has none of the name, by its state."""
+BINARY_TENSORS = {"latent": ("packed_weight", "freeze_mask"), "packed": ("threshold",)}
+"""
+By the state of a model: last parts of names, of which a file may hold none that the model lacks. Every masked module
+has a mask; and where a packed model has no `packed_weight`, its file lacks a float weight, see [`check_loaded`].
+"""
 
 
-def check_modules(model: nn.Module, files: Iterable[str], state: str) -> None:
+def check_modules(model: nn.Module, files: Iterable[str], state: str, known: Iterable[str]) -> None:
     """
     Checks that files are those of a model with these binary modules. The guard in packed files would refuse a latent
     model without an explanation; a layer that only the file knows as masked would become a float one, and a threshold
@@ -70,22 +73,25 @@ def check_modules(model: nn.Module, files: Iterable[str], state: str) -> None:
         model (`PreTrainedModel`): with the modules of its plan.
         files (`Iterable[str]`): safetensors files.
         state (`str`): `"latent"` or `"packed"`.
+        known (`Iterable[str]`): names of the model's tensors.
 
     Raises:
         ValueError: names the first of [`BINARY_TENSORS`] that the model lacks.
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    known = {name.removeprefix(prefix) for name in model.state_dict()}
+    known = {name.removeprefix(prefix) for name in known}
     for file in files:
         with safe_open(file, framework="pt") as handle:
             names = list(handle.keys())
         for name in names:
-            module, _, tensor = name.removeprefix(prefix).rpartition(".")
-            if tensor not in BINARY_TENSORS[state] or f"{module}.{tensor}" in known:
+            inside = name.removeprefix(prefix)
+            module, _, tensor = inside.rpartition(".")
+            if not module or tensor not in BINARY_TENSORS[state] or inside in known:
                 continue
-            found = f"the tensor {name!r}, but the modules in its config.json lack {module!r}"
             if tensor == "packed_weight":
                 found = f"the packed tensor {name!r}, but its config.json says {state!r}"
+            else:
+                found = f"the tensor {name!r}, but the modules in its config.json lack {module!r}"
             raise ValueError(f"{file} holds {found}: they are not of one model; download or copy the folder again")
 
 

@@ -63,8 +63,8 @@ class StoMPPQuantizer(HfQuantizer):
             swap_in_packed(model, config, dtype=kwargs.get("dtype"))
             skip_initialization(model)
             expect_guard(model)
-        check_modules(model, files, config.state)
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        check_modules(model, files, config.state, self._shapes)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if not self.pre_quantized:

@@ -126,8 +126,11 @@ def _frozen_slope(slope: Callable[[Tensor], Tensor], mask: Tensor, distance: Ten
 def _weight_gradient(
     grad: Tensor, weight: Tensor, mask: Tensor, scale: Tensor, clip: float, surrogate: str, window: float
 ) -> Tensor:
-    passed, slope = masked_weight_grad(grad, weight, mask, scale, clip, surrogate, window), SURROGATES[surrogate].slope
-    return passed if slope is None else (passed * _frozen_slope(slope, mask, weight.abs(), window * scale)).to(passed)
+    passed = masked_weight_grad(grad, weight, mask, scale, clip, surrogate, window)
+    slope = SURROGATES[surrogate].slope
+    if slope is None:
+        return passed
+    return (passed * _frozen_slope(slope, mask, weight.abs(), window * scale)).to(passed.dtype)
 
 
 class _MaskedBinaryWeight(torch.autograd.Function):

@@ -48,7 +48,7 @@ def test_every_convolution_has_a_shortcut_of_its_own_and_no_activation_function(
 
 def test_a_packed_one_is_loaded_by_its_type_and_answers_as_the_committed_one(network, tmp_path) -> None:
     images = torch.randn(2, 3, 32, 32)
-    latent = binarize(network, StoMPPConfig(weight_clip=1.0, activation_clip=1.0))
+    latent = binarize(network, StoMPPConfig())
     with torch.no_grad():
         latent(images)
         committed = commit(latent).eval()

@@ -158,7 +158,7 @@ def test_arguments_that_contradict_each_other_are_refused(folders, tmp_path, cha
 def test_a_network_from_scratch_gets_the_recipe_of_the_papers_and_what_is_asked_for_wins(folders, tmp_path) -> None:
     given = arguments(tmp_path, folder_arguments(folders), method="stompp")
     *_, recipe, training = script.parse_arguments(given)
-    assert recipe.config() == StoMPPConfig(surrogate="none")
+    assert recipe.config() == StoMPPConfig(surrogate="none", weight_clip=1.0, weight_window=1.0, activation_clip=1.0)
     assert (training.optim, training.learning_rate, training.max_grad_norm) == ("sgd", 0.1, 0.0)
 
     *_, recipe, training = script.parse_arguments([*given, "--learning_rate=0.3", "--weight_clip", "2"])
