@@ -1,12 +1,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +11,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import ModelCard
+from interruption import assert_same_tensors, interrupted
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, BertTokenizer
 
@@ -23,7 +19,6 @@ from hf_stompp import StoMPPConfig, cli
 from hf_stompp.model.modules import masked_modules, packed_modules
 
 
-RUN = "import sys; from hf_stompp.cli import main; sys.exit(main())"
 SHORT = ["--batch_size", "8", "--max_length", "16", "--cpu", "--learning_rate", "3e-3"]
 TEXTS = ["word1 word2", "word3", "word4 word5 word6 word7 word8"]
 
@@ -208,31 +203,17 @@ def test_a_latent_encoder_goes_on_with_pairs_and_stays_binary(
 
 
 @pytest.mark.slow
-def test_interrupted_run_goes_on_to_the_same_weights(encoder: str, corpus: str, tmp_path: Path) -> None:
-    def start(output: Path) -> subprocess.Popen:
-        words = [encoder, str(output), "--text", corpus, *SHORT, "--epochs", "30"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", RUN, "distill", *words]
-        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
+def test_interrupted_run_goes_on_to_the_same_weights(
+    encoder: str, corpus: str, tmp_path: Path, printed: Callable
+) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert start(whole).wait() == 0
-    process = start(cut)
-    while process.poll() is None and not list((cut / "latent").glob("checkpoint-*")):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate()
-    assert process.returncode == 130, errors
-    assert "writing a checkpoint after this step" in errors
-    command = next(line.strip() for line in errors.splitlines() if line.strip().startswith("hf-stompp distill"))
-    assert command.endswith("--resume") and not (cut / "packed").exists()
-    words = shlex.split(command)[1:]
-    resumed = subprocess.run([sys.executable, "-c", RUN, *words], env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert resumed.returncode == 0
+    words = ["--text", corpus, *SHORT, "--epochs", "8"]
+    printed("distill", encoder, whole, *words)
+    command = interrupted(["distill", encoder, str(cut), *words], cut / "latent")
+    assert not (cut / "packed").exists()
+    printed(*command)
     for folder in ("packed", "latent"):
-        expected, found = (load_file(run / folder / "model.safetensors") for run in (whole, cut))
-        assert expected.keys() == found.keys()
-        assert all(torch.equal(expected[name], found[name]) for name in expected)
+        assert_same_tensors(whole / folder, cut / folder)
 
 
 class TestBadInput:

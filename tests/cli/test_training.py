@@ -1,13 +1,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +11,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import ModelCard
+from interruption import assert_same_tensors, interrupted
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
@@ -27,7 +23,6 @@ from hf_stompp.training.summary import compared_with_float
 
 
 CLASSES = ["bad", "fair", "good"]
-RUN = "import sys; from hf_stompp.cli import main; sys.exit(main())"
 SHORT = ["--batch_size", "8", "--max_length", "16", "--logging_steps", "2", "--cpu"]
 
 
@@ -197,32 +192,16 @@ def test_method_says_gradient_and_schedule(
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["float", "binary"])
 def test_interrupted_run_goes_on_to_the_same_weights(
-    float_model: str, files: list[str], tmp_path: Path, stage: str
+    float_model: str, files: list[str], tmp_path: Path, printed: Callable, stage: str
 ) -> None:
-    def start(output: Path, *more: str) -> subprocess.Popen:
-        words = [float_model, str(output), *files, *SHORT, "--float_epochs", "8", "--epochs", "8", *more]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", RUN, "train", *words]
-        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert start(whole).wait() == 0
-    process = start(cut)
+    words = [*files, *SHORT, "--float_epochs", "3", "--epochs", "3"]
+    printed("train", float_model, whole, *words)
     # The end of the first epoch leaves a checkpoint.
-    while process.poll() is None and not list((cut / stage).glob("checkpoint-*")):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate()
-    assert process.returncode == 130, errors
-    assert "writing a checkpoint after this step" in errors
-    command = next(line.strip() for line in errors.splitlines() if line.strip().startswith("hf-stompp train"))
-    assert command.endswith("--resume") and not (cut / "packed").exists()
-    words = shlex.split(command)[1:]
-    resumed = subprocess.run([sys.executable, "-c", RUN, *words], env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert resumed.returncode == 0
-    expected, found = (load_file(folder / "packed" / "model.safetensors") for folder in (whole, cut))
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    command = interrupted(["train", float_model, str(cut), *words], cut / stage)
+    assert not (cut / "packed").exists()
+    printed(*command)
+    assert_same_tensors(whole / "packed", cut / "packed")
 
 
 class TestBadInput:
