@@ -114,9 +114,9 @@ class PlannedModule:
         return self.kind in FUNCTION_KINDS
 
     @property
-    def is_activation(self) -> bool:
-        """Whether it is an activation function before a linear layer."""
-        return self.kind == "activation"
+    def is_embedding(self) -> bool:
+        """Whether it is the word embeddings."""
+        return self.kind in EMBEDDING_KINDS.values()
 
     @property
     def reads_bits(self) -> bool:
@@ -214,7 +214,7 @@ def read_plan(entries: Any) -> Plan:
                 f"writes: of the kind {entry.kind} it names {kinds}, before it in the list and in the same layer, and "
                 "what it names reads no further one: the config is damaged or was changed; take the original"
             )
-        if entry.is_activation and entry.name not in read:
+        if entry.kind == "activation" and entry.name not in read:
             raise ValueError(
                 f"StoMPPConfig.modules: {in_short(entry.name)} is an activation that no linear layer reads"
             )

@@ -169,7 +169,7 @@ def _columns(rows: Rows) -> list[str]:
     return [lines[0], "-" * len(lines[0]), *lines[1:], ""]
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Runs `hf-stompp bench`."""
     all_levels = ["op", "model"] if arguments.quick else ["op", "model", "loading"]
     levels = all_levels if arguments.level == "all" else [arguments.level]
@@ -178,4 +178,4 @@ def run(arguments: argparse.Namespace) -> None:
         result = measure(levels, arguments.threads, arguments.kernels, command, arguments.quick)
         if file is not None:
             file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2) if arguments.json else table(result))
+    return result, table(result)

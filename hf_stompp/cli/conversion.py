@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -145,7 +144,7 @@ def _convert(
     advice: dict[str, str],
     make: Callable[[Any], PreTrainedModel],
     verb: str,
-) -> None:
+) -> tuple[dict[str, Any], str]:
     """
     Reads a model, makes another of it and saves that with the tokenizer.
 
@@ -191,28 +190,28 @@ def _convert(
             "bytes_after": weight_bytes(partial),
             "files": sorted(path.name for path in partial.iterdir()),
         }
-    if arguments.json:
-        print(json.dumps(result, indent=2))
-        return
     before, after = result["bytes_before"], result["bytes_after"]
     change = f"{before / after:.1f} times smaller" if after < before else f"{after / before:.1f} times larger"
-    print(f"{result['class']}, mode {mode}")
-    print(f"before: {megabytes(before)}  {arguments.model}")
-    print(f"after:  {megabytes(after)}  {arguments.output}, {change}")
-    print(f"files:  {', '.join(result['files'])}")
+    lines = [
+        f"{result['class']}, mode {mode}",
+        f"before: {megabytes(before)}  {arguments.model}",
+        f"after:  {megabytes(after)}  {arguments.output}, {change}",
+        f"files:  {', '.join(result['files'])}",
+    ]
+    return result, "\n".join(lines)
 
 
-def run_pack(arguments: argparse.Namespace) -> None:
+def run_pack(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Runs `hf-stompp pack`."""
     advice = {
         "float": "a float model, and pack takes a committed latent one: train it with StoMPPTrainer first; "
         f"`hf-stompp inspect {arguments.model}` shows what would be binary",
         "packed": f"packed already: use it as it is, or `hf-stompp unpack {arguments.model} OUTPUT` to train on",
     }
-    _convert(arguments, "latent", advice, pack, "packing")
+    return _convert(arguments, "latent", advice, pack, "packing")
 
 
-def run_unpack(arguments: argparse.Namespace) -> None:
+def run_unpack(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Runs `hf-stompp unpack`."""
     advice = {
         "float": "a float model: there is nothing to unpack, use it as it is",
@@ -231,4 +230,4 @@ def run_unpack(arguments: argparse.Namespace) -> None:
         holder: Any = model
         return holder.dequantize()
 
-    _convert(arguments, "packed", advice, make, "unpacking")
+    return _convert(arguments, "packed", advice, make, "unpacking")

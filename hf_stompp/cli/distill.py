@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import shlex
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import AutoModel, DataCollatorWithPadding, PreTrainedModel, Trainer, set_seed
+from transformers import AutoModel, DataCollatorWithPadding, PreTrainedModel, set_seed
 
 from ..data.tables import import_datasets
 from ..data.text import Text, hold_out, read_texts, split_sentences
@@ -35,8 +33,8 @@ from .errors import CommandError, hub_errors
 from .evaluation import read_tokenizer
 from .models import megabytes, read_config, state_of
 from .options import read_losses
-from .progress import Interrupted, StopAfterStep, quiet, stopping_on_interrupt
-from .training import SUMMARY, check_output, default_method, resuming
+from .progress import stopping_on_interrupt
+from .training import SUMMARY, check_output, default_method, trainer_arguments
 
 
 IDENTITY = ("model", "student", "text_columns", "split_sentences", "max_texts", "max_length", "validation_share")
@@ -198,47 +196,13 @@ def tokenized(texts: list[Text], encoder: Encoder) -> Any:
     return import_datasets().Dataset.from_dict(tokenize(encoder.tokenizer, texts, encoder.max_length))
 
 
-def training_arguments(
-    arguments: argparse.Namespace, asked: RecipeArguments, losses: dict[str, float]
-) -> StoMPPTrainingArguments:
-    """The Trainer's arguments: those of the command, then those of the method."""
-    given = {
-        "max_steps": arguments.max_steps,
-        "num_train_epochs": arguments.epochs,
-        "learning_rate": arguments.learning_rate,
-        "distillation_losses": losses,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    args = StoMPPTrainingArguments(
-        output_dir=str(Path(arguments.output).expanduser() / "latent"),
-        per_device_train_batch_size=arguments.batch_size,
-        per_device_eval_batch_size=arguments.batch_size,
-        eval_strategy="steps",
-        eval_steps=0.2,
-        eval_mixed=False,
-        save_strategy="steps",
-        save_steps=0.05,
-        save_total_limit=1,
-        logging_steps=0.02,
-        seed=arguments.seed,
-        bf16=arguments.bf16,
-        use_cpu=arguments.cpu or not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available() and not arguments.cpu,
-        report_to="none",
-        disable_tqdm=not sys.stderr.isatty(),
-        **given,
-    )
-    asked.complete(args, given)
-    return args
-
-
 def distill(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     What `hf-stompp distill` does, and tells.
 
     Raises:
         CommandError, ValueError: the model or the texts cannot be used, or OUTPUT is taken.
-        Interrupted: Ctrl-C came; a checkpoint has been written.
+        KeyboardInterrupt: Ctrl-C came; in training, a checkpoint has been written.
     """
     output = Path(arguments.output).expanduser()
     check_output(arguments, output)
@@ -255,33 +219,45 @@ def distill(arguments: argparse.Namespace) -> dict[str, Any]:
     student = load_student(arguments, encoder, asked)
     losses = encoder.losses(arguments.losses)
     check_teacher(student, encoder.model, losses)
-    args = training_arguments(arguments, asked, losses)
+    given = {
+        "max_steps": arguments.max_steps,
+        "num_train_epochs": arguments.epochs,
+        "learning_rate": arguments.learning_rate,
+        "distillation_losses": losses,
+    }
+    args = trainer_arguments(
+        arguments,
+        asked,
+        output / "latent",
+        given,
+        eval_strategy="steps",
+        eval_steps=0.2,
+        eval_mixed=False,
+        save_strategy="steps",
+        save_steps=0.05,
+        logging_steps=0.02,
+        report_to="none",
+    )
     texts, held_out = read(arguments)
     check_schedule(student, args, len(texts))
-    stop = StopAfterStep()
-
-    def prepare(trainer: Trainer) -> None:
-        quiet(trainer)
-        trainer.add_callback(stop)
-
-    recipe = Recipe(
-        asked,
-        args,
-        output_dir=output,
-        tokenizer=encoder.tokenizer,
-        train_dataset=tokenized(texts, encoder),
-        eval_datasets={"eval": tokenized(held_out, encoder)},
-        data_collator=DataCollatorWithPadding(encoder.tokenizer),
-        compute_metrics=None,
-        identity={
-            **{name: getattr(arguments, name) for name in IDENTITY},
-            "text": " ".join(map(str, arguments.text)),
-            "examples": len(texts) + len(held_out),
-        },
-        prepare=prepare,
-    )
-    claim_output_dir(recipe)
-    with stopping_on_interrupt(stop):
+    with stopping_on_interrupt(arguments.words) as prepare:
+        recipe = Recipe(
+            asked,
+            args,
+            output_dir=output,
+            tokenizer=encoder.tokenizer,
+            train_dataset=tokenized(texts, encoder),
+            eval_datasets={"eval": tokenized(held_out, encoder)},
+            data_collator=DataCollatorWithPadding(encoder.tokenizer),
+            compute_metrics=None,
+            identity={
+                **{name: getattr(arguments, name) for name in IDENTITY},
+                "text": " ".join(map(str, arguments.text)),
+                "examples": len(texts) + len(held_out),
+            },
+            prepare=prepare,
+        )
+        claim_output_dir(recipe)
         results = train_and_pack(recipe, encoder, student, held_out)
     details = {} if encoder.folder is None else {"tasks": "sentence-similarity", "tags": "sentence-transformers"}
     write_card(recipe, results, output.name, **details)
@@ -341,18 +317,10 @@ def check_schedule(student: PreTrainedModel, args: StoMPPTrainingArguments, exam
     plan_progression(config_of(student).units, steps, schedule=args.progression_schedule, tail=args.progression_tail)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Runs `hf-stompp distill`."""
-    try:
-        result = distill(arguments)
-    except Interrupted as error:
-        print(f"hf-stompp: stopped; go on with\n  {resuming(arguments.words)}", file=sys.stderr)
-        raise KeyboardInterrupt from error
-    if arguments.json:
-        print(json.dumps(result, indent=2))
-        return
-    print(_table(result))
-    print(f"saved: {result['saved']}")
+    result = distill(arguments)
+    return result, f"{_table(result)}\nsaved: {result['saved']}"
 
 
 def _table(result: Mapping[str, Any]) -> str:

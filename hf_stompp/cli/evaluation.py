@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -193,27 +192,25 @@ def read_tokenizer(model: str) -> Any:
     return AutoTokenizer.from_pretrained(folder if is_local else model, trust_remote_code=False)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Runs `hf-stompp eval`."""
     result = evaluate(arguments)
-    if arguments.json:
-        print(json.dumps(result, indent=2))
-        return
-    print(f"{result['model']}: {result['class']}, {result['state']}")
+    lines = [f"{result['model']}: {result['class']}, {result['state']}"]
     if result["committed"] is False:
-        print("not committed yet: what follows is of a mixed network, not of the binary one")
+        lines.append("not committed yet: what follows is of a mixed network, not of the binary one")
     if "accuracy" in result:
         answered = f"{result['words']:,} words" if "words" in result else f"{result['examples']:,}"
-        print(
+        lines.append(
             f"accuracy {result['accuracy']:.4f}, {result['correct']:,} of {answered} right "
             f"(always the largest class: {result['largest_class']:.4f})"
         )
-    print(", ".join(f"{name} {result[name]:.4f}" for name in result["measures"] if name != "accuracy"))
-    print(
+    lines.append(", ".join(f"{name} {result[name]:.4f}" for name in result["measures"] if name != "accuracy"))
+    lines.append(
         f"{result['seconds']:.1f} s, {result['examples_per_second']:,.0f} examples/s in batches of "
         f"{result['batch_size']} on {result['device']}, tokenizer included"
     )
-    print(
+    lines.append(
         f"text from {', '.join(result['text_columns'])} of {result['source']}, at most {result['max_length']} tokens"
         + (f"; {result['words_left_out']:,} words beyond are not measured" if result.get("words_left_out") else "")
     )
+    return result, "\n".join(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+from typing import Any
 
 from ..export import export_onnx, sample_inputs
 from .conversion import output_file, weight_bytes
@@ -11,7 +11,7 @@ from .errors import CommandError
 from .models import load, local_folder, megabytes, read_config, state_of
 
 
-def run_export(arguments: argparse.Namespace) -> None:
+def run_export(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Runs `hf-stompp export`."""
     config = read_config(arguments.model)
     state = state_of(config, arguments.model)
@@ -29,7 +29,7 @@ def run_export(arguments: argparse.Namespace) -> None:
             export_onnx(model, path, inputs)
         except ImportError as error:
             raise CommandError(str(error)) from error
-        result = {
+        result: dict[str, Any] = {
             "model": arguments.model,
             "output": arguments.output,
             "class": type(model).__name__,
@@ -37,9 +37,9 @@ def run_export(arguments: argparse.Namespace) -> None:
             "bytes_before": weight_bytes(source),
             "bytes_after": path.stat().st_size,
         }
-    if arguments.json:
-        print(json.dumps(result, indent=2))
-        return
-    print(f"{result['class']}, inputs {', '.join(inputs)}")
-    print(f"packed: {megabytes(result['bytes_before'])}  {arguments.model}")
-    print(f"ONNX:   {megabytes(result['bytes_after'])}  {arguments.output}")
+    lines = [
+        f"{result['class']}, inputs {', '.join(inputs)}",
+        f"packed: {megabytes(result['bytes_before'])}  {arguments.model}",
+        f"ONNX:   {megabytes(result['bytes_after'])}  {arguments.output}",
+    ]
+    return result, "\n".join(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+from collections.abc import Iterator
 from typing import Any
 
 import accelerate
@@ -71,29 +71,27 @@ def _why_not(native: cpu.NativeKernels, kernel: str) -> str | None:
     return reason
 
 
-def _print_information(info: dict[str, Any]) -> None:
-    print("  ".join(f"{name} {version}" for name, version in info["versions"].items()))
-    print(f"CPU kernel: {info['cpu']['runs']}, {info['cpu']['threads']} threads")
+def _lines(info: dict[str, Any]) -> Iterator[str]:
+    yield "  ".join(f"{name} {version}" for name, version in info["versions"].items())
+    yield f"CPU kernel: {info['cpu']['runs']}, {info['cpu']['threads']} threads"
     if info["cpu"]["why_reference"]:
-        print(f"  the reference in plain PyTorch, many times slower, because: {info['cpu']['why_reference']}")
+        yield f"  the reference in plain PyTorch, many times slower, because: {info['cpu']['why_reference']}"
     for kernel, reason in info["cpu"]["why_not"].items():
-        print(f"  {kernel}: {reason}")
-    print(f"  library: {info['cpu']['library']}")
-    print(f"  compiler: {info['cpu']['compiler']}")
+        yield f"  {kernel}: {reason}"
+    yield f"  library: {info['cpu']['library']}"
+    yield f"  compiler: {info['cpu']['compiler']}"
     devices = info["cuda"]["devices"]
     if not devices:
-        print("CUDA: no device")
+        yield "CUDA: no device"
     for index, device in enumerate(devices):
-        print(f"CUDA device {index}: {device['name']} ({device['capability']}), products of {device['product']}")
+        yield f"CUDA device {index}: {device['name']} ({device['capability']}), products of {device['product']}"
         if device["why_not"]:
-            print(f"  without kernels of its own, because: {device['why_not']}")
-        print(f"  library: {device['library']}")
-    print(f"  nvcc: {info['cuda']['nvcc']}")
+            yield f"  without kernels of its own, because: {device['why_not']}"
+        yield f"  library: {device['library']}"
+    yield f"  nvcc: {info['cuda']['nvcc']}"
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Runs `hf-stompp info`."""
     info = information()
-    if arguments.json:
-        print(json.dumps(info, indent=2))
-    else:
-        _print_information(info)
+    return info, "\n".join(_lines(info))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -76,9 +76,9 @@ def _float_bytes(model: PreTrainedModel) -> dict[str, int]:
     return {name: size for name, size in sorted(sizes.items(), key=lambda item: -item[1]) if size}
 
 
-def inspect(model: str, options: dict[str, Any]) -> dict[str, Any]:
+def inspect(model: str, options: dict[str, Any]) -> tuple[dict[str, Any], BinarizationReport]:
     """
-    What `hf-stompp inspect` tells.
+    What `hf-stompp inspect` tells, and the sizes of units with names that can be printed.
 
     Args:
         model (`str`): a folder, or a name on the Hub.
@@ -102,7 +102,7 @@ def inspect(model: str, options: dict[str, Any]) -> dict[str, Any]:
         stompp = found.config.quantization_config
     sizes = report(found, stompp)
     shown = BinarizationReport([replace(row, unit=printable(row.unit)) for row in sizes.units])
-    return {
+    result = {
         "model": model,
         "class": type(found).__name__,
         "state": state,
@@ -112,38 +112,35 @@ def inspect(model: str, options: dict[str, Any]) -> dict[str, Any]:
         "frozen_fractions": frozen_fractions(found) if state == "latent" else {},
         "float_modules": _float_bytes(found),
         "modules": stompp.modules,
-        "table": str(shown),
     }
+    return result, shown
 
 
-def _print(result: dict[str, Any]) -> None:
+def _lines(result: dict[str, Any], sizes: BinarizationReport) -> Iterator[str]:
     options, total, state = result["options"], result["total"], result["state"]
     what = "float; what binarize() would make of it" if state == "float" else state
     names = {name: printable(name) for name in [*result["float_modules"], *result["frozen_fractions"]]}
     others = "".join(f", {mode} where {printable(pattern)}" for pattern, mode in (options["modes"] or {}).items())
-    print(f"{result['model']}: {result['class']}, {what} (mode {options['mode']}{others}, unit {options['unit']})\n")
-    print(result["table"] + "\n")
+    yield f"{result['model']}: {result['class']}, {what} (mode {options['mode']}{others}, unit {options['unit']})\n"
+    yield f"{sizes}\n"
     binary, weights = total["binary_weights"], total["binary_weights"] + total["float_weights"]
-    print(f"1-bit: {binary:,} of {weights:,} weights ({binary / weights:.1%})")
+    yield f"1-bit: {binary:,} of {weights:,} weights ({binary / weights:.1%})"
     ratio = total["bytes_before"] / total["bytes_packed"]
-    print(
+    yield (
         f"size: {megabytes(total['bytes_before'])} float, {megabytes(total['bytes_packed'])} packed, "
         f"{ratio:.1f} times smaller"
     )
     largest = [f"{names[name]} {megabytes(size)}" for name, size in list(result["float_modules"].items())[:3]]
-    print(f"stays float: {', '.join(largest)}, and {max(0, len(result['float_modules']) - 3)} smaller modules")
+    yield f"stays float: {', '.join(largest)}, and {max(0, len(result['float_modules']) - 3)} smaller modules"
     if state == "latent":
         free = [names[unit] for unit, fraction in result["frozen_fractions"].items() if fraction < 1.0]
-        print(f"frozen: {'everything, it can be packed' if not free else 'not yet all of ' + ', '.join(free)}")
+        yield f"frozen: {'everything, it can be packed' if not free else 'not yet all of ' + ', '.join(free)}"
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Runs `hf-stompp inspect`."""
     given = {name: getattr(arguments, name) for name in CONFIG_OPTIONS}
     if arguments.example_inputs is not None:
         given["example_inputs"] = read_example_inputs(arguments.example_inputs)
-    result = inspect(arguments.model, {name: value for name, value in given.items() if value is not None})
-    if arguments.json:
-        print(json.dumps({name: value for name, value in result.items() if name != "table"}, indent=2))
-    else:
-        _print(result)
+    result, sizes = inspect(arguments.model, {name: value for name, value in given.items() if value is not None})
+    return result, "\n".join(_lines(result, sizes))

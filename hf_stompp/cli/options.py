@@ -18,10 +18,14 @@ from .errors import CommandError
 
 
 def run_of(module: str, function: str = "run") -> Callable[[argparse.Namespace], None]:
-    """What a command runs. Its module is imported by then: most need more than `--help` should wait for."""
+    """
+    What a command runs: a function that returns what `--json` prints, and what is printed otherwise. Its module is
+    imported by then: most need more than `--help` should wait for.
+    """
 
     def run(arguments: argparse.Namespace) -> None:
-        getattr(importlib.import_module(f".{module}", __package__), function)(arguments)
+        result, text = getattr(importlib.import_module(f".{module}", __package__), function)(arguments)
+        print(json.dumps(result, indent=2) if arguments.json else text)
 
     return run
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,24 +46,24 @@ def _result(dynamics: Dynamics, files: dict[str, Path]) -> dict[str, Any]:
     }
 
 
-def _print(dynamics: Dynamics, files: dict[str, Path]) -> None:
-    print(f"{dynamics.source}: {dynamics.steps} optimizer steps")
+def _lines(dynamics: Dynamics, files: dict[str, Path]) -> Iterator[str]:
+    yield f"{dynamics.source}: {dynamics.steps} optimizer steps"
     if dynamics.units:
         committed = [unit for unit in dynamics.units if unit.committed_step is not None]
         done = dynamics.committed_step
         state = "not fully binary yet" if done is None else f"fully binary after step {done}"
-        print(f"units: {len(dynamics.units)}, {len(committed)} committed, {state}")
+        yield f"units: {len(dynamics.units)}, {len(committed)} committed, {state}"
     else:
-        print("units: none, this run had no progression")
+        yield "units: none, this run had no progression"
     calls = MODELS if dynamics.units else MODELS | {"binary": "model"}
     for model, measures in dynamics.results.items():
         if dynamics.metric in measures:
-            print(f"{dynamics.metric}: {measures[dynamics.metric]:.4f} {calls[model]}")
+            yield f"{dynamics.metric}: {measures[dynamics.metric]:.4f} {calls[model]}"
     for kind, path in files.items():
-        print(f"{kind}: {path}")
+        yield f"{kind}: {path}"
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Runs `hf-stompp plot`."""
     # It tells that it builds its cache of fonts, which is no error.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
@@ -79,7 +79,4 @@ def run(arguments: argparse.Namespace) -> None:
         partial.write_bytes(picture)
     with replacing(files["report"]) as partial:
         partial.write_text(page, encoding="utf-8")
-    if arguments.json:
-        print(json.dumps(_result(dynamics, files), indent=2))
-    else:
-        _print(dynamics, files)
+    return _result(dynamics, files), "\n".join(_lines(dynamics, files))

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from transformers import (
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState
 
 from ..training.callbacks import UnitProgressCallback
 
@@ -33,28 +26,20 @@ class StopAfterStep(TrainerCallback):
     def __init__(self) -> None:
         self.stop = self.is_training = False
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.is_training = True
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.stop and state.global_step < state.max_steps:
             control.should_training_stop = control.should_save = True
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         # Of an epoch that has not ended: an evaluation that the uninterrupted run does not make draws random numbers.
         epoch = state.epoch or 0.0
         if self.stop and abs(epoch - round(epoch)) > 1e-6:
             control.should_evaluate = control.should_save = False
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.is_training = False
         if self.stop and state.global_step < state.max_steps:
             raise Interrupted
@@ -72,38 +57,17 @@ class QuietUnitBar(QuietBar, UnitProgressCallback):
 
 
 class ProgressLines(TrainerCallback):
-    """
-    A line now and then on stderr, for logs that nobody watches.
+    """A line now and then on stderr, for logs that nobody watches."""
 
-    Args:
-        seconds (`float`, *optional*, defaults to 60): between two of them, at least.
-    """
-
-    def __init__(self, seconds: float = 60.0) -> None:
-        self.seconds = seconds
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._first_step, self._begin = state.global_step, time.monotonic()
         self._last = self._begin
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
         now, done = time.monotonic(), state.global_step - self._first_step
-        if (
-            not state.is_world_process_zero
-            or logs is None
-            or "loss" not in logs
-            or not done
-            or now - self._last < self.seconds
-        ):
+        if not state.is_world_process_zero or logs is None or "loss" not in logs or not done or now - self._last < 60:
             return
         self._last = now
         minutes = (now - self._begin) / done * (state.max_steps - state.global_step) / 60
@@ -115,11 +79,19 @@ class ProgressLines(TrainerCallback):
 
 
 @contextmanager
-def stopping_on_interrupt(callback: StopAfterStep) -> Iterator[None]:
+def stopping_on_interrupt(words: list[str]) -> Iterator[Callable[[Trainer], None]]:
     """
     Within the block the first Ctrl-C in training lets the step end and a checkpoint be written; the second, or one
-    outside training, interrupts.
+    outside training, interrupts. Yields what each trainer is prepared with.
+
+    Raises:
+        KeyboardInterrupt: the run was interrupted; how to go on with the command of these words has been told.
     """
+    callback = StopAfterStep()
+
+    def prepare(trainer: Trainer) -> None:
+        quiet(trainer)
+        trainer.add_callback(callback)
 
     def stop(number: int, frame: FrameType | None) -> None:
         if callback.stop or not callback.is_training:
@@ -129,7 +101,11 @@ def stopping_on_interrupt(callback: StopAfterStep) -> Iterator[None]:
 
     before = signal.signal(signal.SIGINT, stop)
     try:
-        yield
+        yield prepare
+    except Interrupted as error:
+        again = shlex.join(["hf-stompp", *(word for word in words if word != "--resume"), "--resume"])
+        print(f"hf-stompp: stopped; go on with\n  {again}", file=sys.stderr)
+        raise KeyboardInterrupt from error
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import shlex
@@ -200,20 +199,20 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Runs `hf-stompp sensitivity`."""
     result = measure(arguments)
     if arguments.plot is not None:
         plot(result, arguments.plot)
-    if arguments.json:
-        print(json.dumps(result, indent=2))
-        return
-    print(f"{arguments.model}: accuracy {result['accuracy']:.4f} as it is, {result['examples']:,} examples\n")
-    print(_table(result["parts"]))
+    paragraphs = [
+        f"{arguments.model}: accuracy {result['accuracy']:.4f} as it is, {result['examples']:,} examples",
+        _table(result["parts"]),
+    ]
     if result["suggestion"] is not None:
-        print("\n" + _told(result["suggestion"]))
+        paragraphs.append(_told(result["suggestion"]))
     if arguments.plot is not None:
-        print(f"\npicture: {arguments.plot}")
+        paragraphs.append(f"picture: {arguments.plot}")
+    return result, "\n\n".join(paragraphs)
 
 
 def _told(suggestion: dict[str, Any]) -> str:

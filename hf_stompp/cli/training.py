@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from .labels import class_names, model_labels, output_names, problem_type_of
 from .measures import metrics_of
 from .models import first_architecture, megabytes, read_config, state_of
 from .options import read_losses
-from .progress import Interrupted, StopAfterStep, quiet, stopping_on_interrupt
+from .progress import stopping_on_interrupt
 from .words import token_labels
 
 
@@ -124,27 +123,22 @@ def tokenized(examples: Examples, labels: list[Any], tokenizer: Any, length: int
     return datasets.Dataset.from_dict({**encoded, "labels": labels})
 
 
-def training_arguments(arguments: argparse.Namespace, asked: RecipeArguments, folder: Path) -> StoMPPTrainingArguments:
-    """The Trainer's arguments: those of the command, then those of the method."""
-    is_float = asked.method == "float"
-    rate = arguments.float_learning_rate if is_float else arguments.learning_rate
-    given = {"num_train_epochs": arguments.epochs, "learning_rate": rate, "distillation_losses": arguments.losses}
+def trainer_arguments(
+    arguments: argparse.Namespace, asked: RecipeArguments, folder: Path, given: Mapping[str, Any], **options: Any
+) -> StoMPPTrainingArguments:
+    """The Trainer's arguments: those of every training command, its own, those that were given, then the method's."""
     given = {name: value for name, value in given.items() if value is not None}
     args = StoMPPTrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=arguments.batch_size,
         per_device_eval_batch_size=arguments.batch_size,
-        eval_strategy="epoch",
-        save_strategy="epoch",
         save_total_limit=1,
-        logging_steps=arguments.logging_steps,
         seed=arguments.seed,
         bf16=arguments.bf16,
         use_cpu=arguments.cpu or not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available() and not arguments.cpu,
-        report_to=arguments.report_to,
-        card_speed=arguments.card_speed,
         disable_tqdm=not sys.stderr.isatty(),
+        **options,
         **given,
     )
     asked.complete(args, given)
@@ -157,7 +151,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
 
     Raises:
         CommandError: the model or the examples cannot be used, or OUTPUT is taken.
-        Interrupted: Ctrl-C came; a checkpoint has been written.
+        KeyboardInterrupt: Ctrl-C came; in training, a checkpoint has been written.
     """
     _check_sources(arguments, Path(arguments.output).expanduser())
     if arguments.losses is not None:
@@ -174,9 +168,8 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.method = default_method(model)
     asked = asked_for(arguments)
     _choose_teacher(arguments, asked, knows_classes, head_is_trained and not is_binarized(model))
-    stop = StopAfterStep()
-    recipe = _recipe(arguments, asked, model, training, validation, stop)
-    with stopping_on_interrupt(stop):
+    with stopping_on_interrupt(arguments.words) as prepare:
+        recipe = _recipe(arguments, asked, model, training, validation, prepare)
         results = run_recipe(recipe, model, head_is_trained)
     return _save(arguments, recipe, results, {"train": len(training.labels), "validation": len(validation.labels)})
 
@@ -201,7 +194,7 @@ def _recipe(
     model: PreTrainedModel,
     training: Examples,
     validation: Examples,
-    stop: StopAfterStep,
+    prepare: Callable[[Trainer], None],
 ) -> Recipe:
     """The run that is asked for, its examples tokenized."""
     with hub_errors("model", arguments.model):
@@ -215,13 +208,26 @@ def _recipe(
         for examples in (training, validation)
     )
 
-    def prepare(trainer: Trainer) -> None:
-        quiet(trainer)
-        trainer.add_callback(stop)
-
+    is_float = asked.method == "float"
+    given = {
+        "num_train_epochs": arguments.epochs,
+        "learning_rate": arguments.float_learning_rate if is_float else arguments.learning_rate,
+        "distillation_losses": arguments.losses,
+    }
+    args = trainer_arguments(
+        arguments,
+        asked,
+        output / ("float" if is_float else "binary"),
+        given,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        logging_steps=arguments.logging_steps,
+        report_to=arguments.report_to,
+        card_speed=arguments.card_speed,
+    )
     return Recipe(
         asked,
-        training_arguments(arguments, asked, output / ("float" if asked.method == "float" else "binary")),
+        args,
         output_dir=output,
         tokenizer=tokenizer,
         train_dataset=train_set,
@@ -326,26 +332,11 @@ def check_output(arguments: argparse.Namespace, output: Path) -> None:
         raise CommandError(f"{arguments.output} holds no run to resume: check the folder, or drop --resume")
 
 
-def resuming(words: list[str]) -> str:
-    """The command line that goes on with a run."""
-    return shlex.join(["hf-stompp", *(word for word in words if word != "--resume"), "--resume"])
-
-
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Runs `hf-stompp train`."""
-    try:
-        result = train(arguments)
-    except Interrupted as error:
-        print(f"hf-stompp: stopped; go on with\n  {resuming(arguments.words)}", file=sys.stderr)
-        raise KeyboardInterrupt from error
-    if arguments.json:
-        print(json.dumps(result, indent=2))
-        return
-    print(_table(result["metrics"], result["bytes"]))
-    comparison = compared_with_float(result)
-    if comparison:
-        print(comparison)
-    print(f"saved: {result['saved']}")
+    result = train(arguments)
+    parts = _table(result["metrics"], result["bytes"]), compared_with_float(result), f"saved: {result['saved']}"
+    return result, "\n".join(filter(None, parts))
 
 
 def _table(metrics: Mapping[str, Mapping[str, float]], sizes: Mapping[str, int]) -> str:

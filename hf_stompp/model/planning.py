@@ -437,9 +437,5 @@ def check_not_tied(model: nn.Module, plan: Plan) -> None:
             continue
         aliases = [other for other in names[id(parameters[f"{name}.weight"])] if other != f"{name}.weight"]
         if aliases:
-            what = (
-                "set word_embeddings='float'"
-                if entry.kind in EMBEDDING_KINDS.values()
-                else f"add {name!r} to modules_to_not_convert"
-            )
+            what = "set word_embeddings='float'" if entry.is_embedding else f"add {name!r} to modules_to_not_convert"
             raise ValueError(f"{name}.weight is tied to {aliases}; a tied weight is never binarized: {what}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import astuple, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,7 +22,6 @@ from ..nn import (
     PackedBinaryEmbedding,
     PackedBinaryLinear,
     PackedBinarySign,
-    PackedEmbedding,
     PackedInt8Embedding,
     PackedResidualNorm,
     RoundedEmbedding,
@@ -35,32 +34,23 @@ from .cautions import attend, watch
 from .modules import packed_modules
 
 
-FLOAT_LAYERS: dict[str, type[nn.Module]] = {"linear": nn.Linear, "convolution": nn.Conv2d}
-"""What the layers of a plan were, by the kind that it says."""
+class Classes(NamedTuple):
+    """What a module is in a float model, in a latent one and in a packed one."""
 
-MASKED_LAYERS: dict[str, type[MaskedBinaryLinear]] = {"linear": MaskedBinaryLinear, "convolution": MaskedBinaryConv2d}
-"""What they are in a latent model."""
+    float: type[nn.Module]
+    masked: Any
+    packed: Any
 
-PACKED_LAYERS: dict[str, type[PackedBinaryLinear]] = {"linear": PackedBinaryLinear, "convolution": PackedBinaryConv2d}
-"""What they are in a packed model."""
 
-EMBEDDINGS: dict[str, type[PackedEmbedding]] = {
-    "embedding": PackedBinaryEmbedding,
-    "int8_embedding": PackedInt8Embedding,
+CLASSES = {
+    "linear": Classes(nn.Linear, MaskedBinaryLinear, PackedBinaryLinear),
+    "convolution": Classes(nn.Conv2d, MaskedBinaryConv2d, PackedBinaryConv2d),
+    "activation": Classes(nn.Module, MaskedBinaryActivation, PackedBinaryActivation),
+    "sign": Classes(nn.Module, MaskedBinarySign, PackedBinarySign),
+    "embedding": Classes(nn.Embedding, MaskedBinaryEmbedding, PackedBinaryEmbedding),
+    "int8_embedding": Classes(nn.Embedding, RoundedEmbedding, PackedInt8Embedding),
 }
-"""What a packed model has in the place of the word embeddings, by the kind that the plan says."""
-
-FLOAT_MODULES: dict[str, type[nn.Module]] = {
-    **FLOAT_LAYERS,
-    "activation": nn.Module,
-    "sign": nn.Module,
-    "embedding": nn.Embedding,
-    "int8_embedding": nn.Embedding,
-}
-"""Kind in the plan -> class in the float model."""
-
-MASKED_MODULES: dict[str, type[nn.Module]] = {**MASKED_LAYERS, "embedding": MaskedBinaryEmbedding}
-"""Kind in the plan -> class in a latent model, where that is no class of the float model as well."""
+"""By the kind that the plan says."""
 
 
 def _sizes(layer: Any) -> tuple[Any, ...]:
@@ -77,9 +67,10 @@ def _activation_bits(entry: PlannedModule, config: StoMPPConfig) -> int | None:
     return config.activation_bits if entry.kind == "linear" and not entry.reads_bits else None
 
 
-def check_fits(model: nn.Module, config: StoMPPConfig, *kinds: dict[str, type[nn.Module]]) -> None:
+def check_fits(model: nn.Module, config: StoMPPConfig, latent: bool = False) -> None:
     """
-    Checks that a model has the modules that the config says are replaced, each of its kind in one of the tables.
+    Checks that a model has the modules that the config says are replaced, each of its kind: a float model, or `latent`
+    where it may be a latent one too.
 
     Raises:
         ValueError: no plan, or a module is missing, of another kind, or has parts where it must not; names it.
@@ -90,7 +81,7 @@ def check_fits(model: nn.Module, config: StoMPPConfig, *kinds: dict[str, type[nn
         )
     found = dict(model.named_modules())
     for name, entry in config.plan.items():
-        module, expected = found.get(name), tuple(table[entry.kind] for table in kinds if entry.kind in table)
+        module, expected = found.get(name), CLASSES[entry.kind][: 2 if latent else 1]
         if not isinstance(module, expected):
             what = "no such module" if module is None else f"a {type(module).__name__}"
             raise ValueError(
@@ -118,7 +109,7 @@ def _wire_inputs(model: nn.Module, config: StoMPPConfig, make: Callable[[nn.Modu
         source = entry.input
         if source is None or entry.kind == "sign":
             continue
-        if entry.is_activation:
+        if entry.kind == "activation":
             producer, activation = modules[source], modules[name]
             if isinstance(producer, BinaryInputModule):
                 producer.put_out_signs_of(activation)
@@ -156,7 +147,7 @@ def swap_in_masked(model: nn.Module, config: StoMPPConfig) -> None:
     Raises:
         ValueError: see [`check_fits`].
     """
-    check_fits(model, config, FLOAT_MODULES)
+    check_fits(model, config)
     modules = dict(model.named_modules())
     settings: dict[str, Any] = {
         "clip": config.weight_clip,
@@ -184,8 +175,7 @@ def swap_in_masked(model: nn.Module, config: StoMPPConfig) -> None:
         new: MaskedBinaryModule | RoundedEmbedding
         if entry.is_linear:
             place = {"device": old.weight.device, "dtype": old.weight.dtype}
-            layer: Any = MASKED_LAYERS[entry.kind]
-            new = layer(
+            new = CLASSES[entry.kind].masked(
                 *_sizes(old),
                 entry.bias,
                 scale=config.weight_scale,
@@ -232,24 +222,23 @@ def swap_in_packed(model: nn.Module, config: StoMPPConfig, dtype: torch.dtype | 
     Raises:
         ValueError: see [`check_fits`].
     """
-    check_fits(model, config, FLOAT_MODULES, MASKED_MODULES)
+    check_fits(model, config, latent=True)
     modules = dict(model.named_modules())
     device = next(model.parameters()).device
     for name, entry in config.plan.items():
         old: Any = modules[name]
         new: nn.Module
         if entry.is_linear:
-            layer: Any = PACKED_LAYERS[entry.kind]
-            new = layer(
+            new = CLASSES[entry.kind].packed(
                 *_sizes(old),
                 entry.bias,
                 binary_input=entry.reads_bits,
                 activation_bits=_activation_bits(entry, config),
                 device=old.weight.device,
             )
-        elif entry.kind in EMBEDDINGS:
+        elif entry.is_embedding:
             place = {"device": old.weight.device, "dtype": dtype or old.weight.dtype}
-            new = EMBEDDINGS[entry.kind](old.num_embeddings, old.embedding_dim, old.padding_idx, **place)
+            new = CLASSES[entry.kind].packed(old.num_embeddings, old.embedding_dim, old.padding_idx, **place)
         else:
             function = old.activation if isinstance(old, MaskedBinaryActivation) else old
             if entry.kind == "sign":
@@ -309,16 +298,15 @@ def swap_in_float(model: nn.Module, config: StoMPPConfig) -> None:
         module: Any = packed[name]
         new: Any
         if entry.is_linear:
-            layer: Any = FLOAT_LAYERS[entry.kind]
             sizes, has_bias = _sizes(module), module.bias is not None
             place = astuple(sizes[2]) if len(sizes) > 2 else ()
-            new = layer(*sizes[:2], *place, bias=has_bias, device=module.packed_weight.device)
+            new = CLASSES[entry.kind].float(*sizes[:2], *place, bias=has_bias, device=module.packed_weight.device)
             new.weight.copy_(module.float_weight(torch.float32))
             if module.bias is not None:
                 new.bias.copy_(module.bias)
             # Folding gave a bias to layers that had none.
             config.plan[name] = replace(entry, bias=module.bias is not None)
-        elif entry.kind in EMBEDDINGS:
+        elif entry.is_embedding:
             rows = torch.arange(module.num_embeddings, device=module.scale.device)
             new = nn.Embedding.from_pretrained(module(rows), freeze=False)
             new.padding_idx = module.padding_idx

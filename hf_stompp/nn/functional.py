@@ -26,36 +26,14 @@ from ..ops import (
 )
 
 
-__all__ = [
-    "LEVELS",
-    "SURROGATES",
-    "WEIGHT_CENTERS",
-    "WEIGHT_SCALES",
-    "compute_dtype",
-    "masked_binary_activation",
-    "masked_binary_linear",
-    "masked_binary_weight",
-    "packed_linear",
-    "weight_scale",
-]
-
-
 def _row_scale(weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(weight, 1, dim=-1, keepdim=True, dtype=torch.float64) / weight.shape[-1]
 
 
-def _tensor_scale(weight: Tensor) -> Tensor:
-    return _row_scale(weight).mean().expand(*weight.shape[:-1], 1)
-
-
-def _unit_scale(weight: Tensor) -> Tensor:
-    return weight.new_ones((*weight.shape[:-1], 1), dtype=torch.float64)
-
-
 WEIGHT_SCALES: dict[str, Callable[[Tensor], Tensor]] = {
     "row": _row_scale,
-    "tensor": _tensor_scale,
-    "none": _unit_scale,
+    "tensor": lambda weight: _row_scale(weight).mean().expand(*weight.shape[:-1], 1),
+    "none": lambda weight: weight.new_ones((*weight.shape[:-1], 1), dtype=torch.float64),
 }
 """
 Weight scale by name: `weight (rows, in_features) -> scale (rows, 1)` in float64.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from transformers import TrainingArguments
 
 from .distillation import DEFAULT_LOSSES, LABELS, LOSSES, check_losses
+from .methods import option
 from .progression import ORDERS, SCHEDULES, steps_of
 
 
@@ -75,59 +76,36 @@ class StoMPPTrainingArguments(TrainingArguments):
             That model is made for it, which takes its memory and some seconds.
     """
 
-    progression_order: str = field(
-        default="forward", metadata={"help": "Order in which units are frozen.", "choices": list(ORDERS)}
+    progression_order: str = option("Order in which units are frozen.", "forward", ORDERS)
+    progression_schedule: str = option(
+        "Frozen fraction of a unit over its window; 'immediate' freezes everything from the first step on.",
+        "cubic",
+        SCHEDULES,
     )
-    progression_schedule: str = field(
-        default="cubic",
-        metadata={
-            "help": "Frozen fraction of a unit over its window; 'immediate' freezes everything from the first step "
-            "on.",
-            "choices": list(SCHEDULES),
-        },
+    progression_warmup: float = option(
+        "Steps before the first window: a share of all steps below 1, steps from 1 on.", 0.0
     )
-    progression_warmup: float = field(
-        default=0.0, metadata={"help": "Steps before the first window: a share of all steps below 1, steps from 1 on."}
+    progression_tail: float = option(
+        "Steps after the last window: a share of all steps below 1, steps from 1 on.", 0.3
     )
-    progression_tail: float = field(
-        default=0.3, metadata={"help": "Steps after the last window: a share of all steps below 1, steps from 1 on."}
+    progression_overlap: float = option(
+        "Share of its length that a window has in common with the next, in [0, 1).", 0.0
     )
-    progression_overlap: float = field(
-        default=0.0, metadata={"help": "Share of its length that a window has in common with the next, in [0, 1)."}
+    refresh_period: float = option("Mean number of steps between two draws of a mask entry, at least 1.", 100)
+    mask_seed: int | None = option("Seed of the freeze masks; the seed of the run when not given.")
+    train_committed: bool = option(
+        "STE-free: let LayerNorm, biases, scales and shifts of committed units go on learning.", True
     )
-    refresh_period: float = field(
-        default=100, metadata={"help": "Mean number of steps between two draws of a mask entry, at least 1."}
+    activation_learning_rate: float | None = option(
+        "Learning rate of scales, shifts and thresholds of binary activations; that of the rest when not given."
     )
-    mask_seed: int | None = field(
-        default=None, metadata={"help": "Seed of the freeze masks; the seed of the run when not given."}
+    distillation_losses: dict[str, Any] | str | None = option(
+        f"What is learned from a teacher, as JSON: a weight for some of {', '.join(LOSSES)}, and {LABELS} "
+        f"for the model's own loss. {json.dumps(DEFAULT_LOSSES)} when not given."
     )
-    train_committed: bool = field(
-        default=True,
-        metadata={"help": "STE-free: let LayerNorm, biases, scales and shifts of committed units go on learning."},
-    )
-    activation_learning_rate: float | None = field(
-        default=None,
-        metadata={
-            "help": "Learning rate of scales, shifts and thresholds of binary activations; that of the rest when not "
-            "given."
-        },
-    )
-    distillation_losses: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": f"What is learned from a teacher, as JSON: a weight for some of {', '.join(LOSSES)}, and {LABELS} "
-            f"for the model's own loss. {json.dumps(DEFAULT_LOSSES)} when not given."
-        },
-    )
-    distillation_temperature: float = field(
-        default=1.0, metadata={"help": "Temperature of teacher's and student's logits."}
-    )
-    eval_mixed: bool = field(
-        default=True, metadata={"help": "Evaluate the partly binary network of training too, as eval_mixed_*."}
-    )
-    card_speed: bool = field(
-        default=False, metadata={"help": "Time the packed model beside a float one of its shapes, for the model card."}
-    )
+    distillation_temperature: float = option("Temperature of teacher's and student's logits.", 1.0)
+    eval_mixed: bool = option("Evaluate the partly binary network of training too, as eval_mixed_*.", True)
+    card_speed: bool = option("Time the packed model beside a float one of its shapes, for the model card.", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

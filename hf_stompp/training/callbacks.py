@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, ProgressCallback
 
 from ..model.cautions import few_steps
@@ -103,12 +103,7 @@ class ProgressionCallback(TrainerCallback, ExportableState):
         return progression
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: Any, model: nn.Module | None = None, **kwargs: Any
     ) -> None:
         if self.trainer is not None:
             encoder, train_committed = self.trainer.model, self.trainer.args.train_committed
@@ -129,12 +124,7 @@ class ProgressionCallback(TrainerCallback, ExportableState):
         cast(dict, state.stateful_callbacks)[type(self).__name__] = self.state()
 
     def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: torch.optim.Optimizer | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, optimizer: Any = None, **kwargs: Any
     ) -> None:
         assert self.progression is not None and self.freezing is not None
         # Before a unit commits: full masks are the same on every rank whatever they were.
@@ -142,15 +132,11 @@ class ProgressionCallback(TrainerCallback, ExportableState):
             self.trainer.check_same_masks()
         self.freezing.begin_step(state.global_step, optimizer)
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         assert self.freezing is not None
         self.freezing.before_update(state.global_step)
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         assert self.freezing is not None
         self.freezing.after_update()
 
@@ -158,13 +144,11 @@ class ProgressionCallback(TrainerCallback, ExportableState):
 class UnitProgressCallback(ProgressCallback):
     """The Trainer's progress bar, with the unit in transition behind it."""
 
-    def __init__(self, trainer: Any, max_str_len: int = 100) -> None:
-        super().__init__(max_str_len)
+    def __init__(self, trainer: Any) -> None:
+        super().__init__()
         self.trainer = trainer
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         progression = self.trainer.progression_callback.progression
         if self.training_bar is not None and progression is not None:
             step = state.global_step - 1

@@ -136,9 +136,8 @@ class RecipeArguments:
     mode: str | None = option(
         "bnn: binary weights and activations; bwn: binary weights only.", choices=CHOICES["mode"]
     )
-    modes: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Another mode for some linear layers, as JSON: {pattern of names: bnn, bwn or float}."},
+    modes: dict[str, Any] | str | None = option(
+        "Another mode for some linear layers, as JSON: {pattern of names: bnn, bwn or float}."
     )
     activation_bits: str | None = option(
         "Float inputs of layers of mode bwn are rounded to 8 bits, or none are. 8 when not given.",

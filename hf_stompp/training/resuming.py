@@ -26,28 +26,13 @@ STEP_SETTINGS = (
 """Arguments of the Trainer that say which examples make a step."""
 
 
-def scales_loss(trainer: Trainer) -> bool:
-    """
-    Whether a run has a `GradScaler`.
-
-    Args:
-        trainer (`Trainer`).
-
-    Returns:
-        `bool`: it has in float16.
-    """
-    return trainer.accelerator.scaler is not None
-
-
 class ResumingTrainer(Trainer):
     """A Trainer of a binary model that checks a checkpoint before anything is loaded from it."""
 
     model: PreTrainedModel
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # Of the run that is resumed.
-        self._saved_progression: dict[str, Any] | None = None
+    # Of the run that is resumed.
+    _saved_progression: dict[str, Any] | None = None
 
     def step_settings(self) -> dict[str, Any]:
         """
@@ -91,7 +76,7 @@ class ResumingTrainer(Trainer):
         """
         # First: with other processes it would seem incomplete.
         self._check_progress(folder)
-        names = check_whole(folder, self.args.world_size, scales_loss(self))
+        names = check_whole(folder, self.args.world_size, self.accelerator.scaler is not None)
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
         missing = [name for name in self.model.state_dict() if name not in names and name not in tied]
         if missing:

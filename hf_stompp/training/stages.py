@@ -27,7 +27,6 @@ from transformers import (
     TrainerCallback,
     TrainerControl,
     TrainerState,
-    TrainingArguments,
 )
 from transformers.modelcard import TrainingSummary
 from transformers.models.auto.modeling_auto import (
@@ -47,7 +46,6 @@ from ..output import write_json
 from ..reports.drawing import add_dynamics
 from .arguments import StoMPPTrainingArguments
 from .recipe import FINISHED, TEACHERS, Recipe, Results, claim_output_dir
-from .resuming import scales_loss
 from .sampling import ReproducibleGrouping
 from .summary import bytes_of_weights, bytes_when_saved, measure, measures, milliseconds_per_batch
 from .trainer import StoMPPTrainer
@@ -368,9 +366,7 @@ class FloatTrainer(ReproducibleGrouping, Trainer):
 class EvaluateLastStep(TrainerCallback):
     """Evaluates after the last step: once the best checkpoint is loaded, the final weights can no longer be."""
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_evaluate = True
 
@@ -421,7 +417,7 @@ def train(trainer: Trainer, folder: Path) -> None:
     checkpoint = trainer.args.resume_from_checkpoint
     output_dir = Path(trainer.args.output_dir or ".")
     if checkpoint is None and output_dir.is_dir():
-        checkpoint = last_whole_checkpoint(output_dir, trainer.args.world_size, scales_loss(trainer))
+        checkpoint = last_whole_checkpoint(output_dir, trainer.args.world_size, trainer.accelerator.scaler is not None)
         if checkpoint is not None:
             logger.info("Resuming from %s. To start over, delete %s.", checkpoint, output_dir)
     result = trainer.train(resume_from_checkpoint=checkpoint)

@@ -23,7 +23,7 @@ from .distillation_trainer import DistillingTrainer
 from .freezing import check_settings, initialize_activations
 from .progression import Progression, plan_progression
 from .pushing import PushingTrainer
-from .resuming import ResumingTrainer, scales_loss
+from .resuming import ResumingTrainer
 from .sampling import ReproducibleGrouping
 from .training_set import check_training_set
 
@@ -176,7 +176,7 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, ResumingTrainer, Pu
         self._saved_progression = None
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(
-                self.args.output_dir or ".", self.args.world_size, scales_loss(self)
+                self.args.output_dir or ".", self.args.world_size, self.accelerator.scaler is not None
             )
             if resume_from_checkpoint is None:
                 raise ValueError(
