@@ -72,12 +72,7 @@ class QuietUnitBar(QuietBar, UnitProgressCallback):
 
 
 class ProgressLines(TrainerCallback):
-    """
-    A line now and then on stderr, for logs that nobody watches.
-
-    Args:
-        seconds (`float`, *optional*, defaults to 60): between two of them, at least.
-    """
+    """A line now and then on stderr, at least `seconds` after the last, for logs that nobody watches."""
 
     def __init__(self, seconds: float = 60.0) -> None:
         self.seconds = seconds
