@@ -59,14 +59,8 @@ SAMPLE_SECONDS = 2e-3
 
 def interleave(functions: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, dict[str, float]]:
     """
-    Times functions in turn, after one call of each that is not counted.
-
-    Args:
-        functions (`dict[str, Callable]`).
-        rounds (`int`, *optional*, defaults to 7): samples of each.
-
-    Returns:
-        `dict[str, dict]`: name -> `{"median", "minimum"}`, seconds a call.
+    Times functions in turn, `rounds` samples of each after one call that is not counted. Returns the `median` and
+    `minimum` seconds of a call, by name.
     """
     repeats = {}
     for name, function in functions.items():
@@ -104,13 +98,7 @@ def dynamic_int8(model: nn.Module) -> nn.Module:
 
 
 def linear_case(rows: int, in_features: int, out_features: int, kernels: list[str]) -> dict[str, Callable[[], Any]]:
-    """
-    The variants of one linear layer.
-
-    Args:
-        rows (`int`), in_features (`int`), out_features (`int`).
-        kernels (`list[str]`): CPU kernels to force, one variant each, beside the one chosen by default.
-    """
+    """The variants of one linear layer; each of `kernels` forces a CPU kernel, beside the one chosen by default."""
     input = torch.randn(rows, in_features)
     layer = nn.Linear(in_features, out_features).requires_grad_(False)
     half_input, half = input.bfloat16(), copy.deepcopy(layer).bfloat16()
@@ -212,13 +200,7 @@ def variants_of(model: nn.Module) -> dict[str, Any]:
 
 @torch.inference_mode()
 def layer_seconds(layers: Mapping[str, nn.Linear], rows: int) -> dict[str, dict[str, float]]:
-    """
-    Seconds that each layer takes on this CPU: layer -> mode -> median. Layers of one shape are timed once.
-
-    Args:
-        layers (`dict[str, nn.Linear]`).
-        rows (`int`): tokens of a call.
-    """
+    """Median seconds of layers on this CPU for `rows` tokens: layer -> mode -> seconds. One shape is timed once."""
     variants = {"bnn": "packed_fp32", "bwn": "packed_bwn", "float": "fp32"}
     shapes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
     by_shape = {}
@@ -231,13 +213,7 @@ def layer_seconds(layers: Mapping[str, nn.Linear], rows: int) -> dict[str, dict[
 
 @torch.inference_mode()
 def model_seconds(models: Mapping[str, Any], length: int) -> dict[str, float]:
-    """
-    Seconds that models take for one text on this CPU: name -> median.
-
-    Args:
-        models (`dict[str, PreTrainedModel]`): of one vocabulary.
-        length (`int`): tokens of the text.
-    """
+    """Seconds that models of one vocabulary take for a text of `length` tokens on this CPU: name -> median."""
     ids = _token_ids(next(iter(models.values())), 1, length)
     times = interleave({name: partial(model, input_ids=ids) for name, model in models.items()})
     return {name: time["median"] for name, time in times.items()}
@@ -298,17 +274,12 @@ LOADING_TIMES = ("load_seconds", "load_and_first_batch_seconds")
 
 def bench_loading(model: Any, rounds: int = 5) -> dict[str, Any] | None:
     """
-    Time to load a model from its folder, time to its first answer (weights of a float file are read when they are
-    first used), and resident memory once all weights have been used, each time in a fresh process; with the file in
-    the system's cache (`warm`) and not (`cold`).
+    Time to load a float model from its folder, time to its first answer (weights of a float file are read when they
+    are first used), and resident memory once all weights have been used, each time in a fresh process; with the file
+    in the system's cache (`warm`) and not (`cold`).
 
-    Args:
-        model (`PreTrainedModel`): a float model.
-        rounds (`int`, *optional*, defaults to 5): processes of each kind.
-
-    Returns:
-        `dict[str, Any]`, *optional*: `float` and `packed` -> `warm` and `cold` -> medians; None where the system does
-            not tell memory.
+    Returns `float` and `packed` -> `warm` and `cold` -> medians of `rounds` processes; None where the system does not
+    tell memory.
     """
     if not Path("/proc/self/status").exists() or not hasattr(os, "posix_fadvise"):
         return None
@@ -341,14 +312,9 @@ def compare_with_float(packed: Any, batches: Sequence[int] = (1, 8)) -> list[dic
     Times a packed text model beside a float one of its shapes, dtype and device. The float one's weights are random:
     how fast it is does not depend on them.
 
-    Args:
-        packed (`PreTrainedModel`): after [`pack`].
-        batches (`Sequence[int]`, *optional*, defaults to `(1, 8)`): sequences at a time, of 128 tokens, or as many as
-            the model takes.
-
-    Returns:
-        `list[dict]`: one a batch, with `batch`, `length` and the median seconds of `float` and `packed`; empty for a
-            model that takes no token ids, or where there is no memory for a float one.
+    Returns a dict for each number of sequences in `batches`, of 128 tokens or as many as the model takes: `batch`,
+    `length` and the median seconds of `float` and `packed`. There is none for a model that takes no token ids, or
+    without memory for a float one.
     """
     if packed.main_input_name != "input_ids":
         return []

@@ -89,12 +89,7 @@ def _word_embeddings(asked: str, is_binary: Any) -> str:
 
 
 def checked_inputs(inputs: Any) -> dict[str, Any] | None:
-    """
-    Forward arguments to trace a model with, free of gradients, so that they can be copied.
-
-    Raises:
-        ValueError: they are no mapping.
-    """
+    """Forward arguments to trace with, checked to be a mapping, and free of gradients, so that they can be copied."""
     if inputs is None:
         return None
     if not isinstance(inputs, Mapping):
@@ -327,12 +322,7 @@ class StoMPPConfig(QuantizationConfigMixin):
             raise ValueError(f"StoMPPConfig.modes needs format version 2, got {self.format_version}")
 
     def to_dict(self) -> dict[str, Any]:
-        """
-        What is saved: a file of an older format version has no field that its readers do not know.
-
-        Returns:
-            `dict[str, Any]`: plain JSON.
-        """
+        """What is saved, plain JSON: a file of an older format version has no field that its readers do not know."""
         since = {"modes": 2, "activation_bits": 3, "word_embeddings": 4, "activation_functions": 6}
         saved = {
             name: copy.deepcopy(value)
@@ -348,12 +338,7 @@ class StoMPPConfig(QuantizationConfigMixin):
         return {name: value for name, value in self.__dict__.items() if name != "plan"} | {"modules": self.modules}
 
     def oldest_version(self) -> int:
-        """
-        The oldest version of the file format that can say what this config does.
-
-        Returns:
-            `int`.
-        """
+        """The oldest version of the file format that can say what this config does."""
         if self.activation_functions != "kept":
             return 6
         if any(entry.kind == "convolution" for entry in self.plan.values()):
@@ -369,10 +354,8 @@ class StoMPPConfig(QuantizationConfigMixin):
 
     def mode_of(self, name: str) -> str:
         """
-        What a linear layer is to be: that of `modes` that matches its name, or else `mode`.
-
-        Raises:
-            ValueError: two patterns want different things of it.
+        What a linear layer is to be: that of `modes` that matches its name, or else `mode`. Raises a ValueError where
+        two patterns want different things of it.
         """
         found = {pattern: mode for pattern, mode in (self.modes or {}).items() if matches(name, pattern)}
         if len(set(found.values())) > 1:

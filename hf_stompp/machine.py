@@ -56,13 +56,8 @@ def surroundings() -> dict[str, Any]:
 
 def command_line(words: Iterable[str]) -> str:
     """
-    A command as a result file has it. Absolute paths would tell whose machine it was: only their last part stays.
-
-    Args:
-        words (`Iterable[str]`): the program and its arguments; a path may also stand behind a `=`.
-
-    Returns:
-        `str`: quoted for a shell.
+    A command as a result file has it, quoted for a shell. Absolute paths, also those behind a `=`, would tell whose
+    machine it was: only their last part stays.
     """
     return shlex.join(map(_without_folders, words))
 

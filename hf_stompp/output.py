@@ -14,11 +14,8 @@ from typing import Any
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """
-    A file to write, which takes the place of another when the block ends well, and vanishes when it does not. A link
-    is replaced, not followed.
-
-    Args:
-        path (`Path`): in a folder that is there.
+    A file to write, which takes the place of another when the block ends well, and vanishes when it does not. Its
+    folder must be there. A link is replaced, not followed.
     """
     with tempfile.TemporaryDirectory(prefix=".hf_stompp-", dir=path.parent) as folder:
         partial = Path(folder) / path.name
@@ -34,16 +31,9 @@ def write_json(path: Path, content: Any) -> None:
 
 def copy_file(path: Path, folder: Path, target: Path) -> None:
     """
-    Copies a file of a folder that somebody else may have made, and nothing from outside of it.
-
-    Args:
-        path (`Path`): of the file, in the folder. A link may lead to another file there, or, in the Hub's cache, to
-            where that keeps the contents of files.
-        folder (`Path`).
-        target (`Path`): the copy.
-
-    Raises:
-        ValueError: it leads elsewhere, or to no file.
+    Copies a file of a folder that somebody else may have made, and nothing from outside of it. A link may lead to
+    another file there, or, in the Hub's cache, to where that keeps the contents of files. Raises a ValueError where it
+    leads elsewhere, or to no file.
     """
     found, root = path.resolve(), folder.resolve()
     allowed = [root]

@@ -47,12 +47,7 @@ _repr.maxdict = 8
 
 
 def in_short(value: Any) -> str:
-    """
-    The `repr` of a value for a message, cut where it is long: a file may hold a list of millions of entries.
-
-    Args:
-        value (`Any`).
-    """
+    """The `repr` of a value for a message, cut where it is long: a file may hold a list of millions of entries."""
     text = _repr.repr(value)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
@@ -61,9 +56,6 @@ def is_module_name(name: Any) -> bool:
     """
     Whether something can be the name of a module: letters and digits of ASCII, `_`, `.`, `-`, `+`. Names come from
     files, and end on terminals and in model cards.
-
-    Args:
-        name (`Any`).
     """
     return isinstance(name, str) and _NAME.fullmatch(name) is not None
 
@@ -139,45 +131,23 @@ Plan: TypeAlias = dict[str, PlannedModule]
 
 
 def units_of(plan: Plan) -> list[str]:
-    """
-    Names of the units, from input to output. What is only rounded takes no part in the progression.
-
-    Args:
-        plan (`dict[str, PlannedModule]`).
-    """
+    """Names of the units, from input to output. What is only rounded takes no part in the progression."""
     return list(dict.fromkeys(e.unit for e in plan.values() if e.kind != EMBEDDING_KINDS["int8"]))
 
 
 def sublayer_unit(layer: str, children: Iterable[str]) -> str:
-    """
-    Name of the unit of several children of a layer: `encoder.layer.0.intermediate+output`.
-
-    Args:
-        layer (`str`): name of the layer.
-        children (`Iterable[str]`): their names within it.
-    """
+    """Name of the unit of several children of a layer: `encoder.layer.0.intermediate+output`."""
     return f"{layer}.{'+'.join(children)}"
 
 
 def unit_prefixes(unit: str) -> tuple[str, ...]:
-    """
-    What the names of everything in a unit begin with: the inverse of [`sublayer_unit`], and of any module's name.
-
-    Args:
-        unit (`str`): its name.
-    """
+    """What the names of everything in a unit begin with: the inverse of [`sublayer_unit`], and of a module's name."""
     layer, _, children = unit.rpartition(".")
     return tuple(f"{layer}.{child}." for child in children.split("+"))
 
 
 def renamed(plan: Plan, rename: Callable[[str], str]) -> Plan:
-    """
-    The same plan for a model whose modules have other names.
-
-    Args:
-        plan (`dict[str, PlannedModule]`).
-        rename (`Callable`): gives the new name of a module or a unit.
-    """
+    """The same plan for a model whose modules have other names; `rename` takes names of modules and of units."""
     entries = (
         replace(e, name=rename(e.name), unit=rename(e.unit), input=None if e.input is None else rename(e.input))
         for e in plan.values()
@@ -187,16 +157,8 @@ def renamed(plan: Plan, rename: Callable[[str], str]) -> Plan:
 
 def read_plan(entries: Any) -> Plan:
     """
-    The plan in a `config.json`.
-
-    Args:
-        entries (`list[dict]`): see [`PlannedModule`].
-
-    Returns:
-        `dict[str, PlannedModule]`.
-
-    Raises:
-        ValueError: an entry is no such dict, has a field that none has, or reads what it cannot read.
+    The plan in a `config.json`, a list of dicts with the fields of [`PlannedModule`]. Raises a ValueError where an
+    entry is no such dict, has a field that none has, or reads what it cannot read.
     """
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"StoMPPConfig.modules must be a list of entries, got {in_short(entries)}")

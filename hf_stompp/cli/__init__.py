@@ -19,14 +19,8 @@ __all__ = ["main", "parser"]
 
 def main(words: Sequence[str] | None = None) -> int:
     """
-    Runs a command.
-
-    Args:
-        words (`Sequence[str]`, *optional*): the command line without the program's name; that of the process when not
-            given.
-
-    Returns:
-        `int`: the exit status: 0, 2 after an error, 130 after Ctrl-C.
+    Runs a command; `words` are those of the process when not given. Returns the exit status: 0, 2 after an error, 130
+    after Ctrl-C, 141 where nobody reads stdout any more.
     """
     words = sys.argv[1:] if words is None else list(words)
     arguments = parser().parse_args(words, argparse.Namespace(words=words))

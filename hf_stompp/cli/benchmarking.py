@@ -38,17 +38,10 @@ def measure(
     levels: list[str], threads: list[int], kernels: list[str], command: str, quick: bool = False
 ) -> dict[str, Any]:
     """
-    Runs the benchmark.
+    Runs the benchmark, `levels` of `"op"`, `"model"` and `"loading"`, and returns what `--output` writes.
 
-    Args:
-        levels (`list[str]`): of `"op"`, `"model"` and `"loading"`.
-        threads (`list[int]`): numbers of threads for whole models; single layers run on the first of them.
-        kernels (`list[str]`): kernels to time beside the default one.
-        command (`str`): what to record as the command.
-        quick (`bool`, *optional*, defaults to `False`): a few small cases, to see that it works.
-
-    Returns:
-        `dict[str, Any]`: what `--output` writes.
+    Whole models run on each number of `threads`, single layers on the first of them, with `kernels` beside the default
+    one. `quick` takes a few small cases, to see that it works.
     """
     torch.manual_seed(0)
     native = cpu.native_kernels()

@@ -35,13 +35,8 @@ def output_folder(output: str, force: bool, model: str) -> Iterator[Path]:
     A new folder that takes the place of `output` when the block ends well, and vanishes when it does not: whoever
     reads `output` never finds half a model.
 
-    Args:
-        output (`str`): the folder that the user named.
-        force (`bool`): replace a model that is there. Files that are not the model's stay.
-        model (`str`): the model that is read.
-
-    Raises:
-        CommandError: `output` is a file, holds something, is the model itself, or cannot be written to.
+    `output` must not be `model`, the one that is read, and must be empty without `force`. That replaces a model that
+    is there; files that are not the model's stay.
     """
     folder = Path(output).expanduser()
     if os.path.lexists(folder) and not folder.is_dir():
@@ -73,15 +68,8 @@ def output_folder(output: str, force: bool, model: str) -> Iterator[Path]:
 def output_file(output: str | Path, force: bool, suffix: str = "") -> Iterator[Path]:
     """
     A file to write, which takes the place of `output` when the block ends well, and vanishes when it does not, with
-    the folders that were made for it. That it cannot be written to shows before the block begins its work.
-
-    Args:
-        output (`str` or `Path`): the file that the user named.
-        force (`bool`): replace a file that is there.
-        suffix (`str`, *optional*, defaults to any): what its name must end in.
-
-    Raises:
-        CommandError: `output` is a folder, has another suffix, is there, or cannot be written to.
+    the folders that were made for it. That it cannot be written to shows before the block begins its work. Its name
+    must end in `suffix`; with `force` a file that is there is replaced.
     """
     path = Path(output).expanduser()
     if path.is_dir():
@@ -146,14 +134,8 @@ def _convert(
     verb: str,
 ) -> tuple[dict[str, Any], str]:
     """
-    Reads a model, makes another of it and saves that with the tokenizer.
-
-    Args:
-        arguments (`argparse.Namespace`).
-        wanted (`str`): the state that the model must have.
-        advice (`dict[str, str]`): what to say of a model in another state.
-        make (`Callable`).
-        verb (`str`): what is done, for the progress bar.
+    Reads a model, makes another of it and saves that with the tokenizer. The model must have the state `wanted`;
+    `advice` is what to say of one in another state.
     """
     config = read_config(arguments.model)
     state = state_of(config, arguments.model)

@@ -56,14 +56,8 @@ embeddings = model.encode(["a good film", "I liked it"])
 @dataclass(frozen=True)
 class Encoder:
     """
-    What is distilled.
-
-    Args:
-        model (`PreTrainedModel`): float32, without a head.
-        tokenizer (`PreTrainedTokenizerBase`).
-        max_length (`int`): tokens of a text.
-        folder (`Path`, *optional*): with the files that make it a sentence encoder, if it is one.
-        pooling (`str`): how its embeddings are pooled; `"mean"` where it is none.
+    What is distilled: a float32 model without a head, whose texts are cut at `max_length` tokens. Of a sentence
+    encoder, `folder` has the files that make it one; of any other it is None, and `pooling` is `"mean"`.
     """
 
     model: PreTrainedModel
@@ -75,11 +69,7 @@ class Encoder:
     def losses(self, asked: str | None) -> dict[str, float]:
         """
         What the student learns: what is asked for, as JSON, or the hidden states, and the embedding of a sentence
-        encoder.
-
-        Raises:
-            ValueError: it is no JSON, or names something else than losses with a weight each.
-            CommandError: one of them needs a head or labels.
+        encoder. Refuses losses that need a head or labels.
         """
         if asked is None:
             embedding = {f"{self.pooling}_embeddings": 1.0} if self.folder is not None else {}
@@ -94,11 +84,8 @@ class Encoder:
 
 def load_encoder(arguments: argparse.Namespace) -> Encoder:
     """
-    The model that is the teacher, and that the student begins as.
-
-    Raises:
-        CommandError: it is binary already, takes no text, lacks weights, or has no tokenizer that can pad.
-        ValueError: it is a sentence encoder that pools in an unknown way.
+    The model that is the teacher, and that the student begins as. Refuses one that is binary already, takes no text,
+    lacks weights, pools in an unknown way, or has no tokenizer that can pad.
     """
     name = arguments.model
     config: Any = read_config(name)
@@ -133,11 +120,8 @@ def load_encoder(arguments: argparse.Namespace) -> Encoder:
 
 def load_student(arguments: argparse.Namespace, encoder: Encoder, asked: RecipeArguments) -> PreTrainedModel:
     """
-    What is trained: the teacher binarized, or the latent encoder to go on from.
-
-    Raises:
-        CommandError: that is not latent, not frozen throughout, or reads other token ids.
-        ValueError: it was binarized in another way than is asked for.
+    What is trained: the teacher binarized, or the latent encoder to go on from. Refuses one that is not latent, not
+    frozen throughout, reads other token ids, or was binarized in another way than is asked for.
     """
     if arguments.student is None:
         return binarize(copy.deepcopy(encoder.model), asked.config())
@@ -170,13 +154,7 @@ def load_student(arguments: argparse.Namespace, encoder: Encoder, asked: RecipeA
 
 
 def read(arguments: argparse.Namespace) -> tuple[list[Text], list[Text]]:
-    """
-    The texts to learn from, and those to measure on.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file cannot be read, or there are too few texts.
-    """
+    """The texts to learn from, and those to measure on."""
     import_datasets().disable_progress_bars()
     texts = read_texts(arguments.text, arguments.text_columns or ())
     if arguments.split_sentences and any(isinstance(text, tuple) for text in texts):
@@ -197,13 +175,7 @@ def tokenized(texts: list[Text], encoder: Encoder) -> Any:
 
 
 def distill(arguments: argparse.Namespace) -> dict[str, Any]:
-    """
-    What `hf-stompp distill` does, and tells.
-
-    Raises:
-        CommandError, ValueError: the model or the texts cannot be used, or OUTPUT is taken.
-        KeyboardInterrupt: Ctrl-C came; in training, a checkpoint has been written.
-    """
+    """What `hf-stompp distill` does, and tells. Ctrl-C in training interrupts once a checkpoint has been written."""
     output = Path(arguments.output).expanduser()
     check_output(arguments, output)
     asked = RecipeArguments(
@@ -305,12 +277,7 @@ def train_and_pack(recipe: Recipe, encoder: Encoder, student: PreTrainedModel, h
 
 
 def check_schedule(student: PreTrainedModel, args: StoMPPTrainingArguments, examples: int) -> None:
-    """
-    Checks before anything is written that the progression fits into the run.
-
-    Raises:
-        ValueError: it does not.
-    """
+    """Checks before anything is written that the progression fits into the run."""
     steps = args.max_steps
     if steps <= 0:
         steps = math.ceil(args.num_train_epochs * math.ceil(examples / args.train_batch_size))

@@ -54,13 +54,7 @@ def _is_transport_error(error: BaseException) -> bool:
 
 @contextmanager
 def hub_errors(what: str, name: str) -> Iterator[None]:
-    """
-    Turns what goes wrong with a repository on the Hub into a [`CommandError`]; other errors pass.
-
-    Args:
-        what (`str`): `"model"` or `"dataset"`.
-        name (`str`): the repository.
-    """
+    """Turns what goes wrong with a `"model"` or `"dataset"` on the Hub into a [`CommandError`]; other errors pass."""
     try:
         yield
     except Exception as error:

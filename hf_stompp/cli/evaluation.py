@@ -38,16 +38,8 @@ CLASSIFIERS = {
 @dataclass(frozen=True)
 class Classifier:
     """
-    A classifier of texts or of their words, and the labelled examples that it is measured with.
-
-    Args:
-        model (`PreTrainedModel`): float, latent or packed.
-        tokenizer (`PreTrainedTokenizerBase`).
-        examples (`Examples`).
-        labels (`list`): of each example, as the model takes them.
-        problem_type (`str`): what the labels are, see [`problem_type_of`].
-        max_length (`int`): tokens of a text.
-        batch_size (`int`).
+    A float, latent or packed classifier of texts or of their words, and the examples that it is measured with: their
+    `labels` as the model takes them, their texts cut at `max_length` tokens.
     """
 
     model: Any
@@ -67,12 +59,8 @@ class Classifier:
     def answers(self, model: Any, rows: Sequence[int], progress: Callable[[int], Any] = lambda count: None) -> Tensor:
         """
         Logits of shape `(len(rows), num_labels)`, on the CPU; of words `(len(rows), words, num_labels)`, minus
-        infinity where a text has no more words that the model reads.
-
-        Args:
-            model (`PreTrainedModel`): this one, or what was made of it.
-            rows (`Sequence[int]`): of the examples.
-            progress (`Callable[[int], None]`, *optional*): told after each batch how many examples it had.
+        infinity where a text has no more words that the model reads. `model` is this one, or what was made of it;
+        `progress` is told after each batch how many examples it had.
         """
         # Texts of like length share a batch, which wastes no time on padding.
         order = sorted(range(len(rows)), key=lambda place: -sum(len(c[rows[place]]) for c in self.examples.texts))
@@ -93,12 +81,7 @@ class Classifier:
 
 
 def load_classifier(arguments: argparse.Namespace) -> Classifier:
-    """
-    The model and the examples that a command names.
-
-    Raises:
-        CommandError: the model is no classifier or lacks weights, or the examples cannot be used.
-    """
+    """The model and the examples that a command names. Refuses a model that is no classifier or lacks weights."""
     config: Any = read_config(arguments.model)
     name = model_class(config, arguments.model).__name__
     if name not in CLASSIFIERS:
@@ -122,12 +105,7 @@ def load_classifier(arguments: argparse.Namespace) -> Classifier:
 
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
-    """
-    What `hf-stompp eval` tells.
-
-    Raises:
-        CommandError: see [`load_classifier`].
-    """
+    """What `hf-stompp eval` tells."""
     classifier = load_classifier(arguments)
     model, examples = classifier.model, classifier.examples
     labels: Any = classifier.labels
@@ -176,12 +154,7 @@ def _counts(accuracy: float, labels: list[int]) -> dict[str, Any]:
 
 
 def read_tokenizer(model: str) -> Any:
-    """
-    A model's tokenizer.
-
-    Raises:
-        CommandError: its folder has none.
-    """
+    """A model's tokenizer. Refuses a folder that has none."""
     folder = Path(model).expanduser()
     is_local = folder.is_dir()
     if is_local and not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab.*")):

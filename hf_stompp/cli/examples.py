@@ -40,14 +40,9 @@ SEPARATOR = "|"
 @dataclass(frozen=True)
 class Examples:
     """
-    Labelled texts.
-
-    Args:
-        source (`str`): where they come from.
-        columns (`tuple[str, ...]`): the one or two columns that the texts come from.
-        texts (`list[list]`): one list a column; of texts, or of lists of words.
-        labels (`list`): as they stand there; lists of them where a text may have several, or each word has one.
-        names (`list[str]`, *optional*): of the classes that labels are ids of, where the file knows them.
+    Labelled texts: `texts` has a list for each of the one or two `columns`, of texts or of lists of words. `labels`
+    are as they stand there, lists of them where a text may have several or each word has one. `names` are those of the
+    classes that labels are ids of, where the file knows them.
     """
 
     source: str
@@ -182,18 +177,11 @@ def read_examples(
     problem_type: str = PROBLEM_TYPES[0],
 ) -> Examples:
     """
-    Reads labelled texts.
+    Reads labelled texts from a file or, where none is given, a `split` of what `--task` and `--dataset_dir` name.
 
-    Args:
-        file (`Path`, *optional*): where to read them; where none is given, `--task` and `--dataset_dir` say it.
-        arguments (`argparse.Namespace`): with `text_columns` and `label_column`.
-        split (`str`, *optional*, defaults to `"validation"`): of the task.
-        problem_type (`str`, *optional*): with `multi_label_classification` each label is a list, also an empty one; of
-            a text it is what stands between [`SEPARATOR`]. With [`TOKENS`] a text is a list of words, its
-            label a list as long; of texts they are what stands between spaces.
-
-    Raises:
-        CommandError: there is no such file, or it lacks a column, texts or labels.
+    With `multi_label_classification` each label is a list, also an empty one; of a text it is what stands between
+    [`SEPARATOR`]. With [`TOKENS`] a text is a list of words, its label a list as long; of texts they are what stands
+    between spaces. Refuses a file that lacks a column, texts or labels.
     """
     source, table = _read(file, arguments, split)
     if arguments.label_column not in table.column_names:

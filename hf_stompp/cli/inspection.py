@@ -29,12 +29,7 @@ CONFIG_OPTIONS = ("mode", "modes", "unit", "word_embeddings", "modules_to_not_co
 
 
 def read_example_inputs(file: str) -> dict[str, Tensor]:
-    """
-    Forward arguments of a model, from a safetensors file.
-
-    Raises:
-        CommandError: it is none.
-    """
+    """Forward arguments of a model, from a safetensors file."""
     try:
         return load_file(Path(file).expanduser())
     except (OSError, SafetensorError) as error:
@@ -78,15 +73,8 @@ def _float_bytes(model: PreTrainedModel) -> dict[str, int]:
 
 def inspect(model: str, options: dict[str, Any]) -> tuple[dict[str, Any], BinarizationReport]:
     """
-    What `hf-stompp inspect` tells, and the sizes of units with names that can be printed.
-
-    Args:
-        model (`str`): a folder, or a name on the Hub.
-        options (`dict[str, Any]`): fields of [`StoMPPConfig`], for a float model.
-
-    Raises:
-        CommandError: there is no such model, or options were given for one that is binarized already.
-        ValueError: see [`binarize`].
+    What `hf-stompp inspect` tells, and the sizes of units under names that can be printed. `options` are fields of
+    [`StoMPPConfig`], for a float model alone.
     """
     config = read_config(model)
     state = state_of(config, model)

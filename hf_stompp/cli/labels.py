@@ -20,14 +20,8 @@ LISTS = ("multi_label_classification", TOKENS)
 
 def problem_type_of(config: Any, model: str) -> str:
     """
-    What a classifier's answers are, one of [`~hf_stompp.cli.examples.PROBLEM_TYPES`].
-
-    Args:
-        config (`PreTrainedConfig`): of the classifier.
-        model (`str`): what the user called it.
-
-    Raises:
-        CommandError: it puts out several numbers, which have no one measure.
+    What a classifier's answers are, one of [`~hf_stompp.cli.examples.PROBLEM_TYPES`]. Refuses one that puts out
+    several numbers, which have no one measure; `model` is its name in messages.
     """
     if first_architecture(config) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values():
         return TOKENS
@@ -48,10 +42,8 @@ def class_names(config: Any) -> list[str]:
 
 def output_names(examples: Examples, problem_type: str) -> list[str]:
     """
-    Names of a new head's outputs: those of the classes that labels are of, or that of the one number.
-
-    Raises:
-        CommandError: labels are numbers or lists and no classes, or name no class at all.
+    Names of a new head's outputs: those of the classes that labels are of, or that of the one number. Refuses labels
+    that are numbers or lists and no classes, or name no class at all.
     """
     if problem_type == "regression":
         return ["LABEL_0"]
@@ -77,17 +69,7 @@ def output_names(examples: Examples, problem_type: str) -> list[str]:
 
 
 def model_labels(examples: Examples, config: Any, problem_type: str) -> list[Any]:
-    """
-    Labels as a model takes them: class ids, numbers, 1.0 and 0.0 for each class, or lists of ids.
-
-    Args:
-        examples (`Examples`).
-        config (`PreTrainedConfig`): of the model, which knows the classes.
-        problem_type (`str`): one of [`~hf_stompp.cli.examples.PROBLEM_TYPES`].
-
-    Raises:
-        CommandError: a label is no class of the model, or no number.
-    """
+    """Labels as a model takes them: class ids, numbers, 1.0 and 0.0 for each class, or lists of ids."""
     if problem_type == "regression":
         return numbers(examples)
     if problem_type == "single_label_classification":
@@ -100,12 +82,7 @@ def model_labels(examples: Examples, config: Any, problem_type: str) -> list[Any
 
 
 def numbers(examples: Examples) -> list[float]:
-    """
-    Labels as numbers.
-
-    Raises:
-        CommandError: one is none; names its row.
-    """
+    """Labels as finite numbers. Refuses a label that is none, and names its row."""
     found = []
     for row, label in enumerate(examples.labels):
         try:
@@ -122,16 +99,7 @@ def numbers(examples: Examples) -> list[float]:
 
 
 def class_ids(examples: Examples, config: Any) -> list[int]:
-    """
-    Labels as the model's class ids: by name, where they are the names of its classes, and otherwise as ids.
-
-    Args:
-        examples (`Examples`).
-        config (`PreTrainedConfig`): of the model, which knows the classes.
-
-    Raises:
-        CommandError: a label is no class of the model.
-    """
+    """Labels as the model's class ids: by name, where they are the names of its classes, and otherwise as ids."""
     source, labels = examples.source, examples.labels
     if examples.names is not None and set(examples.names) <= set(config.label2id):
         labels = [label if label is None or label < 0 else examples.names[label] for label in labels]

@@ -41,12 +41,8 @@ def one_side_is_constant(predictions: Array, references: Array) -> bool:
 
 def single_label_metrics(logits: Array, labels: Array) -> dict[str, float]:
     """
-    Measures of one class an example: F1 is that of class 1 where there are two, and otherwise the mean over the
-    classes that are predicted or there.
-
-    Args:
-        logits (`np.ndarray` of shape `(examples, classes)`).
-        labels (`np.ndarray` of shape `(examples,)`): class ids.
+    Measures of one class an example, from logits of shape `(examples, classes)` and class ids: F1 is that of class 1
+    where there are two, and otherwise the mean over the classes that are predicted or there.
     """
     answers, is_binary = logits.argmax(-1), logits.shape[-1] == 2
     f1 = f1_score(labels, answers, average="binary" if is_binary else "macro", zero_division=0.0)
@@ -59,11 +55,8 @@ def single_label_metrics(logits: Array, labels: Array) -> dict[str, float]:
 
 def multi_label_metrics(logits: Array, labels: Array) -> dict[str, float]:
     """
-    Measures of any number of classes an example, each told by a probability above 0.5.
-
-    Args:
-        logits (`np.ndarray` of shape `(examples, classes)`).
-        labels (`np.ndarray` of the same shape): 1 for a class that the example has, otherwise 0.
+    Measures of any number of classes an example, each told by a probability above 0.5. Logits and labels, 1 for a
+    class that the example has and otherwise 0, have shape `(examples, classes)`.
     """
     answers, truth = logits > 0, labels > 0
     f1 = {
@@ -73,13 +66,7 @@ def multi_label_metrics(logits: Array, labels: Array) -> dict[str, float]:
 
 
 def regression_metrics(logits: Array, labels: Array) -> dict[str, float]:
-    """
-    Measures of numbers.
-
-    Args:
-        logits (`np.ndarray` of shape `(examples, 1)`).
-        labels (`np.ndarray` of shape `(examples,)`).
-    """
+    """Measures of numbers: logits of shape `(examples, 1)` and labels of shape `(examples,)`."""
     answers = logits.reshape(-1)
     return {
         "pearson": pearson(answers, labels),
@@ -90,13 +77,10 @@ def regression_metrics(logits: Array, labels: Array) -> dict[str, float]:
 
 def token_metrics(logits: Array, labels: Array, names: Sequence[str]) -> dict[str, float]:
     """
-    Measures of a class a word. Where classes are tags of spans (`B-PER`), precision, recall and F1 are those of whole
-    spans of all kinds together, as the CoNLL shared tasks count them; otherwise F1 is the mean over the classes.
-
-    Args:
-        logits (`np.ndarray` of shape `(examples, words, classes)`).
-        labels (`np.ndarray` of shape `(examples, words)`): class ids; [`~hf_stompp.cli.words.IGNORED`] is passed over.
-        names (`Sequence[str]`): of the classes.
+    Measures of a class a word, from logits of shape `(examples, words, classes)`; the label
+    [`~hf_stompp.cli.words.IGNORED`] is passed over. Where classes are tags of spans (`B-PER`), precision, recall and
+    F1 are those of whole spans of all kinds together, as the CoNLL shared tasks count them; otherwise F1 is the mean
+    over the classes.
     """
     counted = labels != IGNORED
     answers = logits.argmax(-1)
@@ -132,14 +116,8 @@ def metrics_of(
     logits: Any, labels: Any, problem_type: str, task: str | None = None, names: Sequence[str] = ()
 ) -> dict[str, float]:
     """
-    Measures of answers.
-
-    Args:
-        logits (array of shape `(examples, outputs)`, or `(examples, words, outputs)`).
-        labels (array): as a model with this `problem_type` takes them.
-        problem_type (`str`): one of [`~hf_stompp.cli.examples.PROBLEM_TYPES`].
-        task (`str`, *optional*): of GLUE, whose own measure comes first.
-        names (`Sequence[str]`, *optional*): of the classes; words need them.
+    Measures of answers, logits of shape `(examples, outputs)` or `(examples, words, outputs)`, beside labels as a
+    model takes them. The measure of a GLUE `task` comes first; words need the `names` of the classes.
     """
     if problem_type == TOKENS:
         return token_metrics(np.asarray(logits), np.asarray(labels), names)

@@ -68,15 +68,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def read_config(model: str) -> PreTrainedConfig:
-    """
-    The configuration of a model.
-
-    Args:
-        model (`str`): a folder, or a name on the Hub.
-
-    Raises:
-        CommandError: there is none.
-    """
+    """The configuration of a model, a folder or a name on the Hub."""
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -94,16 +86,7 @@ def read_config(model: str) -> PreTrainedConfig:
 
 
 def state_of(config: PreTrainedConfig, model: str) -> str:
-    """
-    `"float"`, `"latent"` or `"packed"`.
-
-    Args:
-        config (`PreTrainedConfig`).
-        model (`str`): what the user called it.
-
-    Raises:
-        CommandError: it is quantized by another method.
-    """
+    """`"float"`, `"latent"` or `"packed"`; any other quantization is refused. `model` is the name in messages."""
     quantization: Any = getattr(config, "quantization_config", None)
     if quantization is None:
         return "float"
@@ -116,16 +99,7 @@ def state_of(config: PreTrainedConfig, model: str) -> str:
 
 
 def model_class(config: PreTrainedConfig, model: str) -> type[PreTrainedModel]:
-    """
-    The class that a checkpoint was saved from.
-
-    Args:
-        config (`PreTrainedConfig`).
-        model (`str`): what the user called it.
-
-    Raises:
-        CommandError: Transformers has no such class.
-    """
+    """The class of Transformers that a checkpoint was saved from; `model` is the name in messages."""
     from transformers import PreTrainedModel
 
     name = first_architecture(config)
@@ -152,16 +126,7 @@ def first_architecture(config: PreTrainedConfig) -> str | None:
 
 
 def load(model: str, config: PreTrainedConfig) -> PreTrainedModel:
-    """
-    A model with its weights, each of which the checkpoint must hold.
-
-    Args:
-        model (`str`): a folder, or a name on the Hub.
-        config (`PreTrainedConfig`): its configuration.
-
-    Raises:
-        CommandError: a weight is missing; names it.
-    """
+    """A model with its weights, each of which the checkpoint must hold; an error names one that is missing."""
     made_by: Any = model_class(config, model)
     with hub_errors("model", model):
         loaded, report = made_by.from_pretrained(
@@ -178,12 +143,8 @@ def load(model: str, config: PreTrainedConfig) -> PreTrainedModel:
 
 def empty_model(config: PreTrainedConfig, model: str, device: str) -> PreTrainedModel:
     """
-    A float model of a checkpoint's shapes and dtype, with none of its weights.
-
-    Args:
-        config (`PreTrainedConfig`).
-        model (`str`): what the user called it.
-        device (`str`): on `"meta"`, nothing is computed or allocated.
+    A float model of a checkpoint's shapes and dtype, with none of its weights. On the device `"meta"`, nothing is
+    computed or allocated; `model` is the name in messages.
     """
     with torch.device(device):
         made: Any = model_class(config, model)(config)
@@ -192,12 +153,7 @@ def empty_model(config: PreTrainedConfig, model: str, device: str) -> PreTrained
 
 
 def local_folder(model: str) -> Path:
-    """
-    A model's folder: itself, or the one in the cache that its weights and tokenizer are downloaded to.
-
-    Args:
-        model (`str`): a folder, or a name on the Hub.
-    """
+    """A model's folder: itself, or the one in the cache that its weights and tokenizer are downloaded to."""
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder

@@ -31,13 +31,7 @@ def run_of(module: str, function: str = "run") -> Callable[[argparse.Namespace],
 
 
 def read_losses(asked: str) -> dict[str, float]:
-    """
-    The value of `--losses`.
-
-    Raises:
-        CommandError: it is no JSON.
-        ValueError: it names something else than losses with a weight each.
-    """
+    """The value of `--losses`: JSON with a weight for each loss."""
     try:
         return check_losses(json.loads(asked))
     except json.JSONDecodeError as error:

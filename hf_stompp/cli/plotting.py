@@ -17,12 +17,7 @@ from .errors import CommandError
 
 
 def _files(arguments: argparse.Namespace) -> dict[str, Path]:
-    """
-    The files to write, none of which is there without `--force`.
-
-    Raises:
-        CommandError: one is, or they would be written into a file.
-    """
+    """The files to write, none of which is there without `--force`."""
     source: Path = arguments.run_folder
     folder: Path = arguments.output or (source if source.is_dir() else source.parent)
     if folder.exists() and not folder.is_dir():

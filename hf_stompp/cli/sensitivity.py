@@ -48,13 +48,8 @@ BUDGETS = ("keep", "bytes", "milliseconds")
 @dataclass(frozen=True)
 class Budget:
     """
-    What a model may cost, and what each of its layers does.
-
-    Args:
-        name (`str`): one of [`BUDGETS`].
-        limit (`float`): for the whole model.
-        rest (`float`): what everything but the linear layers costs.
-        prices (`dict[str, dict[str, float]]`): layer -> mode -> price.
+    What a model may cost, by one of [`BUDGETS`]: `limit` for the whole. Everything but the linear layers costs `rest`;
+    what each of those costs is in `prices`: layer -> mode -> price.
     """
 
     name: str
@@ -67,17 +62,8 @@ def budget_of(
     arguments: argparse.Namespace, name: str, model: PreTrainedModel, linears: Iterable[str], max_length: int
 ) -> Budget:
     """
-    The budget that was asked for.
-
-    Args:
-        arguments (`argparse.Namespace`).
-        name (`str`): one of [`BUDGETS`].
-        model (`PreTrainedModel`): float.
-        linears (`Iterable[str]`): names of its linear layers.
-        max_length (`int`): tokens of the text that times are for.
-
-    Raises:
-        CommandError: no choice of modes keeps within it, the float model does, or times are asked for on a GPU.
+    The budget that was asked for, `name` of [`BUDGETS`]. Times are for a text of `max_length` tokens. Refuses a budget
+    that no choice of modes keeps within, or that the float model keeps within too, and times on a GPU.
     """
     limit = float(getattr(arguments, name))
     if name == "keep":
@@ -113,13 +99,8 @@ def budget_of(
 
 def suggestion_for(budget: Budget, model: PreTrainedModel, listed: Sequence[Cost], max_length: int) -> dict[str, Any]:
     """
-    Modes within a budget, as `mode` and `modes`, and the `cost` of the model with them.
-
-    Args:
-        budget (`Budget`).
-        model (`PreTrainedModel`): float.
-        listed (`Sequence[Cost]`): of single layers, in every mode that has a price.
-        max_length (`int`): tokens of the text that times are for.
+    Modes within a budget, as `mode` and `modes`, and the `cost` of the model with them. `listed` must hold the single
+    layers in every mode that has a price; times are for a text of `max_length` tokens.
     """
     modes = suggest_modes(listed, budget.prices, budget.limit - budget.rest)
     options = as_options(modes)
@@ -133,13 +114,7 @@ def suggestion_for(budget: Budget, model: PreTrainedModel, listed: Sequence[Cost
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """
-    What `hf-stompp sensitivity` tells.
-
-    Raises:
-        CommandError: the model is no float text classifier, or the examples cannot be used.
-        ValueError: its encoder layers cannot be found.
-    """
+    """What `hf-stompp sensitivity` tells of a float classifier of texts."""
     if arguments.plot is not None and not can_draw():
         raise CommandError('--plot needs matplotlib, which is not installed: pip install "hf_stompp[plot]"')
     modes = tuple(arguments.mode or CHOICES["mode"])

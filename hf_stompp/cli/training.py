@@ -60,12 +60,7 @@ def compute_metrics(
 def load_model(arguments: argparse.Namespace, examples: Examples) -> tuple[Any, bool, bool]:
     """
     The model to train, float or latent: a classifier that knows these classes as it is, any other with a new head.
-
-    Returns:
-        `tuple`: the model, whether its head was loaded, and whether that knows these classes by name or id.
-
-    Raises:
-        CommandError: it cannot be trained.
+    Also whether its head was loaded, and whether that knows these classes by name or id.
     """
     config: Any = read_config(arguments.model)
     state = state_of(config, arguments.model)
@@ -146,13 +141,7 @@ def trainer_arguments(
 
 
 def train(arguments: argparse.Namespace) -> dict[str, Any]:
-    """
-    What `hf-stompp train` does, and tells.
-
-    Raises:
-        CommandError: the model or the examples cannot be used, or OUTPUT is taken.
-        KeyboardInterrupt: Ctrl-C came; in training, a checkpoint has been written.
-    """
+    """What `hf-stompp train` does, and tells. Ctrl-C in training interrupts once a checkpoint has been written."""
     _check_sources(arguments, Path(arguments.output).expanduser())
     if arguments.losses is not None:
         arguments.losses = read_losses(arguments.losses)
@@ -284,12 +273,7 @@ def default_method(model: PreTrainedModel) -> str:
 
 
 def asked_for(arguments: argparse.Namespace) -> RecipeArguments:
-    """
-    The command's arguments as the recipe's.
-
-    Raises:
-        CommandError: one of them contradicts the method.
-    """
+    """The command's arguments as the recipe's. Refuses what contradicts the method."""
     binary = ("mode", "modes", "word_embeddings", "float_epochs", "teacher", "losses")
     unused = [name for name in binary if getattr(arguments, name) is not None]
     if arguments.method == "float" and unused:
@@ -315,12 +299,7 @@ def _check_sources(arguments: argparse.Namespace, output: Path) -> None:
 
 
 def check_output(arguments: argparse.Namespace, output: Path) -> None:
-    """
-    Checks that OUTPUT is new or, with `--resume`, holds a run.
-
-    Raises:
-        CommandError: it is not.
-    """
+    """Checks that OUTPUT is new or, with `--resume`, holds a run."""
     if output.is_file():
         raise CommandError(f"{arguments.output} is a file: name a folder")
     taken = output.is_dir() and any(output.iterdir())

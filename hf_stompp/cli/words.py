@@ -19,10 +19,8 @@ PREFIXES = ("B", "I", "E", "S")
 
 def first_tokens(words: Sequence[int | None]) -> dict[int, int]:
     """
-    The token that answers for each word, which is its first: word -> position.
-
-    Args:
-        words (`Sequence[int | None]`): the word of each token, as `BatchEncoding.word_ids` gives it.
+    The token that answers for each word, which is its first: word -> position. `words` has the word of each token, as
+    `BatchEncoding.word_ids` gives it.
     """
     places: dict[int, int] = {}
     for place, word in enumerate(words):
@@ -32,13 +30,7 @@ def first_tokens(words: Sequence[int | None]) -> dict[int, int]:
 
 
 def token_labels(words: Sequence[int | None], classes: Sequence[int]) -> list[int]:
-    """
-    Labels of tokens: of a word's first token the class of the word, otherwise [`IGNORED`].
-
-    Args:
-        words (`Sequence[int | None]`): the word of each token.
-        classes (`Sequence[int]`): of the words.
-    """
+    """Labels of tokens: of a word's first token the class of the word, otherwise [`IGNORED`]."""
     labels = [IGNORED] * len(words)
     for word, place in first_tokens(words).items():
         labels[place] = classes[word]
@@ -47,15 +39,8 @@ def token_labels(words: Sequence[int | None], classes: Sequence[int]) -> list[in
 
 def word_logits(logits: Tensor, words: Sequence[int | None], count: int) -> Tensor:
     """
-    Logits of words; minus infinity for one without a token, such as a word behind the last that the model reads.
-
-    Args:
-        logits (`Tensor` of shape `(tokens, num_labels)`).
-        words (`Sequence[int | None]`): the word of each token.
-        count (`int`): of the words.
-
-    Returns:
-        `Tensor` of shape `(count, num_labels)`.
+    Logits of words, `(count, num_labels)`, from those of tokens, `(tokens, num_labels)`; minus infinity for one
+    without a token, such as a word behind the last that the model reads.
     """
     places = first_tokens(words)
     found = torch.full((count, logits.shape[-1]), -torch.inf, dtype=logits.dtype, device=logits.device)
@@ -65,14 +50,8 @@ def word_logits(logits: Tensor, words: Sequence[int | None], count: int) -> Tens
 
 def labels_of_read_words(labels: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
     """
-    Labels beside the logits of words, [`IGNORED`] for words that the model has not read.
-
-    Args:
-        labels (`Sequence[Sequence[int]]`): class ids of the words of each text.
-        logits (`Tensor` of shape `(texts, words, num_labels)`): from [`word_logits`], padded alike.
-
-    Returns:
-        `Tensor` of shape `(texts, words)`: int64.
+    Labels beside the logits of words, [`IGNORED`] for words that the model has not read: int64 of shape
+    `(texts, words)`, padded like the logits from [`word_logits`], `(texts, words, num_labels)`.
     """
     rows = pad_sequence([torch.tensor(row) for row in labels], batch_first=True, padding_value=IGNORED)
     return rows.masked_fill(logits[..., 0].isneginf(), IGNORED)
@@ -86,11 +65,8 @@ def name_spans(classes: Sequence[str]) -> bool:
 
 def spans(tags: Sequence[str]) -> set[tuple[int, int, str]]:
     """
-    What tags name, as the CoNLL shared tasks count it: `(first word, last word, kind)`. A span ends where the next
-    word begins another, is of another kind or names nothing; an `I-` behind nothing begins one.
-
-    Args:
-        tags (`Sequence[str]`): of the words of one text.
+    What the tags of one text name, as the CoNLL shared tasks count it: `(first word, last word, kind)`. A span ends
+    where the next word begins another, is of another kind or names nothing; an `I-` behind nothing begins one.
     """
     found, start = set(), 0
     parts = [("O", ""), *((tag[:1], tag[2:]) for tag in tags), ("O", "")]

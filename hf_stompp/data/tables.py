@@ -36,19 +36,8 @@ def import_datasets() -> Any:
 
 def read_table(files: Sequence[Path], source: Path | str | None = None, cache_dir: str | None = None) -> Any:
     """
-    Reads files of one kind as one table.
-
-    Args:
-        files (`Sequence[Path]`): in the order of their rows.
-        source (`Path`, *optional*): what messages call them; the first file when not given.
-        cache_dir (`str`, *optional*): where `datasets` keeps what it converts.
-
-    Returns:
-        `Dataset`.
-
-    Raises:
-        FileNotFoundError: the first file is missing.
-        ValueError: the files are of an unknown kind, broken or empty.
+    Reads files of one kind as one table, its rows in their order; `source` is their name in messages. Raises a
+    FileNotFoundError where the first is missing, a ValueError where they are of an unknown kind, broken or empty.
     """
     source = source or files[0]
     suffix = files[0].suffix.lower()

@@ -86,12 +86,7 @@ def _read_file(file: Path, columns: Sequence[str]) -> Iterable[Sequence[str]]:
 
 
 def read_lines(file: Path) -> Iterator[str]:
-    """
-    The lines of a UTF-8 file, with or without a byte order mark.
-
-    Raises:
-        ValueError: it is not UTF-8; names line and byte.
-    """
+    """The lines of a UTF-8 file, with or without a byte order mark; a ValueError names line and byte of any other."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
@@ -113,15 +108,8 @@ def _read_columns(file: Path, columns: Sequence[str]) -> list[Sequence[str]]:
 
 def text_column(table: Any, source: Path | str, column: str | None = None) -> str:
     """
-    A column of a table that holds text.
-
-    Args:
-        table (`Dataset`).
-        source (`Path` or `str`): what messages call it.
-        column (`str`, *optional*): its name, if it is known.
-
-    Raises:
-        ValueError: it does not exist or holds something else, or which one it is is not clear.
+    The column of a table that holds text: `column`, or the one that is clear. Raises a ValueError where there is none;
+    `source` is the name of the table in messages.
     """
     kinds = {name: getattr(feature, "dtype", None) for name, feature in table.features.items()}
     strings = [name for name, kind in kinds.items() if kind in ("string", "large_string")]

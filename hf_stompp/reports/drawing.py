@@ -92,16 +92,8 @@ def draw(dynamics: Dynamics, dark: bool = False) -> Any:
     Draws the dynamics, one panel below the other over the same steps: frozen fraction of each unit, evaluation,
     training loss, gradient norm, learning rate. What was not logged has no panel.
 
-    Args:
-        dynamics (`Dynamics`).
-        dark (`bool`, *optional*, defaults to `False`): for a dark background.
-
-    Returns:
-        `matplotlib.figure.Figure`
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: nothing that was logged is a finite number.
+    Returns a `matplotlib.figure.Figure`. Raises an ImportError without matplotlib, a ValueError where nothing that was
+    logged is a finite number.
     """
     from matplotlib import rc_context
 
@@ -331,15 +323,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def report(dynamics: Dynamics) -> str:
-    """
-    The dynamics as one HTML page that needs no other file: the picture, for light and dark screens, and tables.
-
-    Args:
-        dynamics (`Dynamics`).
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+    """The dynamics as one HTML page that needs no other file: the picture, for light and dark screens, and tables."""
     light, dark = (base64.b64encode(png(dynamics, dark)).decode() for dark in (False, True))
     parts = [
         f"<h1>Training dynamics of {html.escape(dynamics.name)}</h1>",

@@ -47,13 +47,7 @@ def _is_number(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Series:
-    """
-    Values over optimizer steps, in ascending order, all of them finite.
-
-    Args:
-        steps (`list[int]`): optimizer steps that were done.
-        values (`list[float]`).
-    """
+    """Values over optimizer steps that were done, in ascending order, all of them finite."""
 
     steps: list[int] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
@@ -72,14 +66,7 @@ class Series:
 
 @dataclass(frozen=True)
 class UnitDynamics:
-    """
-    One unit of the progression.
-
-    Args:
-        name (`str`).
-        frozen (`Series`): its frozen fraction.
-        committed_step (`int`, *optional*): optimizer steps after which it was committed; None if it never was.
-    """
+    """A unit of the progression: its frozen fraction, and after how many optimizer steps it was committed, if ever."""
 
     name: str
     frozen: Series
@@ -89,24 +76,15 @@ class UnitDynamics:
 @dataclass(frozen=True)
 class Dynamics:
     """
-    What a run logged.
+    What a run logged, up to the optimizer step `steps`.
 
-    Args:
-        name (`str`): of the run.
-        source (`str`): the file that the log is from.
-        steps (`int`): the last optimizer step in the log.
-        units (`list[UnitDynamics]`): from input to output; empty for a run without a progression.
-        is_exact (`bool`): whether the steps at which units were committed are those of the progression. Otherwise they
-            are the first steps in the log that show it, which may be up to a logging interval late.
-        metric (`str`, *optional*): name of the measure in `fully_binary` and `mixed`; None without an evaluation.
-        fully_binary (`Series`): measure of the fully binary model (of the model, without a progression).
-        mixed (`Series`): measure of the model as it is in training, until it is committed.
-        float_value (`float`, *optional*): measure of the float model.
-        loss (`Series`): of training.
-        grad_norm (`Series`).
-        learning_rate (`Series`).
-        progression (`dict`): settings of the progression, by name.
-        results (`dict`): measures of each model, by the names in [`MODELS`].
+    `units` are in order from input to output, and empty for a run without a progression. With `is_exact` the steps at
+    which they were committed are those of the progression; otherwise they are the first steps in the log that show it,
+    which may be up to a logging interval late.
+
+    `metric`, None without an evaluation, names the measure in `fully_binary`, `mixed` and `float_value`.
+    `fully_binary` is that of the model itself where there was no progression; `mixed` is that of the model as it is in
+    training, until it is committed. `results` holds measures of each model, by the names in [`MODELS`].
     """
 
     name: str
@@ -137,14 +115,8 @@ class Dynamics:
 
 def find_log(run: Path) -> Path:
     """
-    The file with the log of a run: its `trainer_state.json`, that of its last checkpoint, or a JSON file with a
-    `log_history`.
-
-    Args:
-        run (`Path`): folder of a run, or such a file.
-
-    Raises:
-        ValueError: there is none.
+    The file with the log of a run, a folder or such a file: its `trainer_state.json`, that of its last checkpoint, or
+    a JSON file with a `log_history`. Raises a ValueError where there is none.
     """
     if run.is_file():
         return run
@@ -167,15 +139,10 @@ def find_log(run: Path) -> Path:
 
 def read_dynamics(run: Path, metric: str | None = None) -> Dynamics:
     """
-    Reads what a run logged.
-
-    Args:
-        run (`Path`): folder of a run, or a JSON file with a `log_history`. From a folder, `summary.json` of
-            `run_glue.py` is read as well, if it is there.
-        metric (`str`, *optional*): measure to draw; by default the one that was evaluated most often.
-
-    Raises:
-        ValueError: no log, an empty one, one that cannot be read, or no such measure.
+    Reads what a run logged, from its folder or a JSON file with a `log_history`. From a folder, `summary.json` of
+    `run_glue.py` is read as well, if it is there. `metric` is the measure to draw, by default the one that was
+    evaluated most often. Raises a ValueError where there is no log, it is empty or cannot be read, or has no such
+    measure.
     """
     file = find_log(run)
     state = _read_object(file)
@@ -206,17 +173,9 @@ def dynamics_of(
     metric: str | None = None,
 ) -> Dynamics:
     """
-    The dynamics in a Trainer's state.
-
-    Args:
-        state (`dict`): as in `trainer_state.json`: `log_history`, and with a progression `stateful_callbacks`.
-        name (`str`): of the run.
-        summary (`dict`, *optional*): what `run_glue.py` writes to `summary.json`; `metrics` and `progression` count.
-        source (`str`, *optional*): where the state is from, for messages.
-        metric (`str`, *optional*): measure to draw; by default the one that was evaluated most often.
-
-    Raises:
-        ValueError: see [`read_dynamics`].
+    The dynamics in a Trainer's state, as in `trainer_state.json`: `log_history`, and with a progression
+    `stateful_callbacks`. `summary` is what `run_glue.py` writes to `summary.json`; its `metrics` and `progression`
+    count. `source` is where the state is from, for messages. `metric` and errors are as in [`read_dynamics`].
     """
     log = state.get("log_history")
     if not isinstance(log, list) or not all(isinstance(entry, dict) and _is_step(entry.get("step")) for entry in log):
@@ -272,12 +231,7 @@ def _part(whole: Mapping[str, Any], name: str, source: str) -> Mapping[str, Any]
 
 
 def _saved_progression(state: Mapping[str, Any], source: str) -> Mapping[str, Any]:
-    """
-    The progression that a Trainer's state keeps; empty where there is none.
-
-    Raises:
-        ValueError: it is no progression.
-    """
+    """The progression that a Trainer's state keeps, empty where there is none; a damaged one raises a ValueError."""
     saved = state
     for name in ("stateful_callbacks", CALLBACK, "attributes", "progression"):
         saved = _part(saved, name, source)
@@ -382,12 +336,8 @@ def _results(
 
 def final_evaluation(log_history: Sequence[Mapping[str, Any]], step: int, best_step: int | None) -> dict[str, Any]:
     """
-    What a Trainer logged of the evaluation of the model that it holds now; empty if that was never evaluated.
-
-    Args:
-        log_history (`list[dict]`): of the Trainer's state.
-        step (`int`): optimizer steps done.
-        best_step (`int`, *optional*): the step whose weights were loaded at the end of training, if any were.
+    What a Trainer logged of the evaluation of the model that it holds now, after `step` optimizer steps or, if the
+    weights of `best_step` were loaded at the end of training, of that step; empty if that was never evaluated.
     """
     ends = [index for index, entry in enumerate(log_history) if "train_runtime" in entry]
     evaluations = [(index, entry) for index, entry in enumerate(log_history) if "eval_loss" in entry]
