@@ -42,12 +42,7 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def refuse_adapters(model: nn.Module) -> None:
-    """
-    Checks that a model has no adapters.
-
-    Raises:
-        ValueError: it has.
-    """
+    """Raises a `ValueError` if a model has adapters."""
     if has_adapters(model):
         raise ValueError(
             f"{type(model).__name__} has adapters, which are float and stay beside the base: take the base alone, "

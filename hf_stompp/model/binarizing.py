@@ -19,13 +19,7 @@ from .swap import swap_in_masked, swap_in_packed
 
 
 def _check_float(model: nn.Module) -> None:
-    """
-    Checks that a model is float and finite.
-
-    Raises:
-        ValueError: it was binarized, packed or quantized before, has adapters that are not merged, or holds NaN or
-            infinity; names the tensor.
-    """
+    """Raises a `ValueError` for a model that is not float and finite, was quantized before, or has adapters."""
     if packed_modules(model):
         raise ValueError(
             f"{type(model).__name__} is packed; binarize the float model it came from, or unpack(model) to train on"

@@ -120,14 +120,8 @@ def usage_section(
     model_class: str, name: str, state: str = "packed", revision: str | None = None, task: str | None = None
 ) -> str:
     """
-    The card's section on loading.
-
-    Args:
-        model_class (`str`): class of the model, e.g. `"BertForSequenceClassification"`.
-        name (`str`): repository or folder to load it from.
-        state (`str`, *optional*, defaults to `"packed"`): `"packed"` or `"latent"`.
-        revision (`str`, *optional*): branch that holds the model, if not `main`.
-        task (`str`, *optional*): the Hub's name of the task; where it has a pipeline for text, its lines are shown.
+    The card's section on loading a `"packed"` or `"latent"` model from `name`, a repository or folder. Where the Hub's
+    `task` has a pipeline for text, its lines are shown, too.
     """
     where = f'"{name}"' if revision in (None, "main") else f'"{name}", revision="{revision}"'
     if state == "packed":
@@ -210,23 +204,12 @@ def model_card(
     speed: Sequence[Mapping[str, Any]] = (),
 ) -> ModelCard:
     """
-    The card of a latent or packed model.
+    The card of a latent or packed model, with a `model-index` where data set, task and measures are known.
 
-    Args:
-        model (`PreTrainedModel`): after [`binarize`] or [`pack`].
-        name (`str`): title.
-        repository (`str`): repository or folder to load it from.
-        summary (`TrainingSummary`, *optional*): what a Trainer knows of the run: base model, data set, task,
-            hyperparameters, losses.
-        evaluation (`dict`, *optional*): what a Trainer logged of the evaluation of this model, with `eval_*` keys.
-        float_evaluation (`dict`, *optional*): the same of the float model that it was made from.
-        progression (`dict`, *optional*): settings of the progression, by name.
-        tags (`list[str]`, *optional*): beside those of every binary model.
-        revision (`str`, *optional*): branch that will hold it, if not `main`.
-        speed (`Sequence[dict]`, *optional*): from [`~hf_stompp.benchmark.compare_with_float`], of this machine.
-
-    Returns:
-        `ModelCard`: metadata with `model-index` where data set, task and measures are known, and the text.
+    `repository` may be a folder, `tags` come beside those of every binary model, and `revision` is the branch that
+    will hold it. `evaluation` and `float_evaluation` are what a Trainer logged, with `eval_*` keys, of this model and
+    of the float model that it was made from. `progression` holds settings by name, and `speed` is from
+    [`~hf_stompp.benchmark.compare_with_float`], of this machine.
     """
     config: StoMPPConfig = model.config.quantization_config
     state = "packed" if packed_modules(model) else "latent"

@@ -50,14 +50,8 @@ def _warn(model: nn.Module, args: Any) -> None:
 
 def few_steps(total_steps: int) -> str | None:
     """
-    What to expect of a short run that makes activations binary. The figures are MiniLM's on SST-2
-    (`benchmarks/results/accuracy.jsonl`; of the 11,800 steps 3,350 were on text without labels).
-
-    Args:
-        total_steps (`int`): optimizer steps of the run.
-
-    Returns:
-        `str`: for a warning; `None` for a longer run.
+    A warning for a run of few optimizer steps that makes activations binary; `None` for a longer one. The figures are
+    MiniLM's on SST-2 (`benchmarks/results/accuracy.jsonl`; of the 11,800 steps 3,350 were on text without labels).
     """
     if total_steps >= FEW_STEPS:
         return None

@@ -65,18 +65,10 @@ has a mask; and where a packed model has no `packed_weight`, its file lacks a fl
 
 def check_modules(model: nn.Module, files: Iterable[str], state: str, known: Iterable[str]) -> None:
     """
-    Checks that files are those of a model with these binary modules. The guard in packed files would refuse a latent
-    model without an explanation; a layer that only the file knows as masked would become a float one, and a threshold
-    that only the file knows would be dropped.
-
-    Args:
-        model (`PreTrainedModel`): with the modules of its plan.
-        files (`Iterable[str]`): safetensors files.
-        state (`str`): `"latent"` or `"packed"`.
-        known (`Iterable[str]`): names of the model's tensors.
-
-    Raises:
-        ValueError: names the first of [`BINARY_TENSORS`] that the model lacks.
+    Checks that safetensors files are those of a model with these binary modules, whose tensors have the names `known`.
+    The guard in packed files would refuse a latent model without an explanation; a layer that only the file knows as
+    masked would become a float one, and a threshold that only the file knows would be dropped. The `ValueError` names
+    the first of [`BINARY_TENSORS`] that the model lacks.
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     known = {name.removeprefix(prefix) for name in known}
@@ -142,9 +134,7 @@ def leave_files(model: nn.Module) -> None:
 def check_loaded(model: nn.Module) -> None:
     """
     Checks that the checkpoint held every tensor of the encoder: what it does not hold would be uninitialised memory.
-
-    Raises:
-        ValueError: names the missing tensors, NaN or infinity, or a value that no packed model has.
+    NaN, infinity and values that no packed model has raise a `ValueError`, too.
     """
     base = getattr(model, "base_model_prefix", "")
     inside = f"{base}." if base and hasattr(model, base) else ""
@@ -183,10 +173,8 @@ def _offloaded(model: nn.Module) -> set[str]:
 
 def check_shapes(model: nn.Module, shapes: dict[str, torch.Size]) -> None:
     """
-    Checks the shapes of what was binarized: not every version of Transformers does so for buffers.
-
-    Raises:
-        ValueError: names the first tensor of another shape.
+    Checks the shapes of what was binarized: not every version of Transformers does so for buffers. The `ValueError`
+    names the first tensor of another shape.
     """
     ours = tuple(f"{name}." for name in [*masked_modules(model), *packed_modules(model)])
     for name, tensor in model.state_dict().items():

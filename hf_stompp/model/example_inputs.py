@@ -19,16 +19,8 @@ IMAGE_SIZE = 224
 
 def example_inputs(model: nn.Module) -> dict[str, Tensor]:
     """
-    A smallest input to trace a model with: eight token ids (twice for multiple choice), a black image, or silence.
-
-    Args:
-        model (`PreTrainedModel`): on any device.
-
-    Returns:
-        `dict[str, Tensor]`: forward arguments, on the device of the model.
-
-    Raises:
-        ValueError: the model takes something else; pass `example_inputs` to [`binarize`].
+    A smallest input to trace a model with, on its device: eight token ids (twice for multiple choice), a black image,
+    or silence. Raises a `ValueError` for a model that takes something else.
     """
     name = getattr(model, "main_input_name", "input_ids")
     make = {

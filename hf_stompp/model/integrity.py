@@ -68,17 +68,9 @@ def _first_cut_tensor(path: Path) -> str:
 
 def verify_files(files: Iterable[str | Path]) -> dict[str, Path]:
     """
-    Checks checkpoint files.
-
-    Args:
-        files (`Iterable[str | Path]`): safetensors files; others raise.
-
-    Returns:
-        `dict[str, Path]`: tensor name -> the file that holds it.
-
-    Raises:
-        ValueError: a file is not safetensors, is cut, or holds a tensor that was altered, is in another file too or
-            has a type that its name rules out; names the tensor.
+    Checks safetensors files, and returns the file of each tensor by the tensor's name. Raises a `ValueError` for a
+    file that is not safetensors or is cut, and for a tensor that was altered, is in another file too, or has a type
+    that its name rules out.
     """
     paths = [Path(file) for file in files]
     names = _names_in(paths)
@@ -88,13 +80,8 @@ def verify_files(files: Iterable[str | Path]) -> dict[str, Path]:
 
 class Verification:
     """
-    [`verify_files`] for files that are loaded meanwhile: the longer part, hashing, runs in a thread of its own.
-
-    Args:
-        files (`Iterable[str | Path]`): safetensors files; others raise.
-
-    Raises:
-        ValueError: a file is not safetensors, or is cut.
+    [`verify_files`] for files that are loaded meanwhile: the longer part, hashing, runs in a thread of its own. A file
+    that is not safetensors, or is cut, raises a `ValueError` at once.
     """
 
     def __init__(self, files: Iterable[str | Path]) -> None:
@@ -111,10 +98,8 @@ class Verification:
 
     def finish(self) -> None:
         """
-        Waits for the hashes. To be called when all that was read is in memory of its own.
-
-        Raises:
-            ValueError: a tensor was altered, or a file was written while it was read.
+        Waits for the hashes. To be called when all that was read is in memory of its own. Raises a `ValueError` if a
+        tensor was altered, or a file was written while it was read.
         """
         self._hashing.result()
         for path, state in self._states.items():
@@ -200,15 +185,8 @@ def _verify_tensor(name: str, tensor: Tensor, allowed: set[str], file: Path) -> 
 def last_whole_checkpoint(output_dir: str | Path, world_size: int = 1, scales_loss: bool = False) -> str | None:
     """
     The checkpoint of a training run to go on from: the last one that was written to its end. One that was not, because
-    the run was killed meanwhile, is named in a warning.
-
-    Args:
-        output_dir (`str` or `Path`): of the run, with folders `checkpoint-<step>`.
-        world_size (`int`, *optional*, defaults to 1): processes of the run.
-        scales_loss (`bool`, *optional*, defaults to `False`): as in [`check_whole`].
-
-    Returns:
-        `str`, *optional*: the folder.
+    the run was killed meanwhile, is named in a warning. `output_dir` holds folders `checkpoint-<step>`; the other
+    arguments are those of [`check_whole`].
     """
     folders = {}
     for folder in Path(output_dir).glob("checkpoint-*"):
@@ -227,18 +205,9 @@ def last_whole_checkpoint(output_dir: str | Path, world_size: int = 1, scales_lo
 
 def check_whole(folder: Path, world_size: int = 1, scales_loss: bool = False) -> dict[str, Path]:
     """
-    Checks that a checkpoint of a Trainer holds all that a run goes on from, its weights unaltered.
-
-    Args:
-        folder (`Path`): of the checkpoint.
-        world_size (`int`, *optional*, defaults to 1): processes of the run, each of which has a random state.
-        scales_loss (`bool`, *optional*, defaults to `False`): whether the run has a `GradScaler`, as in float16.
-
-    Returns:
-        `dict[str, Path]`: tensor name -> the file that holds it.
-
-    Raises:
-        ValueError: something is missing, cut or altered; names it.
+    Checks that a checkpoint of a Trainer holds all that a run goes on from, its weights unaltered, and returns the
+    file of each tensor by the tensor's name. Each of `world_size` processes has a random state; `scales_loss` says
+    that the run has a `GradScaler`, as in float16. The `ValueError` names what is missing, cut or altered.
     """
     names = verify_files(checkpoint_files(folder))
     # One process writes one without a number: nothing is missing there, and the Trainer refuses other processes.
@@ -261,12 +230,7 @@ def check_whole(folder: Path, world_size: int = 1, scales_loss: bool = False) ->
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """
-    A file of a checkpoint that holds a JSON object.
-
-    Raises:
-        ValueError: it is missing or holds something else.
-    """
+    """A JSON object from a file of a checkpoint; raises a `ValueError` if that is missing or holds something else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -278,10 +242,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def checkpoint_files(folder: str | Path) -> list[Path]:
     """
-    The safetensors files of a model folder, sharded or not.
-
-    Raises:
-        ValueError: there are none, a shard is missing, or the index is damaged.
+    The safetensors files of a model folder, sharded or not. Raises a `ValueError` if there are none, a shard is
+    missing, or the index is damaged.
     """
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"

@@ -47,10 +47,8 @@ def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
 
 def config_of(model: nn.Module) -> StoMPPConfig:
     """
-    The `StoMPPConfig` of a binarized or packed model.
-
-    Raises:
-        ValueError: the model is neither, or has adapters of peft.
+    The `StoMPPConfig` of a binarized or packed model. Raises a `ValueError` if the model is neither, or has adapters
+    of peft.
     """
     refuse_adapters(model)
     config = getattr(getattr(model, "config", None), "quantization_config", None)
@@ -62,15 +60,7 @@ def config_of(model: nn.Module) -> StoMPPConfig:
 def binarized_part(model: nn.Module) -> Any:
     """
     The model that [`binarize`] was called on: this one, or one inside it, such as the encoder of a sentence encoder.
-
-    Args:
-        model (`nn.Module`).
-
-    Returns:
-        `PreTrainedModel`.
-
-    Raises:
-        ValueError: there is none, or there are several.
+    Raises a `ValueError` if there is none, or there are several.
     """
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():

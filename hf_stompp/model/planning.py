@@ -159,24 +159,15 @@ def _sublayer_units(layer_name: str, linears: list[str]) -> dict[str, str]:
 
 def plan_modules(model: nn.Module, config: StoMPPConfig, inputs: Mapping[str, Any] | None = None) -> Plan:
     """
-    Plans what [`binarize`] replaces, in order of depth.
+    Plans what [`binarize`] replaces, by name, in order of depth.
 
-    One forward pass in evaluation mode tells which linear layers read the same tensor (they share a binary activation:
-    the first one's entry names itself as `input`, the others' name the first), and which read the output of an
-    activation function (their entries name it, and it gets an entry of its own).
+    One forward pass in evaluation mode, with [`example_inputs`] where none are given, tells which linear layers read
+    the same tensor (they share a binary activation: the first one's entry names itself as `input`, the others' name
+    the first), and which read the output of an activation function (their entries name it, and it gets an entry of its
+    own).
 
-    Args:
-        model (`nn.Module`): a float model.
-        config (`StoMPPConfig`).
-        inputs (`Mapping[str, Any]`, *optional*): forward arguments to trace with; from [`example_inputs`] when not
-            given.
-
-    Returns:
-        `dict[str, PlannedModule]`: by name.
-
-    Raises:
-        ValueError: no stack, an ambiguous one, layers that are shared, a tied weight, `modes` that match nothing or
-            contradict each other, or nothing left to binarize.
+    Raises a `ValueError` for no stack, an ambiguous one, layers that are shared, a tied weight, `modes` that match
+    nothing or contradict each other, or nothing left to binarize.
     """
     stack = find_stack(model, config.layer_stack)
     if stack.kind == "convolution" and config.unit == "sublayer":
@@ -311,12 +302,7 @@ def _plan_block(
     """
     The binary convolutions of a block, each of which binarizes its own input where no sign has done it, and the
     activation functions that the sign replaces: behind a convolution of as many channels that reads bits itself.
-
-    Args:
-        block_name (`str`).
-        convolutions (`Mapping[str, nn.Conv2d]`): by name.
-        units (`Mapping[str, str]`): the unit of each.
-        before (`dict[str, PlannedModule]`): the plan of the blocks before this one.
+    `before` is the plan of the blocks before this one.
     """
     plan: Plan = {}
     replaced = {
@@ -347,14 +333,8 @@ def _sign_before(read: tuple[Tensor, int] | None, plan: Plan, trace: _Trace) -> 
 def _stays_float(name: str, candidates: Mapping[str, nn.Conv2d], config: StoMPPConfig, trace: _Trace) -> bool:
     """
     Whether a convolution that may be binary is left float all the same: one with groups, as its products are short, or
-    the shortcut of a block (paper), unless `modes` ask for it. One that does not run has no place in the plan.
-
-    Args:
-        name (`str`).
-        candidates (`Mapping[str, nn.Conv2d]`): the convolutions of its block.
-
-    Raises:
-        ValueError: bits cannot express what it does.
+    the shortcut of a block (paper), unless `modes` ask for it. One that does not run has no place in the plan; one
+    that bits cannot express raises a `ValueError`.
     """
     convolution, is_asked_for = candidates[name], any(matches(name, pattern) for pattern in config.modes or {})
     if trace.reads.get(name) is None:
@@ -422,12 +402,7 @@ def _producer_of(function: str, plan: Plan, trace: _Trace) -> str | None:
 
 
 def check_not_tied(model: nn.Module, plan: Plan) -> None:
-    """
-    Checks that no weight of the plan is that of another module as well.
-
-    Raises:
-        ValueError: one is; names it.
-    """
+    """Checks that no weight of the plan is that of another module as well; the `ValueError` names it."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)

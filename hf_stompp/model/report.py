@@ -28,16 +28,9 @@ FLOAT32_BYTES = 4
 @dataclass(frozen=True)
 class UnitReport:
     """
-    Size of one unit.
-
-    Args:
-        unit (`str`): its name, or `"(float)"` for what is in no unit.
-        modules (`int`): number of replaced modules.
-        binary_weights (`int`): number of weights that are or become 1-bit.
-        float_weights (`int`): number of parameters that stay float.
-        bytes_before (`int`): of the float model.
-        bytes_latent (`int`): with freeze masks and activation parameters.
-        bytes_packed (`int`).
+    Size of one unit, or of what is in no unit, `"(float)"`. Counts replaced modules, weights that are or become 1-bit,
+    and parameters that stay float. `bytes_before` are those of the float model; `bytes_latent` include freeze masks
+    and activation parameters.
     """
 
     unit: str
@@ -88,13 +81,7 @@ def packed_linear_bytes(out_features: int, in_features: int, has_bias: bool) -> 
 
 
 def report(model: nn.Module, config: StoMPPConfig) -> BinarizationReport:
-    """
-    Sizes of a latent or packed model, as it was, as it is trained and as it is packed.
-
-    Args:
-        model (`nn.Module`): after [`binarize`] or [`pack`].
-        config (`StoMPPConfig`): with its plan.
-    """
+    """Sizes of a latent or packed model, as it was, as it is trained and as it is packed."""
     plan = config.plan
     counts: dict[str, dict[str, int]] = {unit: {} for unit in [*config.units, "(float)"]}
     counted: set[str] = set()

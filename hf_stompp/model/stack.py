@@ -34,12 +34,8 @@ def _kind_of_most_weights(model: nn.Module) -> str:
 @dataclass(frozen=True)
 class Stack:
     """
-    The layers that a progression moves through.
-
-    Args:
-        name (`str`): of their list, or of what holds all of their lists.
-        layers (`dict[str, nn.Module]`): from input to output, by name.
-        kind (`str`): `"linear"` or `"convolution"`: which layers in them become binary.
+    The layers that a progression moves through, by name, from input to output. `name` is that of their list, or of
+    what holds all of their lists; `kind` says which layers in them become binary, `"linear"` or `"convolution"`.
     """
 
     name: str
@@ -65,14 +61,8 @@ class Stack:
 def find_stack(model: nn.Module, layer_stack: str | None = None) -> Stack:
     """
     The stack of layers of a Transformer encoder, see [`find_layer_stack`], or the blocks of a convolutional network,
-    see [`find_blocks`].
-
-    Args:
-        model (`nn.Module`).
-        layer_stack (`str`, *optional*): name of a list of layers, where it is not to be searched.
-
-    Raises:
-        ValueError: there is neither.
+    see [`find_blocks`]. `layer_stack` names their list, where it is not to be searched. Raises a `ValueError` if there
+    is neither.
     """
     # A list of bare linear layers beside convolutions is that of the heads.
     of_a_transformer = [
@@ -91,14 +81,8 @@ def find_stack(model: nn.Module, layer_stack: str | None = None) -> Stack:
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """
-    The blocks of a convolutional network: what the innermost lists of modules hold that are of one class, with two or
-    more convolutions in each.
-
-    Args:
-        model (`nn.Module`).
-
-    Returns:
-        `dict[str, nn.Module]`: by name, in the order of the model; empty where there are none.
+    The blocks of a convolutional network, by name, in the order of the model: what the innermost lists of modules hold
+    that are of one class, with two or more convolutions in each. Empty where there are none.
     """
     lists = {
         name: module
@@ -125,17 +109,9 @@ def _lists_of_linear_layers(model: nn.Module) -> dict[str, nn.ModuleList]:
 
 def find_layer_stack(model: nn.Module, layer_stack: str | None = None) -> tuple[str, list[nn.Module]]:
     """
-    The encoder's stack of layers: the outermost `nn.ModuleList` of modules of one class that hold linear layers.
-
-    Args:
-        model (`nn.Module`).
-        layer_stack (`str`, *optional*): its name, where it is not to be searched.
-
-    Returns:
-        `tuple(str, list[nn.Module])`: name and layers, from input to output.
-
-    Raises:
-        ValueError: there is none, or there are several of similar size, or `layer_stack` names none.
+    Name and layers, from input to output, of the encoder's stack: the outermost `nn.ModuleList` of modules of one
+    class that hold linear layers, or the list that `layer_stack` names. Raises a `ValueError` if there is none, or
+    there are several of similar size.
     """
     if layer_stack is not None:
         modules = dict(model.named_modules())

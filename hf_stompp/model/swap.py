@@ -69,11 +69,9 @@ def _activation_bits(entry: PlannedModule, config: StoMPPConfig) -> int | None:
 
 def check_fits(model: nn.Module, config: StoMPPConfig, latent: bool = False) -> None:
     """
-    Checks that a model has the modules that the config says are replaced, each of its kind: a float model, or `latent`
-    where it may be a latent one too.
-
-    Raises:
-        ValueError: no plan, or a module is missing, of another kind, or has parts where it must not; names it.
+    Checks that a float model, or with `latent` a latent one too, has the modules that the config says are replaced, each
+    of its kind. Raises a `ValueError` if there is no plan, or a module is missing, of another kind, or has parts where
+    it must not.
     """
     if not config.plan:
         raise ValueError(
@@ -138,14 +136,8 @@ def _channels(entry: PlannedModule, modules: dict[str, nn.Module]) -> int:
 
 def swap_in_masked(model: nn.Module, config: StoMPPConfig) -> None:
     """
-    Replaces what the plan names by masked modules, in place. Weights are kept, not copied.
-
-    Args:
-        model (`nn.Module`): a float model, on any device (`meta` included).
-        config (`StoMPPConfig`): with its plan.
-
-    Raises:
-        ValueError: see [`check_fits`].
+    Replaces what the plan names in a float model by masked modules, in place, on any device (`meta` included). Weights
+    are kept, not copied. Raises what [`check_fits`] does.
     """
     check_fits(model, config)
     modules = dict(model.named_modules())
@@ -211,16 +203,9 @@ def swap_in_masked(model: nn.Module, config: StoMPPConfig) -> None:
 
 def swap_in_packed(model: nn.Module, config: StoMPPConfig, dtype: torch.dtype | None = None) -> None:
     """
-    Replaces what the plan names by packed modules without values, in place.
-
-    Args:
-        model (`nn.Module`): a float or a latent model, on any device (`meta` included).
-        config (`StoMPPConfig`): with its plan.
-        dtype (`torch.dtype`, *optional*): of the word embeddings' output, where they are packed; their own when not
-            given.
-
-    Raises:
-        ValueError: see [`check_fits`].
+    Replaces what the plan names in a float or latent model by packed modules without values, in place, on any device
+    (`meta` included). `dtype` is that of the output of packed word embeddings, their own when not given. Raises what
+    [`check_fits`] does.
     """
     check_fits(model, config, latent=True)
     modules = dict(model.named_modules())
@@ -287,11 +272,8 @@ def swap_out_norms(model: nn.Module) -> None:
 @torch.no_grad()
 def swap_in_float(model: nn.Module, config: StoMPPConfig) -> None:
     """
-    Replaces packed modules by float ones of the same values, and gives the activation functions back, in place.
-
-    Args:
-        model (`nn.Module`): a packed model.
-        config (`StoMPPConfig`): with its plan, which is told of biases that folding added.
+    Replaces packed modules by float ones of the same values, and gives the activation functions back, in place. The
+    plan of the config is told of biases that folding added.
     """
     packed = packed_modules(model)
     for name, entry in list(config.plan.items()):

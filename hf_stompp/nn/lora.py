@@ -37,13 +37,9 @@ CANNOT_MERGE = (
 
 class BinaryLoraLinear(nn.Module, LoraLayer):
     """
-    `base_layer(input) + scaling * B(A(dropout(input)))`. The adapter reads the input as it is in front of the layer,
-    before any sign or rounding; behind a binary feed-forward activation, its two levels.
-
-    Args:
-        base_layer (`PackedBinaryLinear` or `MaskedBinaryLinear`).
-        adapter_name (`str`), config (`peft.LoraConfig`), r (`int`), lora_alpha (`int`): as in peft's own layers.
-        kwargs (*optional*): what else peft passes, of other kinds of layers.
+    `base_layer(input) + scaling * B(A(dropout(input)))`, over a packed or masked linear layer. The adapter reads the
+    input as it is in front of the layer, before any sign or rounding; behind a binary feed-forward activation, its two
+    levels. The arguments are those of peft's own layers.
     """
 
     if TYPE_CHECKING:
@@ -86,12 +82,8 @@ class BinaryLoraLinear(nn.Module, LoraLayer):
 
     def forward(self, input: Tensor, adapter_names: list[str] | None = None) -> Tensor:
         """
-        Args:
-            input (`Tensor` of shape `(..., in_features)`): floats, or the bits of a feed-forward activation.
-            adapter_names (`list[str]`, *optional*): the adapter of each example; all active ones when not given.
-
-        Returns:
-            `Tensor` of shape `(..., out_features)`.
+        Maps `(..., in_features)`, floats or the bits of a feed-forward activation, to `(..., out_features)`.
+        `adapter_names` are those of the examples; all active adapters when not given.
         """
         self._check_forward_args(input, adapter_names=adapter_names)
         output = self.base_layer(input)

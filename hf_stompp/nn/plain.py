@@ -51,10 +51,8 @@ class _PackedRows(Float32Buffers):
 
 class PlainBinaryActivation(Float32Buffers):
     """
-    [`PackedBinaryActivation`] in the place of a feed-forward activation function: puts out +-1.
-
-    Args:
-        packed (`PackedBinaryActivation`): its threshold is shared, not copied.
+    [`PackedBinaryActivation`] in the place of a feed-forward activation function: puts out +-1. The threshold is
+    shared, not copied.
     """
 
     threshold: Tensor
@@ -76,13 +74,11 @@ class PlainBinarySign(PlainBinaryActivation):
 
 class PlainBinaryLinear(_PackedRows):
     """
-    [`PackedBinaryLinear`]: on binary inputs a sign, the product of +-1 with +-1, a scale and a bias; on float inputs
-    the same of what is rounded to 8 bits, or the product with `+-scale`.
+    [`PackedBinaryLinear`], whose tensors are shared, not copied: on binary inputs a sign, the product of +-1 with +-1,
+    a scale and a bias; on float inputs the same of what is rounded to 8 bits, or the product with `+-scale`.
 
-    Args:
-        packed (`PackedBinaryLinear`): its tensors are shared, not copied.
-        in_integers (`bool`, *optional*, defaults to `False`): multiply inputs of 8 bits as int8, by an operator that
-            ONNX has but PyTorch has not for every shape on a GPU; else as floats, which hold the same integers.
+    With `in_integers`, inputs of 8 bits are multiplied as int8, by an operator that ONNX has but PyTorch has not for
+    every shape on a GPU; else as floats, which hold the same integers.
     """
 
     scale: Tensor
@@ -124,12 +120,7 @@ class PlainBinaryLinear(_PackedRows):
 
 
 class PlainBinaryConv2d(HasGeometry, PlainBinaryLinear):
-    """
-    [`PackedBinaryConv2d`], likewise.
-
-    Args:
-        packed (`PackedBinaryConv2d`): its tensors are shared, not copied.
-    """
+    """[`PackedBinaryConv2d`], likewise."""
 
     def __init__(self, packed: PackedBinaryConv2d) -> None:
         super().__init__(packed)
@@ -152,12 +143,7 @@ class PlainBinaryConv2d(HasGeometry, PlainBinaryLinear):
 
 
 class PlainBinaryEmbedding(_PackedRows):
-    """
-    [`PackedBinaryEmbedding`].
-
-    Args:
-        packed (`PackedBinaryEmbedding`): its tensors are shared, not copied.
-    """
+    """[`PackedBinaryEmbedding`], whose tensors are shared, not copied."""
 
     scale: Tensor
 
@@ -171,12 +157,7 @@ class PlainBinaryEmbedding(_PackedRows):
 
 
 class PlainInt8Embedding(nn.Module):
-    """
-    [`PackedInt8Embedding`].
-
-    Args:
-        packed (`PackedInt8Embedding`): its tensors are shared, not copied.
-    """
+    """[`PackedInt8Embedding`], whose tensors are shared, not copied."""
 
     int8_weight: Tensor
     scale: Tensor
@@ -191,14 +172,7 @@ class PlainInt8Embedding(nn.Module):
 
 
 def plain_module(packed: nn.Module, in_integers: bool = False) -> nn.Module:
-    """
-    The same computation in PyTorch's own operators.
-
-    Args:
-        packed: `PackedBinaryLinear`, `PackedBinaryConv2d`, `PackedBinaryActivation`, `PackedBinaryEmbedding` or
-            `PackedInt8Embedding`.
-        in_integers (`bool`, *optional*, defaults to `False`): as in [`PlainBinaryLinear`].
-    """
+    """The computation of a packed module in PyTorch's own operators; `in_integers` as in [`PlainBinaryLinear`]."""
     if isinstance(packed, PackedBinarySign):
         return PlainBinarySign(packed)
     if isinstance(packed, PackedBinaryActivation):
