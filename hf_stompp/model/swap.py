@@ -69,9 +69,9 @@ def _activation_bits(entry: PlannedModule, config: StoMPPConfig) -> int | None:
 
 def check_fits(model: nn.Module, config: StoMPPConfig, latent: bool = False) -> None:
     """
-    Checks that a float model, or with `latent` a latent one too, has the modules that the config says are replaced, each
-    of its kind. Raises a `ValueError` if there is no plan, or a module is missing, of another kind, or has parts where
-    it must not.
+    Checks that a float model, or with `latent` a latent one too, has the modules that the config says are replaced,
+    each of its kind. Raises a `ValueError` if there is no plan, or a module is missing, of another kind, or has parts
+    where it must not.
     """
     if not config.plan:
         raise ValueError(

@@ -84,10 +84,8 @@ def cuda_source_hash() -> str:
 
 def find_compiler() -> list[str]:
     """
-    The C compiler: `CC` of the environment, the one that Python was built with, or `cc`, `gcc`, `clang`.
-
-    Raises:
-        BuildError: there is none.
+    The C compiler: `CC` of the environment, the one that Python was built with, or `cc`, `gcc`, `clang`. Raises a
+    BuildError if there is none.
     """
     candidates = [os.environ.get("CC"), sysconfig.get_config_var("CC"), "cc", "gcc", "clang"]
     for candidate in candidates:
@@ -116,21 +114,12 @@ def _run(command: list[str]) -> str | None:
 
 def build(target: Path, extra_flags: list[str] | None = None, architecture: str | None = None) -> Path:
     """
-    Compiles the library.
+    Compiles the library into the file `target`, which appears whole or not at all, and returns it. Raises a BuildError
+    without a compiler, or with what it complained of.
 
-    A kernel whose instructions the compiler does not know is left out, OpenMP likewise.
-
-    Args:
-        target (`Path`): the file to write. It appears whole or not at all.
-        extra_flags (`list[str]`, *optional*): for every file and the link, such as `-fsanitize=address`.
-        architecture (`str`, *optional*): a key of `KERNEL_FILES`, for a cross-compiler; that of this machine when not
-            given.
-
-    Returns:
-        `Path`: `target`.
-
-    Raises:
-        BuildError: no compiler, or it fails; says what it complained of.
+    A kernel whose instructions the compiler does not know is left out, OpenMP likewise. The extra flags are for every
+    file and the link, such as `-fsanitize=address`. The architecture is a key of `KERNEL_FILES`, for a cross-compiler;
+    that of this machine when not given.
     """
     compiler, extra = find_compiler(), extra_flags or []
     architecture = architecture or ARCHITECTURES.get(platform.machine().lower(), "other")
@@ -169,12 +158,7 @@ def build(target: Path, extra_flags: list[str] | None = None, architecture: str 
 
 
 def find_nvcc() -> str:
-    """
-    The CUDA compiler: that of `CUDA_HOME` or `CUDA_PATH`, or `nvcc` on the PATH.
-
-    Raises:
-        BuildError: there is none.
-    """
+    """The CUDA compiler: that of `CUDA_HOME` or `CUDA_PATH`, or `nvcc` on the PATH; else raises a BuildError."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         home = os.environ.get(variable)
         if home and shutil.which(str(Path(home, "bin", "nvcc"))):
@@ -193,11 +177,8 @@ def nvcc_version(nvcc: str) -> str:
 
 def architecture_flags(architectures: Iterable[str]) -> list[str]:
     """
-    What nvcc is told to compile for.
-
-    Args:
-        architectures (`Iterable[str]`): such as `"90a"`, for the machine code of one; `"80+PTX"` for what the drivers
-            of that and later ones compile.
+    What nvcc is told to compile for. An architecture is such as `"90a"`, for its machine code, or `"80+PTX"`, for what
+    the drivers of that and later ones compile.
     """
     flags = []
     for architecture in architectures:
@@ -208,18 +189,8 @@ def architecture_flags(architectures: Iterable[str]) -> list[str]:
 
 def build_cuda(target: Path, architectures: list[str], extra_flags: list[str] | None = None) -> Path:
     """
-    Compiles the CUDA library.
-
-    Args:
-        target (`Path`): the file to write. It appears whole or not at all.
-        architectures (`list[str]`): see [`architecture_flags`].
-        extra_flags (`list[str]`, *optional*): for every file.
-
-    Returns:
-        `Path`: `target`.
-
-    Raises:
-        BuildError: no nvcc, or it fails; says what it complained of.
+    Compiles the CUDA library, for architectures as in [`architecture_flags`], into the file `target`, which appears
+    whole or not at all, and returns it. Raises a BuildError without nvcc, or with what it complained of.
     """
     nvcc = find_nvcc()
     target.parent.mkdir(parents=True, exist_ok=True)

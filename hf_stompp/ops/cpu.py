@@ -35,17 +35,8 @@ INSTALLED = Path(__file__).parent / build.LIBRARY_NAME
 
 def open_library(path: Path, handle: int | None = None) -> ctypes.CDLL:
     """
-    Loads a native library and declares its functions.
-
-    Args:
-        path (`Path`).
-        handle (`int`, *optional*): of the library, if it is loaded already.
-
-    Returns:
-        `ctypes.CDLL`.
-
-    Raises:
-        OSError: it cannot be loaded, or was built from other sources than those of this package.
+    Loads a native library and declares its functions. `handle` is its own, if it is loaded already. Raises an OSError
+    if it cannot be loaded, or was built from other sources than those of this package.
     """
     native = ctypes.CDLL(str(path), handle=handle)
     check_origin(native, "hf_stompp", ABI_VERSION, build.source_hash())
@@ -59,12 +50,7 @@ def open_library(path: Path, handle: int | None = None) -> ctypes.CDLL:
 
 
 def _find_or_build() -> ctypes.CDLL:
-    """
-    The installed library if it fits the sources, or one from the cache, built there where it is missing.
-
-    Raises:
-        OSError or build.BuildError: there is none and none can be built.
-    """
+    """The installed library if it fits the sources, or one from the cache, built there where it is missing."""
     try:
         return open_library(INSTALLED)
     except OSError:
@@ -77,15 +63,8 @@ def _find_or_build() -> ctypes.CDLL:
 
 class NativeKernels:
     """
-    The loaded library and the kernel that is to be used.
-
-    Args:
-        native (`ctypes.CDLL`): from [`open_library`].
-        kernel (`str`, *optional*): one of `KERNELS`; the best that runs here, call by call, when not given.
-
-    Raises:
-        RuntimeError: the kernel cannot run here; says why.
-        build.BuildError: none can.
+    The loaded library and the kernel of `KERNELS` that is to be used; the best that runs here, call by call, when none
+    is given. Raises a RuntimeError that says why if the kernel cannot run here, and a BuildError if none can.
     """
 
     def __init__(self, native: ctypes.CDLL, kernel: str | None = None) -> None:
@@ -116,10 +95,8 @@ class NativeKernels:
 
     def run_limit(self, kernel: str, steps: int) -> int:
         """
-        Runs the inner instructions of a kernel on registers alone.
-
-        Returns:
-            `int`: the pairs of bits they would have multiplied; 0 where that cannot be measured.
+        Runs the inner instructions of a kernel on registers alone. Returns the pairs of bits that they would have
+        multiplied; 0 where that cannot be measured.
         """
         return self.native.hf_stompp_limit(KERNELS.index(kernel), steps)
 
@@ -158,11 +135,8 @@ def native_kernels() -> NativeKernels | None:
     """
     The kernels that run the operators on the CPU, loaded or built on first use; None where the reference runs them.
 
-    The environment variable `HF_STOMPP_CPU` names a kernel of `KERNELS`, or `reference`.
-
-    Raises:
-        ValueError: the variable holds another name.
-        RuntimeError: the kernel that it names cannot run here.
+    The environment variable `HF_STOMPP_CPU` names a kernel of `KERNELS`, or `reference`. Another name raises a
+    ValueError, and a kernel that cannot run here a RuntimeError.
     """
     global _loaded
     if _loaded is None:

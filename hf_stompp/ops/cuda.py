@@ -55,17 +55,8 @@ class CudaError(RuntimeError):
 
 def open_library(path: Path, handle: int | None = None) -> ctypes.CDLL:
     """
-    Loads a native library and declares its functions.
-
-    Args:
-        path (`Path`).
-        handle (`int`, *optional*): of the library, if it is loaded already.
-
-    Returns:
-        `ctypes.CDLL`.
-
-    Raises:
-        OSError: it cannot be loaded, or was built from other sources than those of this package.
+    Loads a native library and declares its functions. `handle` is its own, if it is loaded already. Raises an OSError
+    if it cannot be loaded, or was built from other sources than those of this package.
     """
     native = ctypes.CDLL(str(path), handle=handle)
     check_origin(native, "hf_stompp_cuda", ABI_VERSION, build.cuda_source_hash())
@@ -84,13 +75,8 @@ def architecture(capability: tuple[int, int]) -> str:
 
 def find_or_build(capability: tuple[int, int]) -> ctypes.CDLL:
     """
-    The installed library if it fits the sources, or one from the cache, built there where it is missing.
-
-    Args:
-        capability (`tuple[int, int]`): compute capability of the device.
-
-    Raises:
-        OSError or build.BuildError: there is none and none can be built.
+    The installed library if it fits the sources, or one from the cache, built there for the device's compute
+    capability where it is missing. Raises an OSError or a BuildError where there is none and none can be built.
     """
     if capability < (8, 0):
         raise build.BuildError(f"compute capability {capability[0]}.{capability[1]} is below 8.0")
@@ -124,16 +110,10 @@ def aligned(tensor: Tensor | None) -> Tensor | None:
 
 class NativeKernels:
     """
-    The loaded library on one device.
+    The loaded library on one device, with one kernel of `KERNELS`, or one chosen call by call when none is given.
+    `stream` gives, as a number, the stream to work on for a tensor's device.
 
-    Args:
-        native (`ctypes.CDLL`): from [`open_library`].
-        index (`int`): of the device.
-        kernel (`str`, *optional*): one of `KERNELS`; chosen call by call when not given.
-        stream (`Callable`, *optional*): the stream to work on, as a number, of the device of a tensor.
-
-    Raises:
-        CudaError: the library has no code for the device, or the kernel cannot run there.
+    Raises a CudaError if the library has no code for the device, or the kernel cannot run there.
     """
 
     def __init__(
@@ -178,14 +158,11 @@ class NativeKernels:
 
 class Device:
     """
-    What runs the operators on one device.
+    What runs the operators on one device. `product` is what multiplies: `"bits"` (kernels of `native`), a key of
+    [`eight_bit.PRODUCTS`], or `"float32"`.
 
-    Args:
-        native (`NativeKernels`, *optional*): None where there are none.
-        product (`str`): what multiplies: `"bits"` (kernels of `native`), a key of [`eight_bit.PRODUCTS`], or
-            `"float32"`.
-        why_not (`str`, *optional*): why `native` is missing.
-        forced (`bool`, *optional*, defaults to `False`): asked for by name: its errors are not passed over.
+    `native` is None where there are no kernels, and `why_not` says why. `forced` is what was asked for by name: its
+    errors are not passed over.
     """
 
     def __init__(
@@ -198,10 +175,8 @@ class Device:
     ) -> Any:
         """
         `kernel(native)`; or `otherwise()`, where it does not take these arguments, where there is no library, and from
-        now on if that has no code for the device.
-
-        Raises:
-            CudaError: a launch failed in another way, such as for want of memory or after an error of other code.
+        now on if that has no code for the device. Raises a CudaError if a launch failed in another way, such as for
+        want of memory or after an error of other code.
         """
         if self.native is not None and is_taken:
             try:
@@ -242,14 +217,8 @@ def device(of: torch.device) -> Device:
     """
     What runs the operators on a GPU, loaded or built on first use; with one warning where that cannot be done.
 
-    The environment variable `HF_STOMPP_CUDA` names a kernel of `KERNELS`, `int8`, `float8`, or `reference`.
-
-    Args:
-        of (`torch.device`): of type `cuda`.
-
-    Raises:
-        ValueError: the variable holds another name.
-        RuntimeError: what it names cannot run there.
+    The environment variable `HF_STOMPP_CUDA` names a kernel of `KERNELS`, `int8`, `float8`, or `reference`. Another
+    name raises a ValueError, and one that cannot run there a RuntimeError.
     """
     index = torch.cuda.current_device() if of.index is None else of.index
     found = _devices.get(index)

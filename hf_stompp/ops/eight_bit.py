@@ -48,15 +48,8 @@ PRODUCTS: dict[str, tuple[torch.dtype, Callable[[Tensor, Tensor], Tensor]]] = {
 
 def unpack(bits: Tensor, features: int, dtype: torch.dtype) -> Tensor:
     """
-    The signs in packed rows, and 0 beyond their features.
-
-    Args:
-        bits (`Tensor` of shape `(rows, packed_bytes(features))`): uint8.
-        features (`int`).
-        dtype (`torch.dtype`).
-
-    Returns:
-        `Tensor` of shape `(rows, 8 * packed_bytes(features))`.
+    The signs in packed rows, and 0 beyond their features: uint8 of shape `(rows, packed_bytes(features))` becomes
+    `dtype` of shape `(rows, 8 * packed_bytes(features))`.
     """
     signs = unpack_signs(bits, features)
     return F.pad(signs, (0, 8 * bits.shape[-1] - features)).to(dtype)
@@ -73,15 +66,8 @@ def binary_linear(
     dtype: torch.dtype,
 ) -> Tensor:
     """
-    [`~hf_stompp.ops.products.binary_linear`] on packed bits.
-
-    Args:
-        product (`str`): a key of [`PRODUCTS`].
-        unpack (`Callable`): [`unpack`], or a kernel for it.
-        bits, packed_weight, in_features, scale, bias, dtype: as there.
-
-    Returns:
-        `Tensor` of shape `(..., out_features)`: of `dtype`.
+    [`~hf_stompp.ops.products.binary_linear`] on packed bits: one of [`PRODUCTS`] multiplies the signs that [`unpack`],
+    or a kernel for it, makes of them.
     """
     # Sums of more terms than were tried out.
     signs_dtype, multiply = PRODUCTS["int8" if in_features > _PROBE[1] else product]
@@ -114,16 +100,7 @@ def byte_linear(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """
-    [`~hf_stompp.ops.products.byte_linear`] in int8.
-
-    Args:
-        unpack (`Callable`): [`unpack`], or a kernel for it.
-        input, packed_weight, in_features, scale, bias, dtype: as there.
-
-    Returns:
-        `Tensor` of shape `(..., out_features)`: of `dtype`.
-    """
+    """[`~hf_stompp.ops.products.byte_linear`] in int8; [`unpack`], or a kernel for it, makes the signs."""
     shape = *input.shape[:-1], packed_weight.shape[0]
     if 0 in shape:
         return input.new_empty(shape, dtype=dtype)
@@ -166,16 +143,7 @@ def _seconds(product: str, device: torch.device) -> float:
 
 
 def choose(device: torch.device, seconds: Callable[[str, torch.device], float] = _seconds) -> str | None:
-    """
-    The fastest exact product of a device, by measurement.
-
-    Args:
-        device (`torch.device`).
-        seconds (`Callable`, *optional*): measures the time of a product.
-
-    Returns:
-        `str`, *optional*: a key of [`PRODUCTS`]; None if none runs there.
-    """
+    """The fastest exact product of a device, by measurement: a key of [`PRODUCTS`]; None if none runs there."""
     times: dict[str, float] = {}
     for product in PRODUCTS:
         try:

@@ -23,16 +23,10 @@ _NUMBERS: dict[Any, int] = {None: 0, **DTYPES}
 
 def call(function: Callable[[bytes], int], layout: struct.Struct, fields: Iterable[Any]) -> int:
     """
-    Calls a function of a library on a record, whose fields have 64 bits.
+    Calls a function of a library on a record, whose fields have 64 bits, and returns the status.
 
-    Args:
-        function (`Callable`).
-        layout (`struct.Struct`): of the record.
-        fields: numbers; dtypes, which have one; tensors, for the address of their elements (of a copy, where they are
-            not dense); None for the address NULL.
-
-    Returns:
-        `int`: the status.
+    Fields are numbers; dtypes, which have one; tensors, for the address of their elements (of a copy, where they are
+    not dense); None for the address NULL.
     """
     numbers, dense = [], []
     for value in fields:
@@ -53,10 +47,8 @@ def at_fork(renew: Callable[[], None]) -> None:
 
 def cache_folder() -> Path:
     """
-    Where libraries built on first use are kept: `HF_STOMPP_CACHE`, or `hf_stompp` in the user's cache folder.
-
-    Raises:
-        OSError: the user has no home folder, and the variable names none.
+    Where libraries built on first use are kept: `HF_STOMPP_CACHE`, or `hf_stompp` in the user's cache folder. Raises
+    an OSError if the user has no home folder, and the variable names none.
     """
     named = os.environ.get("HF_STOMPP_CACHE")
     try:
@@ -69,15 +61,8 @@ def cache_folder() -> Path:
 
 def check_origin(native: ctypes.CDLL, prefix: str, abi_version: int, source_hash: str) -> None:
     """
-    Checks that a library was built from the sources of this package.
-
-    Args:
-        native (`ctypes.CDLL`).
-        prefix (`str`): of the names of its functions.
-        abi_version (`int`), source_hash (`str`): what it must tell.
-
-    Raises:
-        OSError: it was built from others, or is no library of ours.
+    Checks that a library, whose functions' names begin with `prefix`, was built from the sources of this package.
+    Raises an OSError if it was built from others, or is no library of ours.
     """
     try:
         hash_of = getattr(native, f"{prefix}_source_hash")
@@ -135,18 +120,11 @@ def open_or_build(
     kind: str, key: str, name: str, open_library: OpenLibrary, build: Callable[[Path], object]
 ) -> ctypes.CDLL:
     """
-    A library from the cache, built there where it is missing.
+    A library from the cache, built there where it is missing. The name of its folder begins with `kind`, and `key` is
+    all that it depends on. `open_library` raises an OSError for one that does not fit, `build` writes it to a path.
 
-    Args:
-        kind (`str`): what its folder's name begins with.
-        key (`str`): all that it depends on.
-        name (`str`): of the file.
-        open_library (`Callable`): see `OpenLibrary`; raises OSError for one that does not fit.
-        build (`Callable`): writes it to a path.
-
-    Raises:
-        OSError: the cache cannot be written, others can write to it, or what was built cannot be loaded. Also what
-            `build` raises.
+    Raises an OSError if the cache cannot be written, others can write to it, or what was built cannot be loaded, and
+    what `build` raises.
     """
     # Without links, which might lead elsewhere after the check.
     cache = Path(os.path.realpath(cache_folder()))

@@ -124,12 +124,7 @@ class StoMPPTrainingArguments(TrainingArguments):
             raise ValueError(f"activation_learning_rate must be a finite number above 0, got {rate}")
 
     def own_arguments(self) -> dict[str, Any]:
-        """
-        What this class adds to the arguments of Transformers, and a run depends on.
-
-        Returns:
-            `dict[str, Any]`: values by name.
-        """
+        """What this class adds to the arguments of Transformers, and a run depends on: values by name."""
         known = {item.name for item in fields(TrainingArguments)} | {"card_speed"}
         return {item.name: getattr(self, item.name) for item in fields(self) if item.name not in known}
 

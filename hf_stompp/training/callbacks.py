@@ -23,12 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def refuse_another(progression: Progression, saved: dict[str, Any]) -> None:
-    """
-    Checks that a run goes on with the progression that it was started with.
-
-    Raises:
-        ValueError: it has another; names what differs.
-    """
+    """Refuses another progression than the run was started with, by a ValueError that names what differs."""
     changes = progression.difference(saved)
     if changes:
         raise ValueError(

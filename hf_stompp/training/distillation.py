@@ -147,12 +147,8 @@ def _positions(values: Tensor, mask: Tensor | None) -> Tensor:
 @dataclass(frozen=True)
 class Comparison:
     """
-    How the outputs of student and teacher are compared.
-
-    Args:
-        mask (`Tensor` of shape `(batch, sequence_length)`, *optional*): the attention mask: which positions count.
-        temperature (`float`, *optional*, defaults to 1.0): of the logits.
-        multi_label (`bool`, *optional*, defaults to `False`): whether each logit decides for itself.
+    How the outputs of student and teacher are compared. `mask` of shape `(batch, sequence_length)` is the attention
+    mask: which positions count. `temperature` is that of the logits; with `multi_label` each logit decides for itself.
     """
 
     mask: Tensor | None = None
@@ -213,27 +209,15 @@ SAME = {
 
 
 def distillation_loss(student: Any, teacher: Any, weights: dict[str, float], how: Comparison) -> Tensor:
-    """
-    Weighted sum of distillation losses.
-
-    Args:
-        student, teacher (`ModelOutput`).
-        weights (`dict[str, float]`): keys of [`LOSSES`]; that of the labels is passed over.
-        how (`Comparison`).
-
-    Returns:
-        `Tensor` of shape `()`: float32.
-    """
+    """Weighted sum of distillation losses, float32 of shape `()`; the weight of the labels is passed over."""
     terms = [weight * LOSSES[name](student, teacher, how) for name, weight in weights.items() if name != LABELS]
     return torch.stack(terms).sum()
 
 
 def check_losses(weights: Any) -> dict[str, float]:
     """
-    The weights of distillation losses as numbers.
-
-    Raises:
-        ValueError: a loss does not exist, a weight is no positive number, or the teacher is not asked for anything.
+    The weights of distillation losses as numbers. Raises a ValueError where a loss does not exist, a weight is no
+    positive number, or the teacher is not asked for anything.
     """
     known = [*LOSSES, LABELS]
     if not isinstance(weights, dict) or not set(weights) <= set(known):

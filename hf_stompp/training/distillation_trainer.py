@@ -35,13 +35,8 @@ class DistillingTrainer(Trainer):
 
     def set_teacher(self, teacher: PreTrainedModel | None) -> None:
         """
-        Gives a new trainer its teacher: puts it into evaluation mode and on the device.
-
-        Args:
-            teacher (`PreTrainedModel`, *optional*): a float model; nothing is done without one.
-
-        Raises:
-            ValueError: it does not fit the model, or labels are to be smoothed that no loss looks at.
+        Gives a new trainer its float teacher, in evaluation mode and on the device; does nothing without one. Raises a
+        ValueError if it does not fit the model, or labels are to be smoothed that no loss looks at.
         """
         if teacher is None:
             return
@@ -59,12 +54,7 @@ class DistillingTrainer(Trainer):
     def fit_to_teacher(self, model: PreTrainedModel) -> None:
         """
         Checks that a model can learn from the teacher, if there is one, and makes both put out what is compared.
-
-        Args:
-            model (`PreTrainedModel`).
-
-        Raises:
-            ValueError: see [`~hf_stompp.training.distillation.check_teacher`].
+        Raises a ValueError if it cannot, see [`~hf_stompp.training.distillation.check_teacher`].
         """
         if self.teacher is not None:
             self._fit(model, cast(Any, self.accelerator.unwrap_model(self.teacher)))

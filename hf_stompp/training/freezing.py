@@ -40,11 +40,9 @@ def _latent(modules: dict[str, MaskedBinaryModule]) -> list[Any]:
 
 def check_settings(config: StoMPPConfig, progression: Progression, train_committed: bool) -> None:
     """
-    Checks that a progression trains something, and that `train_committed` says something.
-
-    Raises:
-        ValueError: every weight is frozen before the first step and passes no gradient, or committed units are to stop
-            learning where their weights go on.
+    Checks that a progression trains something, and that `train_committed` says something. Raises a ValueError if every
+    weight is frozen before the first step and passes no gradient, or if committed units are to stop learning where
+    their weights go on.
     """
     from_the_start = progression.schedule == "immediate" and all(start == 0 for start, _ in progression.windows)
     if from_the_start and config.surrogate == "none":
@@ -181,16 +179,10 @@ def reset_masks(model: nn.Module) -> None:
 
 def check_masks(model: nn.Module, progression: Progression, step: int) -> None:
     """
-    Checks that the masks of a resumed run are what its progression left.
+    Checks that the masks of a resumed run are what its progression left after `step`, 0-based, the last one taken.
 
-    Args:
-        model (`PreTrainedModel`): after [`binarize`].
-        progression (`Progression`).
-        step (`int`): 0-based, the last step that was taken.
-
-    Raises:
-        ValueError: a committed mask is not full, a free one is not empty, or the frozen fraction of one in transition
-            is further from the schedule than chance allows (eight standard deviations and four entries); names it.
+    Raises a ValueError that names a committed mask that is not full, a free one that is not empty, or one in
+    transition that is further from the schedule than chance allows (eight standard deviations and four entries).
     """
     for index, modules in enumerate(unit_modules(model, config_of(model)).values()):
         fraction = progression.fraction(index, step)
@@ -220,13 +212,9 @@ def initialize_activations(
     That is the float network where nothing is frozen yet, and the binary one, layer after layer, where everything is
     from the first step on (vanilla STE). The network is in evaluation mode, except with `by_batch` for BatchNorm.
 
-    Args:
-        model (`PreTrainedModel`): after [`binarize`].
-        inputs (`dict[str, Any]`): arguments of its forward.
-        reduce (`Callable`, *optional*): sums a statistic over the ranks of a distributed run.
-        by_batch (`bool`, *optional*, defaults to `False`): for a step of training. BatchNorm in training mode
-            normalises by the batch, as it will in that step: what it has recorded is not yet true of a network that
-            starts from its config. It records nothing here.
+    `by_batch` is for a step of training. BatchNorm in training mode normalises by the batch, as it will in that step:
+    what it has recorded is not yet true of a network that starts from its config. It records nothing here. `reduce`
+    sums a statistic over the ranks of a distributed run.
     """
     waiting = [
         m for m in masked_modules(model).values() if isinstance(m, MaskedBinaryActivation) and not m.initialized

@@ -234,9 +234,7 @@ class RecipeArguments:
     def check_latent(self, config: StoMPPConfig) -> None:
         """
         Checks that a latent model, which has been binarized as its `config` says, can be trained as is asked for.
-
-        Raises:
-            ValueError: another binarization is asked for, or a float stage.
+        Raises a ValueError if another binarization is asked for, or a float stage.
         """
         if self.float_num_train_epochs > 0 or self.method == "float":
             raise ValueError("the model is latent, binarized already: it has no float stage. Name a float model.")

@@ -47,10 +47,8 @@ surrogate `ste` is vanilla STE (BinaryConnect, arXiv 1511.00363).
 
 def steps_of(value: float, total_steps: int, name: str) -> int:
     """
-    Number of steps meant by a setting that is a share of all steps below 1 and a number of steps from 1 on.
-
-    Raises:
-        ValueError: negative, or neither a share nor a whole number.
+    Number of steps meant by a setting that is a share of all steps below 1 and a number of steps from 1 on. Raises a
+    ValueError if it is negative, or neither a share nor a whole number.
     """
     if not 0 <= value < math.inf or (value >= 1 and value != int(value)):
         raise ValueError(

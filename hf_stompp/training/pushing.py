@@ -325,15 +325,8 @@ def _is_whole(file: Path) -> bool:
 @contextmanager
 def explained(repository: str, folder: Path | str) -> Iterator[None]:
     """
-    Adds to every error of the Hub in the block what to do about it, and where the files are.
-
-    Args:
-        repository (`str`): what is pushed to.
-        folder (`Path`): what is pushed; it stays.
-
-    Raises:
-        HfHubHTTPError: what the Hub answered, with the advice at the end of its message.
-        ConnectionError: the Hub could not be reached, or the connection broke.
+    Adds to every error of the Hub in the block what to do about it, and where the files are. An answer of the Hub is
+    raised as HfHubHTTPError, a connection that failed or broke as ConnectionError.
     """
     try:
         yield

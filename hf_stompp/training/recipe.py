@@ -118,13 +118,10 @@ class Results:
 
 def claim_output_dir(recipe: Recipe) -> None:
     """
-    Records in the output folder which run it belongs to.
+    Records in the output folder which run it belongs to. Raises a ValueError if that is one with other settings.
 
     A run goes on from what its folder holds; without this check it would silently continue from the checkpoint or the
     float model of another.
-
-    Raises:
-        ValueError: the folder belongs to a run with other settings.
     """
     settings = {
         **recipe.identity,

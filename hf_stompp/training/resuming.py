@@ -36,10 +36,8 @@ class ResumingTrainer(Trainer):
 
     def step_settings(self) -> dict[str, Any]:
         """
-        What a resumed run must share with the one that it goes on with, beside config and progression.
-
-        Returns:
-            `dict[str, Any]`: [`STEP_SETTINGS`] of the arguments, and in which precision a step is computed.
+        What a resumed run must share with the one that it goes on with, beside config and progression:
+        [`STEP_SETTINGS`] of the arguments, and in which precision a step is computed.
         """
         return {
             **{name: getattr(self.args, name) for name in STEP_SETTINGS},
@@ -48,12 +46,7 @@ class ResumingTrainer(Trainer):
         }
 
     def machine(self) -> str:
-        """
-        What decides, beside the settings, in which order sums run.
-
-        Returns:
-            `str`: processor or GPU, and the version of PyTorch.
-        """
+        """What decides, beside the settings, in which order sums run: processor or GPU, and the version of PyTorch."""
         device = self.args.device
         name = processor()["name"] if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
         return f"{name}, torch {torch.__version__}"
@@ -68,12 +61,7 @@ class ResumingTrainer(Trainer):
         super()._load_best_model()
 
     def _check_checkpoint(self, folder: Path) -> None:
-        """
-        Checks a checkpoint before anything is loaded from it.
-
-        Raises:
-            ValueError: it is damaged, incomplete, of another config, or was not written by this Trainer.
-        """
+        """Refuses a checkpoint that is damaged, incomplete, of another config, or was not written by this Trainer."""
         # First: with other processes it would seem incomplete.
         self._check_progress(folder)
         names = check_whole(folder, self.args.world_size, self.accelerator.scaler is not None)
@@ -95,12 +83,7 @@ class ResumingTrainer(Trainer):
             )
 
     def _check_progress(self, folder: Path) -> None:
-        """
-        Checks what a checkpoint says of the run that wrote it, and notes its progression.
-
-        Raises:
-            ValueError: it is damaged, was not written by this Trainer, or the steps of that run were others.
-        """
+        """Refuses a checkpoint that holds no progression, or one of a run with other steps; notes its progression."""
         try:
             callbacks = read_json(folder / "trainer_state.json").get("stateful_callbacks", {})
             attributes = dict(callbacks.get(ProgressionCallback.__name__, {}).get("attributes", {}))

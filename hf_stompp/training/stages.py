@@ -208,15 +208,11 @@ def fine_tune_float(
 
 def load_teacher(name: str, tokenizer: Any, auto: Any = AutoModelForSequenceClassification) -> PreTrainedModel | None:
     """
-    A teacher by its name or folder; `None` for those of [`~hf_stompp.training.recipe.TEACHERS`].
+    A teacher by its name or folder, loaded by the class `auto` of Transformers; `None` for those of
+    [`~hf_stompp.training.recipe.TEACHERS`].
 
-    Args:
-        name (`str`).
-        tokenizer (`PreTrainedTokenizerBase`): of the student; what makes images its input is not compared.
-        auto (`type`): the class of Transformers that loads it.
-
-    Raises:
-        ValueError: it is binarized, has no trained head, or comes with another tokenizer than the student's.
+    Raises a ValueError if it is binarized, has no trained head, or comes with another tokenizer than the student's.
+    What makes images the student's input is not compared.
     """
     if name in TEACHERS:
         return None
@@ -309,12 +305,8 @@ def pack_and_reload(
 
 def card_details(model: str, task: str | None = None, of_words: bool = False) -> dict[str, Any]:
     """
-    What a card says of a classifier and its data, as [`~transformers.modelcard.TrainingSummary`] takes it.
-
-    Args:
-        model (`str`): what it was made from.
-        task (`str`, *optional*): of GLUE.
-        of_words (`bool`, *optional*, defaults to `False`): whether it classifies words, and not texts.
+    What a card says of a classifier and its data, as [`~transformers.modelcard.TrainingSummary`] takes it. `model` is
+    what it was made from, `task` one of GLUE; with `of_words` it classifies words, and not texts.
     """
     details = {"finetuned_from": model, "tasks": "token-classification" if of_words else "text-classification"}
     if task is not None:
@@ -324,13 +316,8 @@ def card_details(model: str, task: str | None = None, of_words: bool = False) ->
 
 def write_card(recipe: Recipe, results: Results, name: str, **details: Any) -> None:
     """
-    Writes the model card beside the packed model of a run.
-
-    Args:
-        recipe (`Recipe`).
-        results (`Results`): of the run.
-        name (`str`): title.
-        **details: what [`~transformers.modelcard.TrainingSummary`] takes: `tasks`, `dataset`, ...
+    Writes the model card beside the packed model of a run, with `name` as its title. The details are what
+    [`~transformers.modelcard.TrainingSummary`] takes: `tasks`, `dataset`, ...
     """
     folder, trainer = recipe.output_dir / "packed", results.trainer
     assert isinstance(trainer, StoMPPTrainer) and results.model is not None
@@ -379,14 +366,8 @@ def make_trainer(
     teacher: PreTrainedModel | None = None,
 ) -> Trainer:
     """
-    A Trainer of a float, latent or packed model.
-
-    Args:
-        recipe (`Recipe`).
-        model (`PreTrainedModel`).
-        args (`StoMPPTrainingArguments`, *optional*): those of the recipe when not given.
-        train (`bool`, *optional*, defaults to `False`): otherwise it only evaluates and predicts.
-        teacher (`PreTrainedModel`, *optional*): what a latent model distils from.
+    A Trainer of a float, latent or packed model, which without `train` only evaluates and predicts. The arguments are
+    those of the recipe when not given; a latent model distils from the teacher.
     """
     args = copy.copy(args or recipe.args)
     # Only the result is shared, at the end; and a Trainer writes its arguments to a file, the token among them.

@@ -28,10 +28,8 @@ TIMED_BATCHES = 10
 
 def measure(recipe: Recipe, trainer: Trainer, split: str) -> dict[str, float] | None:
     """
-    Evaluates on every evaluation set, and saves what the Trainer reports as `<split>_results.json`.
-
-    Returns:
-        `dict[str, float]`: loss and measures, under the prefixes of the sets; `None` without a set.
+    Evaluates on every evaluation set, and saves what the Trainer reports as `<split>_results.json`. Returns loss and
+    measures, under the prefixes of the sets; `None` without a set.
     """
     if not recipe.eval_datasets:
         return None
@@ -169,13 +167,8 @@ NEAR = 0.01
 
 def compared_with_float(summary: Mapping[str, Any]) -> str:
     """
-    How far a packed model is below its float model, and what helps.
-
-    Args:
-        summary (`dict`): from [`summarize`].
-
-    Returns:
-        `str`: one line or two; empty where one of the two was not measured.
+    How far a packed model is below its float model, and what helps, by a summary from [`summarize`]: one line or two,
+    empty where one of the two was not measured.
     """
     found, packed = (summary["metrics"].get(name) or {} for name in ("float", "packed"))
     shared = [name for name in packed if name in found and not name.endswith(("loss", "mse", "mae"))]

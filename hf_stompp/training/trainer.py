@@ -202,12 +202,7 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, ResumingTrainer, Pu
         return model
 
     def _check_before_training(self, model: Any) -> None:
-        """
-        Checks model and training set before the first step.
-
-        Raises:
-            ValueError: the model is packed, or see [`check_training_set`].
-        """
+        """Refuses a packed model, and a training set that cannot be learned, before the first step."""
         if packed_modules(model):
             raise ValueError(
                 "a packed model cannot be trained, only evaluated; train the latent model, or unpack(model)"
@@ -229,12 +224,7 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, ResumingTrainer, Pu
     # --- masks -----------------------------------------------------------------------------------------------------
 
     def check_same_masks(self) -> None:
-        """
-        Checks that every rank holds the same masks.
-
-        Raises:
-            RuntimeError: they differ; names the first mask that does.
-        """
+        """Checks that every rank holds the same masks. Raises a RuntimeError that names the first that differs."""
         if self.args.world_size == 1:
             return
         masks = {name: module.freeze_mask for name, module in masked_modules(self.model).items()}
@@ -284,10 +274,7 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, ResumingTrainer, Pu
     def _check_weights(self) -> None:
         """
         Checks that training has not diverged: once weights are NaN, or what BatchNorm has recorded, no later step
-        mends them. To be called on every rank.
-
-        Raises:
-            ValueError: it has, on some rank; names the step, the unit in transition and the first tensor.
+        mends them. To be called on every rank. Raises a ValueError that names step, unit in transition and tensor.
         """
         name = first_nonfinite(self.model.state_dict().items())
         if not self._any_rank(name is not None):
@@ -317,16 +304,8 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, ResumingTrainer, Pu
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """
         The optimizer of [`~transformers.Trainer.create_optimizer`], in which scales, shifts and thresholds of binary
-        activations have a group of their own if `args.activation_learning_rate` is given.
-
-        Args:
-            model (`nn.Module`, *optional*): the trainer's when not given.
-
-        Returns:
-            `torch.optim.Optimizer`.
-
-        Raises:
-            ValueError: that optimizer makes groups of its own.
+        activations have a group of their own if `args.activation_learning_rate` is given. Raises a ValueError if that
+        optimizer makes groups of its own.
         """
         rate, is_new = self.args.activation_learning_rate, self.optimizer is None
         optimizer = super().create_optimizer(model)

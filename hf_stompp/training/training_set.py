@@ -26,16 +26,11 @@ CLASSIFIERS = (
 
 def check_training_set(dataset: Any, model: Any, answered: bool = False) -> None:
     """
-    Checks a training set before the first step.
+    Checks a training set before the first step; one that is streamed is not read. Raises a ValueError if it is empty,
+    or has a label that [`check_labels`] refuses.
 
-    Args:
-        dataset (`datasets.Dataset` or whatever a Trainer takes, *optional*): one that is streamed is not read.
-        model (`PreTrainedModel`): which is to learn it.
-        answered (`bool`, *optional*, defaults to `False`): a teacher answers in the place of labels, or another loss
-            than the model's reads them.
-
-    Raises:
-        ValueError: it is empty, or see [`check_labels`].
+    `answered` says that a teacher answers in the place of labels, or that another loss than the model's reads them:
+    they are not checked then.
     """
     if dataset is not None and hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError("train_dataset is empty: check max_train_samples and whatever filters the data")
@@ -49,15 +44,9 @@ def check_training_set(dataset: Any, model: Any, answered: bool = False) -> None
 
 def check_labels(dataset: Any, classes: int) -> None:
     """
-    Checks a column of classes, which takes no longer than to read it. Other labels, such as one for each token, are
-    not checked.
-
-    Args:
-        dataset (`datasets.Dataset`): with a column `labels` or `label`, or without.
-        classes (`int`): number of classes.
-
-    Raises:
-        ValueError: a label is a text, is missing or is out of range; names the row.
+    Checks a column of classes, `labels` or `label`, which takes no longer than to read it. Other labels, such as one
+    for each token, are not checked. Raises a ValueError if labels are texts, or one is missing or out of range; names
+    its row.
     """
     column = next((name for name in ("labels", "label") if name in dataset.column_names), None)
     dtype = str(getattr(dataset.features[column], "dtype", "")) if column is not None else ""
