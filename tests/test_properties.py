@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from masks import advance_mask_
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -23,7 +24,7 @@ from hf_stompp import StoMPPConfig, binarize, commit, pack
 from hf_stompp.config import CHOICES, MODES_OF_MODULES
 from hf_stompp.model.modules import config_of
 from hf_stompp.nn import MaskedBinaryEmbedding, MaskedBinaryModule
-from hf_stompp.nn.mask import advance_mask_, change_mask_, draw_changes, frozen_probability, mask_generator
+from hf_stompp.nn.mask import change_mask_, draw_changes, frozen_probability, mask_generator
 from hf_stompp.ops import pack_bits, pack_sign, packed_bytes, signs, unpack_signs
 from hf_stompp.plan import in_short
 from hf_stompp.training.progression import ORDERS, SCHEDULES, Progression, plan_progression, plan_windows, steps_of

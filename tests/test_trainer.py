@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from masks import advance_mask_
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -24,7 +25,7 @@ from hf_stompp import StoMPPConfig, StoMPPTrainer, StoMPPTrainingArguments, bina
 from hf_stompp.model.integrity import last_whole_checkpoint
 from hf_stompp.model.modules import masked_modules
 from hf_stompp.nn import MaskedBinaryActivation
-from hf_stompp.nn.mask import advance_mask_, mask_generator
+from hf_stompp.nn.mask import mask_generator
 from hf_stompp.training.callbacks import ProgressionCallback
 
 

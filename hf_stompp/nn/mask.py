@@ -143,27 +143,3 @@ def change_mask_(mask: Tensor, changes: MaskChanges) -> Tensor:
     if flat.data_ptr() != mask.data_ptr():
         mask.copy_(flat.view(mask.shape))
     return mask
-
-
-def advance_mask_(
-    mask: Tensor, previous: float, fraction: float, refresh_period: float, generator: torch.Generator
-) -> Tensor:
-    """
-    Grows and refreshes a freeze mask by one step, in place.
-
-    At `fraction = 1` the mask is all ones, exactly, and nothing is drawn.
-
-    Args:
-        mask (`Tensor`, bool, any shape and device): overwritten.
-        previous, fraction, refresh_period, generator: as in [`draw_changes`].
-
-    Returns:
-        `Tensor`: `mask` itself.
-
-    Raises:
-        ValueError: see [`frozen_probability`].
-    """
-    if fraction >= 1.0:
-        frozen_probability(previous, fraction, refresh_period)
-        return mask.fill_(True)
-    return change_mask_(mask, draw_changes(mask.numel(), previous, fraction, refresh_period, generator))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .mask import MaskChanges, advance_mask_, change_mask_
+from .mask import MaskChanges, change_mask_
 
 
 _INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.uint16}
@@ -192,13 +192,8 @@ class MaskedBinaryModule(nn.Module):
     def _set_committed(self, committed: bool) -> None:
         self.committed = committed
 
-    def advance(self, previous: float, fraction: float, refresh_period: float, generator: torch.Generator) -> None:
-        """Grows and refreshes the mask by one step, see [`~hf_stompp.nn.mask.advance_mask_`]."""
-        advance_mask_(self.freeze_mask, previous, fraction, refresh_period, generator)
-        self._set_committed(fraction >= 1.0)
-
     def change(self, changes: MaskChanges) -> None:
-        """[`advance`] by changes that were drawn before, see [`~hf_stompp.nn.mask.change_mask_`]."""
+        """Grows and refreshes the mask by one step, see [`~hf_stompp.nn.mask.draw_changes`]."""
         change_mask_(self.freeze_mask, changes)
         self._set_committed(False)
 

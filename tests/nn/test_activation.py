@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from masks import advance
 from torch import Tensor, nn
 
 from hf_stompp.nn import MaskedBinaryActivation, MaskedBinaryLinear
@@ -163,7 +164,7 @@ def test_what_is_learned_is_a_parameter_and_the_rest_a_buffer(settings: dict[str
     assert {name for name, _ in module.named_parameters()} == learned
     assert {name for name, _ in module.named_buffers()} == {"scale", "shift", "threshold", "freeze_mask"} - learned
     assert set(module.state_dict()) == {"scale", "shift", "threshold", "freeze_mask"}
-    module.advance(0.0, 0.5, 10, mask_generator(0, "unit", "mask", 0))
+    advance(module, 0.0, 0.5, 10, mask_generator(0, "unit", "mask", 0))
     module(draw(32, 6).requires_grad_()).square().sum().backward()
     assert all(torch.count_nonzero(parameter.grad) for parameter in module.parameters())
 
@@ -270,7 +271,7 @@ def test_compiles_as_one_graph_and_is_not_recompiled_when_the_mask_grows(with_ge
     assert torch.equal(compiled(batch), module(batch))
     with torch.compiler.set_stance("fail_on_recompile"):
         for step, (previous, fraction) in enumerate([(0.0, 0.5), (0.5, 0.8), (0.8, 1.0)]):
-            module.advance(previous, fraction, 10, mask_generator(0, "unit", "mask", step))
+            advance(module, previous, fraction, 10, mask_generator(0, "unit", "mask", step))
             assert torch.equal(compiled(batch), module(batch))
     assert module.committed
     torch.compiler.reset()
@@ -300,7 +301,7 @@ def test_a_deep_copy_is_equal_and_independent() -> None:
 
 def test_flags_follow_every_way_to_write_the_mask() -> None:
     module = initialized(4)
-    module.advance(0.0, 1.0, 10, mask_generator(0, "unit", "mask", 0))
+    advance(module, 0.0, 1.0, 10, mask_generator(0, "unit", "mask", 0))
     assert module.committed
     module.reset()
     assert not module.committed and not module.freeze_mask.any()

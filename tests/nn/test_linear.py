@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from masks import advance
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -144,8 +145,8 @@ def test_a_full_mask_gives_the_product_of_the_levels(binary_input: bool, scale: 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 def test_frozen_weights_pass_no_gradient_without_ste(autocast: bool) -> None:
     layer, x = make_linear(surrogate="none"), draw(8, 13).requires_grad_()
-    layer.advance(0.0, 0.5, 10, mask_generator(0, "unit", "linear", 0))
-    layer.input_activation.advance(0.0, 0.5, 10, mask_generator(0, "unit", "activation", 0))
+    advance(layer, 0.0, 0.5, 10, mask_generator(0, "unit", "linear", 0))
+    advance(layer.input_activation, 0.0, 0.5, 10, mask_generator(0, "unit", "activation", 0))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         layer(x).float().square().sum().backward()
     features = layer.input_activation.freeze_mask
@@ -158,7 +159,7 @@ def test_frozen_weights_pass_no_gradient_without_ste(autocast: bool) -> None:
 
 def test_the_slope_of_a_surrogate_reaches_the_weight() -> None:
     layer, x, upstream = make_linear(surrogate="polynomial", binary_input=False), draw(8, 13), draw(8, 5, seed=4)
-    layer.advance(0.0, 0.5, 10, mask_generator(0, "unit", "linear", 0))
+    advance(layer, 0.0, 0.5, 10, mask_generator(0, "unit", "linear", 0))
     layer(x).backward(upstream)
 
     weight = layer.weight.detach().double()
@@ -174,7 +175,7 @@ def test_gradients_of_a_compiled_layer_are_those_of_the_layer(surrogate: str) ->
     torch.compiler.reset()
     layer, x = make_linear(surrogate=surrogate), draw(8, 13)
     for module in (layer, layer.input_activation):
-        module.advance(0.0, 0.5, 10, mask_generator(0, "unit", "linear", 0))
+        advance(module, 0.0, 0.5, 10, mask_generator(0, "unit", "linear", 0))
     found = []
     for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
         layer.zero_grad()
@@ -186,7 +187,7 @@ def test_gradients_of_a_compiled_layer_are_those_of_the_layer(surrogate: str) ->
 
 def test_autocast_computes_in_bfloat16_and_keeps_float32_gradients() -> None:
     layer, x = make_linear(64, 5), draw(8, 64)
-    layer.advance(0.0, 0.5, 10, mask_generator(0, "unit", "linear", 0))
+    advance(layer, 0.0, 0.5, 10, mask_generator(0, "unit", "linear", 0))
     expected = layer(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = layer(x)
@@ -200,8 +201,8 @@ def test_autocast_computes_in_bfloat16_and_keeps_float32_gradients() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_half_precision_layer_trains_in_its_dtype(dtype: torch.dtype) -> None:
     layer, x = make_linear(dtype=dtype), draw(8, 13, dtype=dtype)
-    layer.advance(0.0, 0.5, 10, mask_generator(0, "unit", "linear", 0))
-    layer.input_activation.advance(0.0, 0.5, 10, mask_generator(0, "unit", "activation", 0))
+    advance(layer, 0.0, 0.5, 10, mask_generator(0, "unit", "linear", 0))
+    advance(layer.input_activation, 0.0, 0.5, 10, mask_generator(0, "unit", "activation", 0))
     out = layer(x)
     out.sum().backward()
     assert out.dtype == layer.weight.grad.dtype == dtype
@@ -215,7 +216,7 @@ def test_compiles_as_one_graph_and_is_not_recompiled_when_the_mask_grows() -> No
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     assert torch.equal(compiled(x), layer(x))
     with torch.compiler.set_stance("fail_on_recompile"):
-        layer.advance(0.0, 0.5, 10, mask_generator(0, "unit", "linear", 0))
+        advance(layer, 0.0, 0.5, 10, mask_generator(0, "unit", "linear", 0))
         assert torch.equal(compiled(x), layer(x))
         layer.commit()
         assert torch.equal(compiled(x), layer(x))
@@ -409,7 +410,7 @@ def make_embedding(**settings: object) -> MaskedBinaryEmbedding:
 
 def test_an_embedding_looks_up_the_masked_rows() -> None:
     table, ids = make_embedding(clip=1.5), torch.tensor([[3, 0, 3], [11, 7, 1]])
-    table.advance(0.0, 0.5, 10, mask_generator(0, "unit", "embedding", 0))
+    advance(table, 0.0, 0.5, 10, mask_generator(0, "unit", "embedding", 0))
     w, mask = table.weight.tolist(), table.freeze_mask.tolist()
     out = table(ids)
     assert out.shape == (2, 3, 19)
@@ -425,7 +426,7 @@ def test_an_embedding_looks_up_the_masked_rows() -> None:
 @pytest.mark.parametrize("surrogate", ["none", "ste"])
 def test_an_embedding_passes_gradients_to_the_rows_it_looked_up(surrogate: str) -> None:
     table, ids = make_embedding(surrogate=surrogate, padding_idx=0), torch.tensor([0, 3, 3, 7])
-    table.advance(0.0, 0.5, 10, mask_generator(0, "unit", "embedding", 0))
+    advance(table, 0.0, 0.5, 10, mask_generator(0, "unit", "embedding", 0))
     table(ids).sum().backward()
     looked_up = torch.tensor([row in (3, 7) for row in range(12)])
     assert torch.count_nonzero(table.weight.grad[~looked_up]) == 0
