@@ -6,7 +6,8 @@ How much of a sentence encoder is left in its 1-bit copy: Spearman correlation o
 
 Reads DIR/stsb/test.parquet or, where its labels are hidden, validation.parquet. Of each pair of sentences, the cosine
 similarity of their embeddings is compared with what people said. Prints a JSON line, and appends it to --output, with
-the float model beside its copy. Measures are in percent. What the run was made of is read from its summary.json.
+the float model beside its copy. Measures are in percent. What the run was made of is read from its summary.json, with
+what it measured on texts that were held out (`held_out`).
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ def measure(packed: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "packed": {"spearman": found},
         "packed_best": None,
         "kept": 100 * found / expected,
+        "held_out": summary.get("metrics", {}).get("packed"),
         "bytes": {"float": float_bytes, "packed": bytes_of_weights(packed)},
         "seconds": sum(summary.get("seconds", {}).values()) or None,
         "machine": {**machine["machine"], **machine["versions"]},

@@ -3,10 +3,11 @@ Writes a text file of sentences without labels, a sentence a line, for `hf-stomp
 
     python benchmarks/unlabelled_text.py OUTPUT.txt --reviews REVIEWS.parquet --reviews_sentences 60000 \\
         --dataset_dir DIR --tasks cola mrpc stsb rte
-    python benchmarks/unlabelled_text.py OUTPUT.jsonl --dataset_dir DIR --tasks mrpc stsb rte
+    python benchmarks/unlabelled_text.py OUTPUT.jsonl --dataset_dir DIR --tasks mrpc stsb rte [--made MADE.csv]
 
 Takes sentences of film reviews, drawn at random, and every sentence of the training sets of the tasks named: those of
-3 to 40 words, each once. Without reviews it writes the tasks' pairs of texts as they are, each once, in random order.
+3 to 40 words, each once. Without reviews it writes the tasks' pairs of texts as they are, and those of a file that
+`unlabelled_examples.py` made, each once, in random order.
 What shares a text, or a sentence of one, with a development set of any task in DIR is left out, compared by letters
 and digits, and counted: STS-B's training set has pairs of MRPC's development set.
 """
@@ -14,6 +15,7 @@ and digits, and counted: STS-B's training set has pairs of MRPC's development se
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import random
 from collections.abc import Iterable
@@ -35,6 +37,7 @@ def main() -> None:
     parser.add_argument("--reviews_sentences", type=int, default=60_000)
     parser.add_argument("--dataset_dir", type=Path, required=True, help="folders of GLUE tasks, with train.parquet")
     parser.add_argument("--tasks", nargs="*", default=[])
+    parser.add_argument("--made", type=Path, help="a table of two columns: more pairs")
     parser.add_argument("--columns", nargs=2, default=["a", "b"], help="names of the two columns of pairs")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -62,6 +65,9 @@ def write_pairs(arguments: argparse.Namespace) -> None:
     single = [task for task, columns in zip(arguments.tasks, tables, strict=True) if len(columns) != 2]
     if single:
         raise SystemExit(f"{single[0]} has no pairs of texts: name other --tasks, or --reviews for sentences")
+    if arguments.made is not None:
+        with arguments.made.open(encoding="utf-8", newline="") as file:
+            tables.append(list(zip(*list(csv.reader(file))[1:], strict=True)))
     found = dict.fromkeys(pair for columns in tables for pair in zip(*columns, strict=True))
     pairs = without_development_texts(found, arguments.dataset_dir)
     random.Random(arguments.seed).shuffle(pairs)

@@ -65,10 +65,21 @@ def test_writes_pairs_of_texts_once_each_without_those_of_a_development_set(
     datasets.Dataset.from_dict(known).to_parquet(tmp_path / "stsb" / "validation.parquet")
     output = tmp_path / "pairs.jsonl"
     columns = [] if names == ("a", "b") else ["--columns", *names]
-    words = ["unlabelled_text.py", str(output), "--dataset_dir", str(tmp_path), "--tasks", "mrpc"]
-    monkeypatch.setattr(sys, "argv", [*words, *columns])
+    words = ["unlabelled_text.py", str(output), "--dataset_dir", str(tmp_path), "--tasks", "mrpc", *columns]
+    monkeypatch.setattr(sys, "argv", words)
     unlabelled_text.main()
-    lines = [json.loads(line) for line in output.read_text().splitlines()]
-    assert sorted(tuple(line[name] for name in names) for line in lines) == [("one", "first"), ("two", "second")]
+
+    def written() -> list[tuple[str, ...]]:
+        lines = map(json.loads, output.read_text().splitlines())
+        return sorted(tuple(line[name] for name in names) for line in lines)
+
+    assert written() == [("one", "first"), ("two", "second")]
     told = capsys.readouterr().out
     assert "left out: 4 that" in told and "stsb: 3 of 3" in told
+
+    made = tmp_path / "made.csv"
+    made.write_text("sentence1,sentence2\none,first\n\"five, or six\",fifth\nthree,seventh\n")
+    monkeypatch.setattr(sys, "argv", [*words, "--made", str(made)])
+    unlabelled_text.main()
+    assert written() == [("five, or six", "fifth"), ("one", "first"), ("two", "second")]
+    assert "left out: 5 that" in capsys.readouterr().out
