@@ -78,7 +78,7 @@ def test_writes_pairs_of_texts_once_each_without_those_of_a_development_set(
     assert "left out: 4 that" in told and "stsb: 3 of 3" in told
 
     made = tmp_path / "made.csv"
-    made.write_text("sentence1,sentence2\none,first\n\"five, or six\",fifth\nthree,seventh\n")
+    made.write_text('sentence1,sentence2\none,first\n"five, or six",fifth\nthree,seventh\n')
     monkeypatch.setattr(sys, "argv", [*words, "--made", str(made)])
     unlabelled_text.main()
     assert written() == [("five, or six", "fifth"), ("one", "first"), ("two", "second")]
