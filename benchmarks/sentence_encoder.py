@@ -6,8 +6,8 @@ How much of a sentence encoder is left in its 1-bit copy: Spearman correlation o
 
 Reads DIR/stsb/test.parquet or, where its labels are hidden, validation.parquet. Of each pair of sentences, the cosine
 similarity of their embeddings is compared with what people said. Prints a JSON line, and appends it to --output, with
-the float model beside its copy. Measures are in percent. What the run was made of is read from its summary.json, with
-what it measured on texts that were held out (`held_out`).
+the float model beside its copy. Correlations are in percent. What the run was made of is read from its summary.json,
+with what it measured on texts that were held out (`held_out`): the loss, and the cosine similarity as a fraction.
 """
 
 from __future__ import annotations

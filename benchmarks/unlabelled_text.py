@@ -44,6 +44,8 @@ def main() -> None:
     if arguments.reviews is None:
         write_pairs(arguments)
         return
+    if arguments.made is not None:
+        parser.error("--made are pairs, and --reviews are sentences: drop one of them")
     reviews = read_texts([arguments.reviews])
     random.Random(arguments.seed).shuffle(reviews)
     # A review has ten sentences: twice as many as needed, since short and long ones are dropped.
@@ -60,7 +62,7 @@ def main() -> None:
 
 
 def write_pairs(arguments: argparse.Namespace) -> None:
-    """Writes the pairs of texts of tasks."""
+    """Writes the pairs of texts of tasks, and those that were made."""
     tables = [list(texts_of(arguments.dataset_dir, task).values()) for task in arguments.tasks]
     single = [task for task, columns in zip(arguments.tasks, tables, strict=True) if len(columns) != 2]
     if single:
@@ -68,6 +70,8 @@ def write_pairs(arguments: argparse.Namespace) -> None:
     if arguments.made is not None:
         with arguments.made.open(encoding="utf-8", newline="") as file:
             tables.append(list(zip(*list(csv.reader(file))[1:], strict=True)))
+        if len(tables[-1]) != 2:
+            raise SystemExit(f"{arguments.made} has no pairs of texts")
     found = dict.fromkeys(pair for columns in tables for pair in zip(*columns, strict=True))
     pairs = without_development_texts(found, arguments.dataset_dir)
     random.Random(arguments.seed).shuffle(pairs)

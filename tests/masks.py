@@ -1,4 +1,4 @@
-"""One step of a mask, drawn and applied at once. Training draws the next step while it computes the one before."""
+"""One step of a mask, drawn and applied at once. Training draws the next step while it computes the present one."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class ModelArguments:
 
     model_name_or_path: str | None = option("A pretrained model on the Hub or in a folder; or give --model_type.")
     model_type: str | None = option("Start from scratch with a network of this type, such as resnet.")
-    config_overrides: dict | str | None = option("Fields of the config of that network, as JSON.")  # noqa: RUF009
+    config_overrides: dict | str | None = option("Fields of the config of that network, as JSON.")
 
     def __post_init__(self) -> None:
         if (self.model_name_or_path is None) == (self.model_type is None):

@@ -35,8 +35,8 @@ def output_folder(output: str, force: bool, model: str) -> Iterator[Path]:
     A new folder that takes the place of `output` when the block ends well, and vanishes when it does not: whoever
     reads `output` never finds half a model.
 
-    `output` must not be `model`, the one that is read, and must be empty without `force`. That replaces a model that
-    is there; files that are not the model's stay.
+    `output` must not be `model`, the one that is read, and must be empty without `force`. With `force` a model that is
+    there is replaced; files that are not the model's stay.
     """
     folder = Path(output).expanduser()
     if os.path.lexists(folder) and not folder.is_dir():

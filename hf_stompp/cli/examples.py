@@ -41,8 +41,8 @@ SEPARATOR = "|"
 class Examples:
     """
     Labelled texts: `texts` has a list for each of the one or two `columns`, of texts or of lists of words. `labels`
-    are as they stand there, lists of them where a text may have several or each word has one. `names` are those of the
-    classes that labels are ids of, where the file knows them.
+    are as `source` has them, lists of them where a text may have several or each word has one. `names` are those of
+    the classes that labels are ids of, where the file knows them.
     """
 
     source: str

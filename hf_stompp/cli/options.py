@@ -20,7 +20,7 @@ from .errors import CommandError
 def run_of(module: str, function: str = "run") -> Callable[[argparse.Namespace], None]:
     """
     What a command runs: a function that returns what `--json` prints, and what is printed otherwise. Its module is
-    imported by then: most need more than `--help` should wait for.
+    imported when it runs: most need more than `--help` should wait for.
     """
 
     def run(arguments: argparse.Namespace) -> None:

@@ -85,7 +85,8 @@ def stopping_on_interrupt(words: list[str]) -> Iterator[Callable[[Trainer], None
     outside training, interrupts. Yields what each trainer is prepared with.
 
     Raises:
-        KeyboardInterrupt: the run was interrupted; how to go on with the command of these words has been told.
+        KeyboardInterrupt: the run was interrupted. If a checkpoint was written, it was told how the command of these
+            words goes on.
     """
     callback = StopAfterStep()
 

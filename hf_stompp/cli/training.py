@@ -121,7 +121,10 @@ def tokenized(examples: Examples, labels: list[Any], tokenizer: Any, length: int
 def trainer_arguments(
     arguments: argparse.Namespace, asked: RecipeArguments, folder: Path, given: Mapping[str, Any], **options: Any
 ) -> StoMPPTrainingArguments:
-    """The Trainer's arguments: those of every training command, its own, those that were given, then the method's."""
+    """
+    The Trainer's arguments. The method may set those among `options`, which are the command's; what the user gave it
+    leaves alone, or refuses.
+    """
     given = {name: value for name, value in given.items() if value is not None}
     args = StoMPPTrainingArguments(
         output_dir=str(folder),

@@ -36,8 +36,9 @@ def import_datasets() -> Any:
 
 def read_table(files: Sequence[Path], source: Path | str | None = None, cache_dir: str | None = None) -> Any:
     """
-    Reads files of one kind as one table, its rows in their order; `source` is their name in messages. Raises a
-    FileNotFoundError where the first is missing, a ValueError where they are of an unknown kind, broken or empty.
+    Reads files of one kind as one `datasets.Dataset`, its rows in their order; `source` is their name in messages, and
+    what is read lies in `cache_dir`. Raises a FileNotFoundError where the first is missing, a ValueError where they
+    are of an unknown kind, broken or empty.
     """
     source = source or files[0]
     suffix = files[0].suffix.lower()

@@ -86,7 +86,7 @@ def _read_file(file: Path, columns: Sequence[str]) -> Iterable[Sequence[str]]:
 
 
 def read_lines(file: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file, with or without a byte order mark; a ValueError names line and byte of any other."""
+    """The lines of a UTF-8 file, with or without a byte order mark; of others a ValueError names line and byte."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
@@ -108,8 +108,8 @@ def _read_columns(file: Path, columns: Sequence[str]) -> list[Sequence[str]]:
 
 def text_column(table: Any, source: Path | str, column: str | None = None) -> str:
     """
-    The column of a table that holds text: `column`, or the one that is clear. Raises a ValueError where there is none;
-    `source` is the name of the table in messages.
+    The column of a table that holds text: `column`, or the only one that may be meant. Raises a ValueError where it is
+    missing, holds no text, or is not clear; `source` is the name of the table in messages.
     """
     kinds = {name: getattr(feature, "dtype", None) for name, feature in table.features.items()}
     strings = [name for name, kind in kinds.items() if kind in ("string", "large_string")]

@@ -120,8 +120,8 @@ def usage_section(
     model_class: str, name: str, state: str = "packed", revision: str | None = None, task: str | None = None
 ) -> str:
     """
-    The card's section on loading a `"packed"` or `"latent"` model from `name`, a repository or folder. Where the Hub's
-    `task` has a pipeline for text, its lines are shown, too.
+    The card's section on loading a `"packed"` or `"latent"` model from `name`, a repository or folder, of a branch
+    `revision`. Where the Hub's `task` has a pipeline for text, its lines are shown, too.
     """
     where = f'"{name}"' if revision in (None, "main") else f'"{name}", revision="{revision}"'
     if state == "packed":
@@ -206,9 +206,10 @@ def model_card(
     """
     The card of a latent or packed model, with a `model-index` where data set, task and measures are known.
 
-    `repository` may be a folder, `tags` come beside those of every binary model, and `revision` is the branch that
-    will hold it. `evaluation` and `float_evaluation` are what a Trainer logged, with `eval_*` keys, of this model and
-    of the float model that it was made from. `progression` holds settings by name, and `speed` is from
+    `name` is the title; the model is loaded from `repository`, which may be a folder. `summary` is what a Trainer
+    knows of the run, `tags` come beside those of every binary model, and `revision` is the branch that will hold it.
+    `evaluation` and `float_evaluation` are what a Trainer logged, with `eval_*` keys, of this model and of the float
+    model that it was made from. `progression` holds settings by name, and `speed` is from
     [`~hf_stompp.benchmark.compare_with_float`], of this machine.
     """
     config: StoMPPConfig = model.config.quantization_config

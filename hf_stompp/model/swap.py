@@ -50,7 +50,7 @@ CLASSES = {
     "embedding": Classes(nn.Embedding, MaskedBinaryEmbedding, PackedBinaryEmbedding),
     "int8_embedding": Classes(nn.Embedding, RoundedEmbedding, PackedInt8Embedding),
 }
-"""By the kind that the plan says."""
+"""By the kind that the plan says; what a model of each state is checked against."""
 
 
 def _sizes(layer: Any) -> tuple[Any, ...]:

@@ -193,7 +193,7 @@ class MaskedBinaryModule(nn.Module):
         self.committed = committed
 
     def change(self, changes: MaskChanges) -> None:
-        """Grows and refreshes the mask by one step, see [`~hf_stompp.nn.mask.draw_changes`]."""
+        """A step of the mask but for the last, which is [`commit`]; see [`~hf_stompp.nn.mask.draw_changes`]."""
         change_mask_(self.freeze_mask, changes)
         self._set_committed(False)
 

@@ -50,7 +50,10 @@ def open_library(path: Path, handle: int | None = None) -> ctypes.CDLL:
 
 
 def _find_or_build() -> ctypes.CDLL:
-    """The installed library if it fits the sources, or one from the cache, built there where it is missing."""
+    """
+    The installed library if it fits the sources, or one from the cache, built there where it is missing. Raises an
+    OSError or a BuildError.
+    """
     try:
         return open_library(INSTALLED)
     except OSError:

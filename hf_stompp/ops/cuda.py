@@ -161,7 +161,7 @@ class Device:
     What runs the operators on one device. `product` is what multiplies: `"bits"` (kernels of `native`), a key of
     [`eight_bit.PRODUCTS`], or `"float32"`.
 
-    `native` is None where there are no kernels, and `why_not` says why. `forced` is what was asked for by name: its
+    `native` is None where there are no kernels, and `why_not` says why. With `forced` it was asked for by name: its
     errors are not passed over.
     """
 
