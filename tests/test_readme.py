@@ -147,6 +147,21 @@ def test_the_table_of_encoders_on_a_gpu_is_what_the_result_file_says() -> None:
     assert gpu.encoder_table(json.loads(path.read_text(encoding="utf-8"))) in BENCHMARKS
 
 
+def test_the_table_of_text_learned_by_masks_is_what_the_result_lines_say() -> None:
+    lines = (ROOT / "benchmarks" / "results" / "sentence_encoder.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = {
+        "minilm text-ste": "vanilla STE (`--method ste`)",
+        "minilm text-": "StoMPP+STE (`--method stompp_ste`, the default)",
+    }
+    figures: dict[str, list[str]] = {name: [] for name in rows.values()}
+    for line in map(json.loads, lines):
+        name = next((name for start, name in rows.items() if start in line["command"]), None)
+        if name is not None:
+            loss, cosine = line["held_out"]["eval_loss"], line["held_out"]["eval_cosine_similarity"]
+            figures[name] += [f"{loss:.3f}", f"{cosine:.3f}", f"{line['packed']['spearman']:.1f}"]
+    assert [f"| {name} | {' | '.join(found)} |" in FINDINGS for name, found in figures.items()] == [True, True]
+
+
 def test_the_table_of_sentence_encoders_is_what_the_result_lines_say() -> None:
     page = (ROOT / "docs" / "howto" / "distillation.md").read_text(encoding="utf-8")
     lines = (ROOT / "benchmarks" / "results" / "sentence_encoder.jsonl").read_text(encoding="utf-8").splitlines()
@@ -156,6 +171,8 @@ def test_the_table_of_sentence_encoders_is_what_the_result_lines_say() -> None:
             "--modes attention=bwn": "attention `bwn`",
             "--word_embeddings binary": "1-bit word embeddings",
             "all-attentions": "attention learned",
+            "minilm text-": "clean text, attention learned",
+            "text-masks": "masks",
             "--text pairs": "then pairs",
             "--bf16": "`--bf16`",
         }
