@@ -44,6 +44,9 @@ ROWS = {
         "ste-distilled-all-attentions",
     ),
     "the row above, 20 epochs": ("ste-distilled-all-attentions-20-epochs",),
+    "`bnn`, clean text first, teacher's attention learned": ("text-ste",),
+    "the row above, text learned by StoMPP+STE": ("text-stompp-ste",),
+    "the row above, 44,464 more pairs": ("text-stompp-ste-answered",),
     "bag of words": ("tfidf",),
     "most frequent answer": ("majority",),
 }
