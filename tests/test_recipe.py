@@ -6,6 +6,8 @@ import argparse
 import copy
 import dataclasses
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from hf_stompp.model.modules import masked_modules, packed_modules
 from hf_stompp.training.methods import METHODS, RecipeArguments
 from hf_stompp.training.recipe import SETTINGS, Recipe
 from hf_stompp.training.stages import evaluate_model, make_trainer, run_recipe, write_card
-from hf_stompp.training.summary import compared_with_float, summarize, summary_table
+from hf_stompp.training.summary import compared_with_float, save_metrics, summarize, summary_table
 
 
 datasets = pytest.importorskip("datasets")
@@ -494,3 +496,26 @@ class TestStart:
     ) -> None:
         with pytest.raises(ValueError, match=message):
             run_recipe(recipe(method, asked=asked), binarize(model))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_results_that_cannot_be_written_whole_leave_those_that_are_there(tmp_path: Path) -> None:
+    import resource
+
+    args = StoMPPTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    trainer = transformers.Trainer(torch.nn.Linear(1, 1), args)
+    save_metrics(trainer, "train", {"loss": 1.0})
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8, 8))
+        try:
+            save_metrics(trainer, "eval", {"eval_loss": 2.0})
+        except OSError:
+            os._exit(3)
+        finally:
+            os._exit(4)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+    assert json.loads((tmp_path / "all_results.json").read_text()) == {"loss": 1.0}
+    save_metrics(trainer, "eval", {"eval_loss": 2.0})
+    assert json.loads((tmp_path / "all_results.json").read_text()) == {"loss": 1.0, "eval_loss": 2.0}

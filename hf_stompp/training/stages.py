@@ -47,7 +47,7 @@ from ..reports.drawing import add_dynamics
 from .arguments import StoMPPTrainingArguments
 from .recipe import FINISHED, TEACHERS, Recipe, Results, claim_output_dir
 from .sampling import ReproducibleGrouping
-from .summary import bytes_of_weights, bytes_when_saved, measure, measures, milliseconds_per_batch
+from .summary import bytes_of_weights, bytes_when_saved, measure, measures, milliseconds_per_batch, save_metrics
 from .trainer import StoMPPTrainer
 from .training_set import class_names
 
@@ -403,6 +403,7 @@ def train(trainer: Trainer, folder: Path) -> None:
             logger.info("Resuming from %s. To start over, delete %s.", checkpoint, output_dir)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
-    trainer.save_metrics("train", {**result.metrics, "train_samples": len(trainer.train_dataset)})  # type: ignore[arg-type]
+    trained: Any = trainer.train_dataset
+    save_metrics(trainer, "train", {**result.metrics, "train_samples": len(trained)})
     if trainer.args.should_save:
         trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel, Trainer
 
 from ..machine import surroundings
+from ..output import write_json
 from ..reports.dynamics import measures_of
 from .recipe import Recipe, Results
 
@@ -40,8 +41,23 @@ def measure(recipe: Recipe, trainer: Trainer, split: str) -> dict[str, float] | 
         reported[f"{prefix}_samples"] = len(dataset)
         found |= measures(reported, prefix)
     # Only the model that the run ends with belongs in all_results.json.
-    trainer.save_metrics(split, reported, combined=split == "eval")
+    save_metrics(trainer, split, reported, combined=split == "eval")
     return found
+
+
+def save_metrics(trainer: Trainer, split: str, metrics: Mapping[str, Any], combined: bool = True) -> None:
+    """
+    The Trainer's `save_metrics`, but each file whole or not at all: a run that was killed reads `all_results.json`
+    when it is started again.
+    """
+    if not trainer.is_world_process_zero():
+        return
+    folder = Path(str(trainer.args.output_dir))
+    write_json(folder / f"{split}_results.json", dict(metrics))
+    if combined:
+        file = folder / "all_results.json"
+        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        write_json(file, {**known, **metrics})
 
 
 def measures(reported: Mapping[str, Any], prefix: str = "eval") -> dict[str, float]:
