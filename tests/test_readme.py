@@ -136,9 +136,13 @@ def test_every_result_file_says_how_and_where_it_was_made(path: Path) -> None:
         assert summary["metrics"]["packed"] is not None and summary["metrics"]["binary_final"] is not None
 
 
-def test_every_file_that_the_readme_links_to_is_there() -> None:
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
-    assert links and not [link for link in links if not (ROOT / link).exists()]
+def test_every_file_and_heading_that_the_readme_links_to_is_there() -> None:
+    links = [link.partition("#") for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+    assert links and not [path for path, _, _ in links if not (ROOT / path).exists()]
+    for path, _, anchor in links:
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
 def test_the_table_of_encoders_on_a_gpu_is_what_the_result_file_says() -> None:
