@@ -176,8 +176,7 @@ def _add_sensitivity(commands: Any) -> None:
         "answers move from the float model's, and how often they are right. Parts are encoder layers (unit), all "
         "layers of one name (kind) and single linear layers (module). Scales and thresholds of activations come from "
         "32 of the examples. --keep, --bytes and --milliseconds suggest a mode for every layer, as --mode and --modes "
-        "take it. "
-        "It tells which parts matter most, not how good a trained binary model will be.",
+        "take it. It tells which parts matter most, not how good a trained binary model will be.",
         "hf-stompp sensitivity output/float --file dev.csv",
         "hf-stompp sensitivity output/float --file dev.csv --detail kind unit --plot sensitivity.png",
         "hf-stompp sensitivity output/float --task sst2 --keep 8 --json",

@@ -375,9 +375,9 @@ def _method(config: StoMPPConfig) -> str:
     what = "weights and activations are" if config.has_binary_activations else "weights are"
     return (
         "StoMPP, Stochastic Masked Partial Progressive Binarization ([arXiv "
-        f"2606.27759](https://arxiv.org/abs/2606.27759)): {what} replaced by their signs through "
-        f"random masks that grow through the encoder, {SURROGATE_WORDS[config.surrogate]} "
-        f"({_span(f'surrogate={config.surrogate!r}')}). Settings of the binarization: "
+        f"2606.27759](https://arxiv.org/abs/2606.27759)): {what} replaced by their signs through random masks that "
+        f"grow through the encoder, {SURROGATE_WORDS[config.surrogate]} ({_span(f'surrogate={config.surrogate!r}')}). "
+        "Settings of the binarization: "
         + ", ".join(
             _span(f"{name}={getattr(config, name)!r}") for name in _SETTINGS if getattr(config, name) is not None
         )

@@ -98,8 +98,7 @@ def _check_packable(model: nn.Module) -> None:
     if free:
         raise ValueError(
             f"only a committed model can be packed; these units are not: {', '.join(free)}. Train to the end of the "
-            f"progression, or "
-            "commit(model) to freeze them without training"
+            "progression, or commit(model) to freeze them without training"
         )
     for name, module in masked_modules(model).items():
         if isinstance(module, MaskedBinaryActivation) and not module.initialized:

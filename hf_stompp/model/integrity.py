@@ -167,8 +167,7 @@ def _verify_tensor(name: str, tensor: Tensor, allowed: set[str], file: Path) -> 
     if allowed and tensor_digest(tensor) not in allowed:
         raise ValueError(
             f"{file}: tensor {name!r} was altered after it was saved (its SHA-256 is not the one in the file's "
-            f"metadata); download or "
-            "copy the file again"
+            "metadata); download or copy the file again"
         )
     kind = name.rpartition(".")[2]
     if tensor.dtype not in DTYPES.get(kind, (tensor.dtype,)) or (kind in FLOATS and not tensor.is_floating_point()):

@@ -185,10 +185,9 @@ def plan_modules(model: nn.Module, config: StoMPPConfig, inputs: Mapping[str, An
     if shared or len({id(layer) for layer in stack.layers.values()}) < len(stack.layers):
         raise ValueError(
             f"{type(model).__name__} shares its layers: {shared or [stack.name]} run more than once in a forward "
-            f"pass, so there is no depth "
-            "for a progression to follow, and one weight would be frozen for several depths at once. Models with "
-            "shared layers "
-            "(ALBERT with num_hidden_layers > num_hidden_groups) are not supported: choose one such as BERT or RoBERTa"
+            "pass, so there is no depth for a progression to follow, and one weight would be frozen for several "
+            "depths at once. Models with shared layers (ALBERT with num_hidden_layers > num_hidden_groups) are not "
+            "supported: choose one such as BERT or RoBERTa"
         )
     _check_modes(stack, config)
     _warn_of_idle_layers(stack, config, trace)

@@ -50,8 +50,8 @@ class StoMPPQuantizer(HfQuantizer):
             if config.state != "latent" or config.plan:
                 raise ValueError(
                     "from_pretrained(float_checkpoint, quantization_config=...) takes a fresh "
-                    "StoMPPConfig(state='latent'): a model must be "
-                    "trained or committed before it is packed, see hf_stompp.pack"
+                    "StoMPPConfig(state='latent'): a model must be trained or committed before it is packed, see "
+                    "hf_stompp.pack"
                 )
             return
         follow_prefix(model, config)

@@ -277,8 +277,7 @@ def _agreeing(method: str, table: Mapping[str, tuple[Any, ...]], given: Mapping[
         if name in given and given[name] not in values:
             raise ValueError(
                 f"--method {method} is contradicted by --{name} {given[name]}; it goes with "
-                f"{' or '.join(map(str, values))}. "
-                f"Drop --{name}, or choose another method."
+                f"{' or '.join(map(str, values))}. Drop --{name}, or choose another method."
             )
     return {name: values[0] for name, values in table.items()} | dict(given)
 

@@ -99,9 +99,8 @@ def plan_windows(
     if schedule == "immediate":
         if warmup_steps >= total_steps:
             raise ValueError(
-                f"the schedule cannot finish: progression_warmup takes {warmup_steps} of {total_steps} steps; "
-                f"shorten it or "
-                "train longer"
+                f"the schedule cannot finish: progression_warmup takes {warmup_steps} of {total_steps} steps; shorten "
+                "it or train longer"
             )
         return [(warmup_steps, warmup_steps)] * num_units
     positions = ORDERS[order](num_units, seed)
@@ -110,10 +109,8 @@ def plan_windows(
     if available < num_windows:
         raise ValueError(
             f"the schedule cannot finish: {total_steps} steps less a warm-up of {warmup_steps} and a tail of "
-            f"{tail_steps} leave "
-            f"{max(available, 0)} steps for {num_windows} windows ({num_units} units, order {order!r}); train "
-            f"longer, shorten "
-            "progression_warmup or progression_tail, or take a coarser unit"
+            f"{tail_steps} leave {max(available, 0)} steps for {num_windows} windows ({num_units} units, order "
+            f"{order!r}); train longer, shorten progression_warmup or progression_tail, or take a coarser unit"
         )
     length = available / (1 + (num_windows - 1) * (1 - overlap))
     # The same expression for an end as for the next start: otherwise rounding would leave gaps.
