@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -215,6 +216,15 @@ class TestStages:
     def test_an_untrained_head_is_not_measured_and_teaches_nothing(self, recipe: Callable, model: Any) -> None:
         results = run_recipe(recipe(), model, head_is_trained=False)
         assert results.metrics["float"] is None and results.teacher is None
+
+    def test_no_results_are_written_as_transformers_does_which_a_kill_would_cut(
+        self, recipe: Callable, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delattr(transformers.Trainer, "save_metrics")
+        run_recipe(recipe(), model)
+        found = json.loads((tmp_path / "run" / "all_results.json").read_text())
+        assert {"train_loss", "train_samples", "eval_accuracy", "eval_samples"} <= set(found)
+        assert "eval_packed_accuracy" not in found
 
     def test_a_latent_model_is_trained_as_it_is(self, recipe: Callable, model: Any) -> None:
         latent = binarize(model, StoMPPConfig(mode="bwn"))
@@ -508,7 +518,8 @@ def test_results_that_cannot_be_written_whole_leave_those_that_are_there(tmp_pat
     child = os.fork()
     if child == 0:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (8, 8))
+        # Enough for eval_results.json, not for all_results.json.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30, 30))
         try:
             save_metrics(trainer, "eval", {"eval_loss": 2.0})
         except OSError:
@@ -517,5 +528,32 @@ def test_results_that_cannot_be_written_whole_leave_those_that_are_there(tmp_pat
             os._exit(4)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
     assert json.loads((tmp_path / "all_results.json").read_text()) == {"loss": 1.0}
+    assert json.loads((tmp_path / "eval_results.json").read_text()) == {"eval_loss": 2.0}
     save_metrics(trainer, "eval", {"eval_loss": 2.0})
     assert json.loads((tmp_path / "all_results.json").read_text()) == {"loss": 1.0, "eval_loss": 2.0}
+
+
+def test_results_are_saved_as_the_trainer_saves_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = StoMPPTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    trainer = transformers.Trainer(torch.nn.Linear(1, 1), args)
+
+    def written(save: Callable[..., None]) -> dict[str, Any]:
+        save("train", {"train_loss": 1.0, "epoch": 2})
+        save("eval_float", {"eval_float_loss": 3.0}, combined=False)
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(trainer, "is_world_process_zero", lambda: False)
+            save("eval", {"eval_loss": 4.0})
+        files = {file.name: list(json.loads(file.read_text()).items()) for file in tmp_path.iterdir()}
+        for file in tmp_path.iterdir():
+            file.unlink()
+        return files
+
+    assert written(functools.partial(save_metrics, trainer)) == written(trainer.save_metrics)
+
+
+def test_damaged_results_of_an_earlier_start_are_begun_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    args = StoMPPTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    (tmp_path / "all_results.json").write_text('{"train_loss": 1.')
+    save_metrics(transformers.Trainer(torch.nn.Linear(1, 1), args), "eval", {"eval_loss": 2.0})
+    assert json.loads((tmp_path / "all_results.json").read_text()) == {"eval_loss": 2.0}
+    assert "all_results.json is damaged" in caplog.text

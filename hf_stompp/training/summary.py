@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 import statistics
 import tempfile
@@ -19,6 +20,9 @@ from ..machine import surroundings
 from ..output import write_json
 from ..reports.dynamics import measures_of
 from .recipe import Recipe, Results
+
+
+logger = logging.getLogger(__name__)
 
 
 TIMED_BATCHES = 10
@@ -47,17 +51,27 @@ def measure(recipe: Recipe, trainer: Trainer, split: str) -> dict[str, float] | 
 
 def save_metrics(trainer: Trainer, split: str, metrics: Mapping[str, Any], combined: bool = True) -> None:
     """
-    The Trainer's `save_metrics`, but each file whole or not at all: a run that was killed reads `all_results.json`
-    when it is started again.
+    The Trainer's `save_metrics`, but each file whole or not at all: a run that was killed and is started again adds to
+    the `all_results.json` that is there.
     """
     if not trainer.is_world_process_zero():
         return
     folder = Path(str(trainer.args.output_dir))
-    write_json(folder / f"{split}_results.json", dict(metrics))
+    write_json(folder / f"{split}_results.json", dict(sorted(metrics.items())))
     if combined:
         file = folder / "all_results.json"
-        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        write_json(file, {**known, **metrics})
+        write_json(file, dict(sorted({**_saved_metrics(file), **metrics}.items())))
+
+
+def _saved_metrics(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        # Nothing is made of it but this file: no reason to lose what was trained.
+        logger.warning("%s is damaged (%s) and is begun anew.", file, error)
+        return {}
 
 
 def measures(reported: Mapping[str, Any], prefix: str = "eval") -> dict[str, float]:

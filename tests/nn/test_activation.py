@@ -303,6 +303,8 @@ def test_flags_follow_every_way_to_write_the_mask() -> None:
     module = initialized(4)
     advance(module, 0.0, 1.0, 10, mask_generator(0, "unit", "mask", 0))
     assert module.committed
+    advance(module, 0.0, 0.5, 10, mask_generator(0, "unit", "mask", 0))
+    assert not module.committed
     module.reset()
     assert not module.committed and not module.freeze_mask.any()
     module.restore(torch.ones(4, dtype=torch.bool))
