@@ -130,7 +130,9 @@ def test_training_that_nothing_advances_the_masks_of_is_told_once(
         model = unpack(pack(commit(initialized(model, dataset))))
     if start == "head alone":
         model.base_model.requires_grad_(False)
-    args = TrainingArguments(str(tmp_path), **{**ARGUMENTS, "max_steps": 2, "torch_compile": start == "compiled"})
+    # What is compiled is traced; machine code makes no difference here.
+    backend = "eager" if start == "compiled" else None
+    args = TrainingArguments(str(tmp_path), **{**ARGUMENTS, "max_steps": 2, "torch_compile_backend": backend})
     with caplog.at_level(logging.WARNING, "hf_stompp"):
         Trainer(model, args, train_dataset=dataset).train()
     told = [record.message for record in caplog.records if "nothing advances its masks" in record.message]

@@ -185,16 +185,25 @@ def test_complaint_of_the_compiler_is_passed_on(tmp_path: Path, monkeypatch: pyt
         build.build_cuda(tmp_path / "library.so", ["90a"])
 
 
+# The last argument is the file to write.
+WRITES_ITS_OUTPUT = 'while [ "$1" != "-o" ]; do shift; done; touch "$2"'
+
+
+def write_program(program: Path, script: str) -> Path:
+    program.parent.mkdir(parents=True, exist_ok=True)
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    return program
+
+
 def install_compiler(folder: Path, script: str) -> dict[str, str]:
     """Puts a program in nvcc's place that notes what it is told; the environment to find it with."""
-    program = folder / "bin" / "nvcc"
-    program.parent.mkdir(parents=True)
-    program.write_text(f'#!/bin/sh\necho "$@" >> {folder}/told\n{script}\n')
-    program.chmod(0o755)
+    write_program(folder / "bin" / "nvcc", f'echo "$@" >> {folder}/told\n{script}')
     return {**os.environ, "CUDA_HOME": str(folder)}
 
 
 def build_extensions(environment: dict[str, str], target: Path, wanted: str) -> subprocess.CompletedProcess[str]:
+    """The CPU library is a stand-in too: others test that."""
     command = [
         sys.executable,
         "setup.py",
@@ -204,12 +213,9 @@ def build_extensions(environment: dict[str, str], target: Path, wanted: str) -> 
         "--build-temp",
         str(target / "work"),
     ]
-    environment = {**environment, "HF_STOMPP_BUILD_CUDA": wanted}
+    compiler = write_program(target / "cc", WRITES_ITS_OUTPUT)
+    environment = {**environment, "CC": str(compiler), "HF_STOMPP_BUILD_CUDA": wanted}
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-
-
-# Its last argument but for options is the file to write.
-WRITES_ITS_OUTPUT = 'while [ "$1" != "-o" ]; do shift; done; touch "$2"'
 
 
 @pytest.mark.slow
