@@ -8,6 +8,13 @@ from pathlib import Path
 from types import ModuleType
 
 
+def write_program(path: Path, script: str) -> Path:
+    """A shell script that can be run."""
+    path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+    path.chmod(0o755)
+    return path
+
+
 def load(path: Path) -> ModuleType:
     """The program of a file as a module, made anew."""
     spec = importlib.util.spec_from_file_location(f"program_{path.stem}", path)

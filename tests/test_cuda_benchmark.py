@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from programs import load
+from programs import load, write_program
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -217,9 +217,7 @@ def run_checkers(folder: Path, script: str | None, *arguments: str) -> subproces
     """With a `compute-sanitizer` on the PATH that is this script, or none."""
     folder.mkdir(exist_ok=True)
     if script is not None:
-        program = folder / "compute-sanitizer"
-        program.write_text(f"#!/bin/sh\n{script}\n")
-        program.chmod(0o755)
+        write_program(folder / "compute-sanitizer", script)
     environment = {**os.environ, "PATH": os.pathsep.join([str(folder), "/usr/bin", "/bin"])}
     command = [sys.executable, str(CHECKERS), *arguments, "--tool", "memcheck", "--tool", "racecheck"]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -270,12 +268,12 @@ def test_checked_program_loads_no_more_than_the_operators() -> None:
 @pytest.mark.skipif(not all(map(shutil.which, ["make", "timeout"])), reason="there is no make or no timeout")
 @pytest.mark.parametrize("failing", ["--build", "pytest", "--tool", "benchmarks/gpu.py", "bert-large", None], ids=str)
 def test_gpu_check_runs_every_part_and_tells_of_one_that_failed(tmp_path: Path, failing: str | None) -> None:
-    log, python = tmp_path / "log", tmp_path / "python"
-    python.write_text(
-        f'#!/bin/sh\ncase "$*" in *get_device_name*) echo nvidia_h200; exit;; esac\n'
-        f'echo "$*" >>{log}\ncase "$*" in *{failing or "nothing"}*) exit 1;; esac\n'
+    log = tmp_path / "log"
+    python = write_program(
+        tmp_path / "python",
+        'case "$*" in *get_device_name*) echo nvidia_h200; exit;; esac\n'
+        f'echo "$*" >>{log}\ncase "$*" in *{failing or "nothing"}*) exit 1;; esac',
     )
-    python.chmod(0o755)
     # What a make around the tests was told is not for this one.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     command = ["make", "gpu-check", f"PYTHON={python}"]

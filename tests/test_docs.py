@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import transformers
+from programs import write_program
 
 from hf_stompp import StoMPPConfig, binarize, commit, pack
 from hf_stompp.export import export_onnx
@@ -157,9 +158,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     commands = folder / ".commands"
     commands.mkdir()
     for name, run in (("python", ""), ("hf-stompp", " -c 'from hf_stompp.cli import main; main()'")):
-        command = commands / name
-        command.write_text(f'#!/bin/sh\nexec "{sys.executable}"{run} "$@"\n', encoding="utf-8")
-        command.chmod(0o755)
+        write_program(commands / name, f'exec "{sys.executable}"{run} "$@"')
     return folder
 
 

@@ -141,7 +141,9 @@ def test_every_file_and_heading_that_the_readme_links_to_is_there() -> None:
     assert links and not [path for path, _, _ in links if not (ROOT / path).exists()]
     for path, _, anchor in links:
         if anchor:
-            headings = re.findall(r"^#+ (.+)$", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE)
+            headings = re.findall(
+                r"^#+ (.+)$", (ROOT / (path or "README.md")).read_text(encoding="utf-8"), re.MULTILINE
+            )
             assert anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
@@ -160,11 +162,11 @@ def test_the_table_of_text_learned_by_masks_is_what_the_result_lines_say() -> No
     }
     figures: dict[str, list[str]] = {name: [] for name in rows.values()}
     for line in map(json.loads, lines):
-        name = next((name for start, name in rows.items() if start in line["command"]), None)
+        name = next((name for part, name in rows.items() if part in line["command"]), None)
         if name is not None:
             loss, cosine = line["held_out"]["eval_loss"], line["held_out"]["eval_cosine_similarity"]
             figures[name] += [f"{loss:.3f}", f"{cosine:.3f}", f"{line['packed']['spearman']:.1f}"]
-    assert [f"| {name} | {' | '.join(found)} |" in FINDINGS for name, found in figures.items()] == [True, True, True]
+    assert [name for name, found in figures.items() if f"| {name} | {' | '.join(found)} |" not in FINDINGS] == []
 
 
 def test_the_table_of_sentence_encoders_is_what_the_result_lines_say() -> None:

@@ -201,5 +201,5 @@ def _check_packed(name: str, module: PackedModule) -> None:
     if tail.numel() and bool((tail[:, 0] >> rest).any() or tail[:, 1:].any()):
         raise ValueError(
             f"tensor {name + '.packed_weight'!r} has bits beyond its {columns} columns: the checkpoint is damaged or "
-            f"of another format"
+            "of another format"
         )

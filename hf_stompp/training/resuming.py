@@ -70,7 +70,7 @@ class ResumingTrainer(Trainer):
         if missing:
             raise ValueError(
                 f"{folder}: the checkpoint lacks {len(missing)} tensors, the first of them {missing[0]!r}; use "
-                f"another one"
+                "another one"
             )
         saved = read_json(folder / "config.json").get("quantization_config", {})
         mine = json.loads(config_of(self.model).to_json_string())

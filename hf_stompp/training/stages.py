@@ -403,7 +403,7 @@ def train(trainer: Trainer, folder: Path) -> None:
             logger.info("Resuming from %s. To start over, delete %s.", checkpoint, output_dir)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
-    trained: Any = trainer.train_dataset
-    save_metrics(trainer, "train", {**result.metrics, "train_samples": len(trained)})
+    dataset: Any = trainer.train_dataset
+    save_metrics(trainer, "train", {**result.metrics, "train_samples": len(dataset)})
     if trainer.args.should_save:
         trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))

@@ -51,12 +51,14 @@ def measure(recipe: Recipe, trainer: Trainer, split: str) -> dict[str, float] | 
 
 def save_metrics(trainer: Trainer, split: str, metrics: Mapping[str, Any], combined: bool = True) -> None:
     """
-    The Trainer's `save_metrics`, but each file whole or not at all: a run that was killed and is started again adds to
-    the `all_results.json` that is there.
+    Saves metrics in `args.output_dir` as `<split>_results.json` and, with `combined`, adds them to `all_results.json`:
+    as the Trainer's `save_metrics` does, but each file whole or not at all, since a run that was killed and is started
+    again adds to what is there. Of several processes only the first writes. A damaged `all_results.json` is begun
+    anew, with a warning.
     """
     if not trainer.is_world_process_zero():
         return
-    folder = Path(str(trainer.args.output_dir))
+    folder = Path(trainer.args.output_dir or ".")
     write_json(folder / f"{split}_results.json", dict(sorted(metrics.items())))
     if combined:
         file = folder / "all_results.json"
@@ -67,7 +69,7 @@ def _saved_metrics(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        return {**json.loads(file.read_text(encoding="utf-8"))}
     except (ValueError, TypeError, RecursionError) as error:
         # Nothing is made of it but this file: no reason to lose what was trained.
         logger.warning("%s is damaged (%s) and is begun anew.", file, error)

@@ -304,7 +304,7 @@ def test_flags_follow_every_way_to_write_the_mask() -> None:
     advance(module, 0.0, 1.0, 10, mask_generator(0, "unit", "mask", 0))
     assert module.committed
     advance(module, 0.0, 0.5, 10, mask_generator(0, "unit", "mask", 0))
-    assert not module.committed
+    assert not module.committed and not module.freeze_mask.all()
     module.reset()
     assert not module.committed and not module.freeze_mask.any()
     module.restore(torch.ones(4, dtype=torch.bool))

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from programs import write_program
 from torch import Tensor
 
 from hf_stompp.ops import build, cpu, pack_bits
@@ -659,10 +660,9 @@ class OldCompiler:
 
 @pytest.fixture
 def old_compiler(compiler: str, tmp_path: Path) -> OldCompiler:
-    path, log = tmp_path / "old-cc", tmp_path / "log"
-    path.write_text(f'#!/bin/sh\necho "$@" >> {log}\ncase "$*" in *-mavx*) exit 1;; esac\nexec {compiler} "$@" -O0\n')
-    path.chmod(0o755)
-    return OldCompiler(path, log)
+    log = tmp_path / "log"
+    script = f'echo "$@" >> {log}\ncase "$*" in *-mavx*) exit 1;; esac\nexec {compiler} "$@" -O0'
+    return OldCompiler(write_program(tmp_path / "old-cc", script), log)
 
 
 def cached_libraries(folder: Path) -> list[Path]:

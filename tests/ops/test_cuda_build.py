@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import write_program
 
 from hf_stompp.ops import build, cuda, native
 
@@ -189,21 +190,17 @@ def test_complaint_of_the_compiler_is_passed_on(tmp_path: Path, monkeypatch: pyt
 WRITES_ITS_OUTPUT = 'while [ "$1" != "-o" ]; do shift; done; touch "$2"'
 
 
-def write_program(program: Path, script: str) -> Path:
-    program.parent.mkdir(parents=True, exist_ok=True)
-    program.write_text(f"#!/bin/sh\n{script}\n")
-    program.chmod(0o755)
-    return program
-
-
 def install_compiler(folder: Path, script: str) -> dict[str, str]:
     """Puts a program in nvcc's place that notes what it is told; the environment to find it with."""
+    (folder / "bin").mkdir(parents=True)
     write_program(folder / "bin" / "nvcc", f'echo "$@" >> {folder}/told\n{script}')
     return {**os.environ, "CUDA_HOME": str(folder)}
 
 
-def build_extensions(environment: dict[str, str], target: Path, wanted: str) -> subprocess.CompletedProcess[str]:
-    """The CPU library is a stand-in too: others test that."""
+def build_extensions(
+    environment: dict[str, str], target: Path, wanted: str | None
+) -> subprocess.CompletedProcess[str]:
+    """Builds what an installation does, with the CUDA library as wanted, and with a stand-in for the C compiler."""
     command = [
         sys.executable,
         "setup.py",
@@ -213,12 +210,14 @@ def build_extensions(environment: dict[str, str], target: Path, wanted: str) -> 
         "--build-temp",
         str(target / "work"),
     ]
-    compiler = write_program(target / "cc", WRITES_ITS_OUTPUT)
-    environment = {**environment, "CC": str(compiler), "HF_STOMPP_BUILD_CUDA": wanted}
+    target.mkdir(exist_ok=True)
+    environment = {**environment, "CC": str(write_program(target / "cc", WRITES_ITS_OUTPUT))}
+    environment.pop("HF_STOMPP_BUILD_CUDA", None)
+    if wanted is not None:
+        environment["HF_STOMPP_BUILD_CUDA"] = wanted
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.slow
 def test_installation_compiles_the_release_if_it_is_told_to(tmp_path: Path) -> None:
     environment = install_compiler(tmp_path / "cuda", WRITES_ITS_OUTPUT)
     built = build_extensions(environment, tmp_path / "built", "1")
@@ -230,19 +229,20 @@ def test_installation_compiles_the_release_if_it_is_told_to(tmp_path: Path) -> N
     assert all(" ".join(build.architecture_flags(build.RELEASE_ARCHITECTURES)) in line for line in compiled)
 
 
-@pytest.mark.slow
 def test_installation_without_the_library_it_was_told_to_compile_fails(tmp_path: Path) -> None:
     environment = install_compiler(tmp_path / "cuda", "echo 'unsupported GNU version' >&2; exit 1")
     built = build_extensions(environment, tmp_path / "built", "1")
     assert built.returncode != 0 and "unsupported GNU version" in built.stderr
 
 
-@pytest.mark.slow
-def test_installation_compiles_for_no_gpu_unless_it_is_told_to(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wanted", [None, "0"])
+def test_installation_compiles_for_no_gpu_unless_it_is_told_to(tmp_path: Path, wanted: str | None) -> None:
     environment = install_compiler(tmp_path / "cuda", "exit 1")
-    built = build_extensions(environment, tmp_path / "built", "0")
+    built = build_extensions(environment, tmp_path / "built", wanted)
     assert built.returncode == 0, built.stderr
     assert not (tmp_path / "cuda" / "told").exists()
+    names = {path.name for path in (tmp_path / "built" / "hf_stompp" / "ops").iterdir()}
+    assert names == {build.LIBRARY_NAME}
     refused = build_extensions(environment, tmp_path / "built", "yes")
     assert refused.returncode != 0 and "HF_STOMPP_BUILD_CUDA must be 0 or 1, got 'yes'" in refused.stderr
 
