@@ -47,7 +47,7 @@ ROWS = {
     "`bnn`, clean text first, teacher's attention learned": ("text-ste",),
     "the row above, text learned by StoMPP+STE": ("text-stompp-ste",),
     "the row above, 44,464 more pairs": ("text-stompp-ste-answered",),
-    "two rows above, two epochs of text": ("text-stompp-ste-2-epochs",),
+    "`bnn`, clean text twice, by StoMPP+STE, teacher's attention learned": ("text-stompp-ste-2-epochs",),
     "bag of words": ("tfidf",),
     "most frequent answer": ("majority",),
 }
