@@ -85,18 +85,18 @@ class StoMPPQuantizer(HfQuantizer):
             module.refresh_flags()
         _complete_cards(model)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> list[Any]:
         """
         What is done to the names of a file: nothing that would change the model's own, which are those that it was
         saved with, see [`keep_names`].
         """
         if not self.pre_quantized:
-            return super().update_weight_conversions(weight_conversions, model)
-        own = list(model.state_dict())
+            # Before 5.21 Transformers names no model.
+            return super().update_weight_conversions(weight_conversions, *model)
         return [
             conversion
             for conversion in weight_conversions
-            if all(conversion.rename_source_key(name)[0] == name for name in own)
+            if all(conversion.rename_source_key(name)[0] == name for name in self._shapes)
         ]
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
