@@ -26,7 +26,6 @@ import torch
 import transformers
 from glue_data import DataTrainingArguments, GlueData, check_unlabelled, read_data
 from glue_metric import GlueMetric
-from huggingface_hub import create_repo
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -43,9 +42,18 @@ from transformers import (
 
 from hf_stompp import StoMPPTrainingArguments
 from hf_stompp.model.modules import packed_modules
-from hf_stompp.training.methods import RecipeArguments, option
+from hf_stompp.output import write_json
+from hf_stompp.training.methods import RecipeArguments, given_in, option
 from hf_stompp.training.recipe import TEACHERS, Recipe, Results
-from hf_stompp.training.stages import card_details, evaluate_model, is_binarized, make_trainer, run_recipe, write_card
+from hf_stompp.training.stages import (
+    card_details,
+    create_hub_repository,
+    evaluate_model,
+    is_binarized,
+    make_trainer,
+    run_recipe,
+    share,
+)
 from hf_stompp.training.summary import compared_with_float, summarize, summary_table
 
 
@@ -104,9 +112,7 @@ def parse_arguments(
             raise ValueError(f"{argv[0]} names no model. Add `model_name_or_path`.")
         given, parsed = set(values), parser.parse_dict(values)
     else:
-        names = [argument[2:].split("=")[0].replace("-", "_") for argument in argv if argument.startswith("--")]
-        given = {*names, *(name.removeprefix("no_") for name in names)}
-        parsed = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        given, parsed = given_in(argv), parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     model_args, data_args, recipe_args, training_args = parsed
     recipe_args.complete(training_args, given)
     check_stages(data_args, training_args)
@@ -182,14 +188,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         task=data_args.name,
         model=model_args.model_name_or_path,
         examples={name: len(dataset) for name, dataset in data.splits.items()},
-        command=shlex.join(["run_glue.py", *without_token(argv)]),
+        command=shlex.join(["run_glue.py", *argv]),
     )
     if training_args.should_save:
-        (recipe.output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        write_json(recipe.output_dir / "summary.json", summary)
         print(summary_table(summary) + compared_with_float(summary))
     # Last: whatever the Hub answers, the results are written.
     if training_args.do_train:
-        share(recipe, results, model_args, data_args)
+        share(recipe, results, **card_details(model_args.model_name_or_path, data_args.task_name))
     return summary
 
 
@@ -204,17 +210,6 @@ def set_up_logging(training_args: StoMPPTrainingArguments) -> None:
     datasets.utils.logging.set_verbosity(level)
     transformers.utils.logging.set_verbosity(level)
     logger.info("Training arguments: %s", training_args)
-
-
-def create_hub_repository(training_args: StoMPPTrainingArguments) -> None:
-    """Create the repository before anything is trained: a missing permission should not show after hours of work."""
-    repository = create_repo(
-        training_args.hub_model_id or Path(training_args.output_dir).name,
-        token=training_args.hub_token,
-        private=training_args.hub_private_repo,
-        exist_ok=True,
-    )
-    training_args.hub_model_id = repository.repo_id
 
 
 def identity(model_args: ModelArguments, data_args: DataTrainingArguments, data: GlueData) -> dict[str, Any]:
@@ -369,37 +364,6 @@ def predict(recipe: Recipe, results: Results, data: GlueData, order: list[int], 
             rows = "".join(f"{index}\t{line}\n" for index, line in enumerate(lines))
             file = recipe.output_dir / f"predict_results_{name}{suffix}.txt"
             file.write_text(f"index\tprediction\n{rows}", encoding="utf-8")
-
-
-# ---- What is shared -------------------------------------------------------------------------------------------------
-
-
-def share(recipe: Recipe, results: Results, model_args: ModelArguments, data_args: DataTrainingArguments) -> None:
-    """Write the model card beside the model that the run ends with, and upload that folder if asked to."""
-    details = card_details(model_args.model_name_or_path, data_args.task_name)
-    name = (recipe.args.hub_model_id or recipe.output_dir.name).split("/")[-1]
-    if recipe.args.push_to_hub:
-        # Created at the start of the run, with the name that the Hub gave it.
-        results.trainer.hub_model_id = recipe.args.hub_model_id
-        # A StoMPPTrainer pushes its packed model, from the folder `packed` of the run's.
-        results.trainer.push_to_hub(model_name=name, token=recipe.args.hub_token, **details)
-    elif recipe.asked.method == "float":
-        results.trainer.create_model_card(model_name=name, **details)
-    else:
-        write_card(recipe, results, name, **details)
-
-
-def without_token(argv: list[str]) -> list[str]:
-    """The command line without a Hub token, since the summary may be shared."""
-    shown = []
-    flags = ("--hub_token", "--hub-token")
-    for position, argument in enumerate(argv):
-        if argument.split("=")[0] in flags and "=" in argument:
-            argument = argument.split("=")[0] + "=..."
-        elif position > 0 and argv[position - 1] in flags:
-            argument = "..."
-        shown.append(argument)
-    return shown
 
 
 if __name__ == "__main__":

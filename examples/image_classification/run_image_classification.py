@@ -40,9 +40,10 @@ from transformers import (
 )
 
 from hf_stompp import StoMPPTrainingArguments
-from hf_stompp.training.methods import RecipeArguments, option
+from hf_stompp.output import write_json
+from hf_stompp.training.methods import RecipeArguments, given_in, option
 from hf_stompp.training.recipe import Recipe
-from hf_stompp.training.stages import evaluate_model, run_recipe, write_card
+from hf_stompp.training.stages import create_hub_repository, evaluate_model, run_recipe, share
 from hf_stompp.training.summary import summarize, summary_table
 
 
@@ -141,7 +142,7 @@ def parse_arguments(
         values = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
         argv = [*_as_words(values), *argv[1:]]
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    given = {word[2:] for word in argv if word.startswith("--")}
+    given = given_in(argv)
     # Images have no length to be grouped by.
     defaults: dict[str, Any] = {"train_sampling_strategy": "random", "remove_unused_columns": False}
     if "model_type" in given:
@@ -187,6 +188,8 @@ def main(argv: list[str] | None = None, prepare: Callable[[Trainer], None] = lam
     logging.getLogger("hf_stompp").setLevel(level)
     datasets.utils.logging.set_verbosity(level)
     transformers.utils.logging.set_verbosity(level)
+    if training_args.push_to_hub:
+        create_hub_repository(training_args)
     set_seed(training_args.seed)
 
     splits, names = read_images(data_args)
@@ -210,20 +213,20 @@ def main(argv: list[str] | None = None, prepare: Callable[[Trainer], None] = lam
     )
     results = run_recipe(recipe, model, head_is_trained) if training_args.do_train else evaluate_model(recipe, model)
     results.seconds["total"] = round(time.perf_counter() - start, 3)
-    model_name = model_args.model_name_or_path or model_args.model_type
     summary = summarize(
         recipe,
         results,
         task=data_args.dataset_name or Path(data_args.train_file or data_args.train_dir or "images").stem,
-        model=model_name,
+        model=model_args.model_name_or_path or model_args.model_type,
         examples={name: len(part) for name, part in splits.items()},
         command=shlex.join(["run_image_classification.py", *argv]),
     )
     if training_args.should_save:
-        (recipe.output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        write_json(recipe.output_dir / "summary.json", summary)
         print(summary_table(summary))
-    if training_args.do_train and recipe_args.method != "float":
-        write_card(recipe, results, recipe.output_dir.name, finetuned_from=model_name, tasks="image-classification")
+    # Last: whatever the Hub answers, the results are written.
+    if training_args.do_train:
+        share(recipe, results, finetuned_from=model_args.model_name_or_path, tasks="image-classification")
     return summary
 
 

@@ -268,6 +268,12 @@ class RecipeArguments:
             setattr(args, name, value)
 
 
+def given_in(argv: Iterable[str]) -> set[str]:
+    """Names of the arguments that a command line gives; those of switches without their `no_`, too."""
+    names = {word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+    return names | {name.removeprefix("no_") for name in names}
+
+
 CONFIG_FIELDS = {item.name for item in dataclasses.fields(RecipeArguments)} & set(StoMPPConfig().__dict__)
 
 

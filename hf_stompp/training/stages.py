@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import create_repo
 from torch import nn
 from transformers import (
     AutoModelForImageClassification,
@@ -312,6 +313,38 @@ def card_details(model: str, task: str | None = None, of_words: bool = False) ->
     if task is not None:
         details |= {"language": "en", "dataset_tags": "glue", "dataset_args": task, "dataset": f"GLUE {task.upper()}"}
     return details
+
+
+def create_hub_repository(args: StoMPPTrainingArguments) -> None:
+    """
+    Creates the repository that a run is to be pushed to, and notes its full name in `args`: before anything is
+    trained, since a missing permission should not show after hours of work.
+    """
+    repository = create_repo(
+        args.hub_model_id or Path(args.output_dir or ".").name,
+        token=args.hub_token,
+        private=args.hub_private_repo,
+        exist_ok=True,
+    )
+    args.hub_model_id = repository.repo_id
+
+
+def share(recipe: Recipe, results: Results, **details: Any) -> None:
+    """
+    Writes the model card beside the model that a run of [`run_recipe`] ends with, and uploads that folder where
+    `push_to_hub` asks for it. The details are what [`~transformers.modelcard.TrainingSummary`] takes.
+    """
+    trainer: Any = results.trainer
+    name = (recipe.args.hub_model_id or recipe.output_dir.name).split("/")[-1]
+    if recipe.args.push_to_hub:
+        # Created at the start of the run, with the name that the Hub gave it.
+        trainer.hub_model_id = recipe.args.hub_model_id
+        # A StoMPPTrainer pushes its packed model, from the folder `packed` of the run's.
+        trainer.push_to_hub(model_name=name, token=recipe.args.hub_token, **details)
+    elif recipe.asked.method == "float":
+        trainer.create_model_card(model_name=name, **details)
+    else:
+        write_card(recipe, results, name, **details)
 
 
 def write_card(recipe: Recipe, results: Results, name: str, **details: Any) -> None:

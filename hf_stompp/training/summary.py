@@ -135,7 +135,8 @@ def summarize(recipe: Recipe, results: Results, **known: Any) -> dict[str, Any]:
     Args:
         recipe (`Recipe`).
         results (`Results`).
-        **known: what the caller alone knows, such as `task`, `model`, `examples` and `command`.
+        **known: what the caller alone knows, such as `task`, `model`, `examples` and `command`, which may hold the
+            Hub token: a summary is shared, and does not hold it.
 
     Returns:
         `dict[str, Any]`: plain JSON.
@@ -173,6 +174,8 @@ def summarize(recipe: Recipe, results: Results, **known: Any) -> dict[str, Any]:
         },
         **surroundings(),
     }
+    if args.hub_token and "command" in known:
+        known["command"] = known["command"].replace(args.hub_token, "...")
     return json.loads(json.dumps(summary | known, default=str))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from programs import load
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_stompp import StoMPPConfig
+from hf_stompp.training import stages
 
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "image_classification"
@@ -80,6 +82,27 @@ def test_a_folder_of_images_becomes_a_packed_classifier_that_loads_with_its_proc
     assert inputs["pixel_values"].shape == (1, 3, 32, 32) and model(**inputs).logits.shape == (1, 2)
     assert model.config.id2label == dict(enumerate(CLASSES))
     assert "image-classification" in (packed / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("method", ["stompp", "float"])
+def test_what_is_pushed_is_the_model_that_the_run_ends_with_and_no_token(
+    folders, tmp_path, monkeypatch, method
+) -> None:
+    pushed = []
+    monkeypatch.setattr(stages, "create_repo", lambda name, **options: SimpleNamespace(repo_id=f"me/{name}"))
+    monkeypatch.setattr(
+        "transformers.Trainer.push_to_hub", lambda self, **options: pushed.append((self.args.output_dir, options))
+    )
+    asked = {"method": method, "push_to_hub": True, "hub_token": "secret"}
+
+    script.main(arguments(tmp_path, folder_arguments(folders), **asked))
+
+    ((folder, options),) = pushed
+    assert Path(folder) == (tmp_path / "run" if method == "float" else tmp_path / "run" / "packed")
+    # From scratch: fine-tuned from nothing.
+    assert (options["token"], options["model_name"], options["finetuned_from"]) == ("secret", "run", None)
+    written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(written) > 5 and not [path for path in written if b"secret" in path.read_bytes()]
 
 
 def test_what_the_network_sees_is_what_the_saved_processor_makes_of_an_image() -> None:
@@ -161,8 +184,14 @@ def test_a_network_from_scratch_gets_the_recipe_of_the_papers_and_what_is_asked_
     assert recipe.config() == StoMPPConfig(surrogate="none", weight_clip=1.0, weight_window=1.0, activation_clip=1.0)
     assert (training.optim, training.learning_rate, training.max_grad_norm) == ("sgd", 0.1, 0.0)
 
-    *_, recipe, training = script.parse_arguments([*given, "--learning_rate=0.3", "--weight_clip", "2"])
-    assert (training.learning_rate, recipe.weight_clip) == (0.3, 2.0)
+    for dashed in ("--learning_rate=0.3", "--learning-rate=0.3"):
+        *_, recipe, training = script.parse_arguments(
+            [*given, dashed, "--weight_clip", "2", "--num-train-epochs", "7"]
+        )
+        assert (training.learning_rate, recipe.weight_clip, training.num_train_epochs) == (0.3, 2.0, 7.0)
+    # The type of network makes it a run from scratch, however it is spelled.
+    *_, training = script.parse_arguments([word.replace("--model_type", "--model-type") for word in given])
+    assert training.optim == "sgd"
     *_, recipe, training = script.parse_arguments(arguments(tmp_path, folder_arguments(folders), method="float"))
     assert recipe.config() is None and training.optim == "sgd"
 
