@@ -46,6 +46,8 @@ class DistillingTrainer(Trainer):
                 f"give {LABELS!r} a weight, or leave label_smoothing_factor at 0"
             )
         self._fit(self.model, teacher)
+        # What is compared with the teacher is a mean over one batch, whatever loss reads the labels beside it.
+        self.loss_is_scaled_for_ga = False
         # A loss that needs no labels can be evaluated without them.
         self.can_return_loss = self.can_return_loss or LABELS not in self.losses
         self.teacher_name = teacher.name_or_path
@@ -108,7 +110,7 @@ class DistillingTrainer(Trainer):
             target = self.teacher(**unlabelled, **wanted)
         loss: Any = 0.0
         if LABELS in losses:
-            loss, outputs = super().compute_loss(model, {**inputs, **wanted}, True, num_items_in_batch)
+            loss, outputs = super().compute_loss(model, {**inputs, **wanted}, return_outputs=True)
             loss = losses[LABELS] * loss
         else:
             outputs = model(**unlabelled, **wanted)

@@ -68,11 +68,9 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, ResumingTrainer, Pu
     model: PreTrainedModel
     args: StoMPPTrainingArguments
 
-    # BERT's classification loss ignores num_items_in_batch, and Trainer would not divide by the accumulation steps.
-    loss_is_scaled_for_ga = False
-
     def __init__(self, *args: Any, teacher: PreTrainedModel | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # BERT's own loss ignores num_items_in_batch, and Trainer would not divide by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         self._refuse_unsupported()
         config_of(self.model)
