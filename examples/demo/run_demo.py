@@ -34,17 +34,8 @@ def run_demo(
     output_dir: Path, num_train: int, num_validation: int, epochs: int, method: str, mode: str, seed: int
 ) -> dict:
     """
-    Runs the demo and returns the summary that `run_glue.py` writes to `output_dir/run/summary.json`.
-
-    Args:
-        output_dir (`Path`): gets `model`, `corpus` and `run`.
-        num_train (`int`): training sentences.
-        num_validation (`int`): validation sentences, of words that the training sentences never show.
-        epochs (`int`): epochs of binary fine-tuning; the float fine-tuning before it takes 2.
-        method (`str`): a key of `METHODS` other than `float`.
-        mode (`str`): `bwn`, binary weights only, which stays close to the float model, or `bnn`, binary activations as
-            well, which is faster and needs longer training.
-        seed (`int`): of corpus, training and masks.
+    Runs the demo in a folder that gets `model`, `corpus` and `run`, and returns the summary that `run_glue.py` writes
+    to `run/summary.json`. The float fine-tuning before the binary one takes 2 epochs.
     """
     model = fetch_model(output_dir / "model")
     corpus = output_dir / "corpus"

@@ -141,13 +141,8 @@ def read_data(
     args: DataTrainingArguments, stages: dict[str, bool], model: PreTrainedConfig | None, cache_dir: str | None
 ) -> GlueData:
     """
-    Read the splits that a run needs, and cut them to the wanted number of examples.
-
-    Args:
-        args (`DataTrainingArguments`): which data.
-        stages (`dict[str, bool]`): which of `train`, `validation` and `test` are needed.
-        model (`PreTrainedConfig`, *optional*): of a trained model whose classes the files must have.
-        cache_dir (`str`, *optional*): Where `datasets` keeps what it downloads and converts.
+    The splits that a run needs (`stages`), cut to the wanted number. `model` is a trained one whose classes they must
+    have.
     """
     splits = [name for name, is_needed in stages.items() if is_needed]
     if args.task_name is not None:
@@ -172,7 +167,7 @@ def read_data(
 def check_unlabelled(
     data_args: DataTrainingArguments, recipe_args: RecipeArguments, training_args: StoMPPTrainingArguments
 ) -> None:
-    """Refuse texts without labels where something would look at the labels."""
+    """Refuses texts without labels where something would look at the labels."""
     if data_args.unlabelled_file is None:
         return
     if recipe_args.method == "float" or recipe_args.float_num_train_epochs > 0:
@@ -186,11 +181,8 @@ def check_unlabelled(
 
 def read_unlabelled(file: Path, text_columns: tuple[str, ...]) -> Dataset:
     """
-    Read texts, or pairs of texts, in the columns of a task.
-
-    Raises:
-        `FileNotFoundError`: the file is missing.
-        `ValueError`: it cannot be read, lacks a column, or holds no text, or no pair where the task has pairs.
+    Reads texts, or pairs of texts, in the columns of a task. Raises a ValueError where the file cannot be read, lacks
+    a column, or holds no text, or no pair where the task has pairs.
     """
     texts = [(text,) if isinstance(text, str) else text for text in read_texts([file], text_columns)]
     rows = [text for text in texts if len(text) == len(text_columns)]
@@ -217,20 +209,8 @@ def read_glue_task(
     cache_dir: str | None = None,
 ) -> GlueData:
     """
-    Read a GLUE task from a local tree of Parquet files, or from the Hub where no tree is given.
-
-    Args:
-        task_name (`str`): A key of `TASKS`.
-        splits (`list[str]`): Which of `train`, `validation` and `test` are needed.
-        dataset_dir (`str`, *optional*): A folder that holds `<task>/<split>.parquet`, or the Hub's layout
-            `<task>/<split>-*.parquet`.
-        dataset_subdir (`str`, *optional*): The name of the task's folder, where it is not that of the task.
-        cache_dir (`str`, *optional*): Where `datasets` keeps what it downloads and converts.
-
-    Raises:
-        `FileNotFoundError`: a folder or a needed split is missing.
-        `ValueError`: a column is missing, a label is out of range, or nothing is left of a split.
-        `ConnectionError`: the Hub cannot be reached.
+    Reads a GLUE task from a folder that holds `<task>/<split>.parquet`, or the Hub's `<task>/<split>-*.parquet`; from
+    the Hub where there is none. Raises where a split or a column is missing, or a label is out of range.
     """
     task = TASKS[task_name]
     if dataset_dir is None:
@@ -250,7 +230,7 @@ def read_glue_task(
 
 
 def read_from_tree(folder: Path, splits: list[str], cache_dir: str | None) -> dict[str, tuple[Dataset, str]]:
-    """Read the wanted splits, with their mismatched halves where they exist, from the Parquet files of one folder."""
+    """Reads the wanted splits, with their mismatched halves where they exist, from the Parquet files of one folder."""
     if not folder.is_dir():
         beside = sorted(path.name for path in folder.parent.glob("*") if path.is_dir())
         raise FileNotFoundError(
@@ -291,23 +271,10 @@ def read_own_files(
     files: dict[str, str], label_names: list[str] | None = None, cache_dir: str | None = None
 ) -> GlueData:
     """
-    Read files of one's own.
-
-    The text is that of the column `sentence`, of `sentence1` and `sentence2`, or of the first one or two text columns
-    besides `label`. Labels with a decimal point make it a regression; any others are classes, numbered in the order
-    of their names.
-
-    Args:
-        files (`dict[str, str]`): A csv, tsv, json, jsonl or Parquet file for each of `train`, `validation` and `test`
-            that is needed.
-        label_names (`list[str]`, *optional*): Names of the classes a trained model knows, where nothing is trained.
-            Those of the training file otherwise.
-        cache_dir (`str`, *optional*): Where `datasets` keeps what it converts.
-
-    Raises:
-        `FileNotFoundError`: a file is missing.
-        `ValueError`: a file's kind is unknown, a column is missing, a label was not seen in training or is negative,
-            or nothing is left of a split.
+    Reads files of one's own, by the name of their split. The text is that of the column `sentence`, of `sentence1` and
+    `sentence2`, or of the first one or two text columns besides `label`. Labels with a decimal point make it a
+    regression; any others are classes, numbered in the order of their names, or as in `label_names`, those of a
+    trained model.
     """
     ready: dict[str, Dataset] = {}
     text_columns: tuple[str, ...] = ()
@@ -349,14 +316,13 @@ def is_text(dataset: Dataset, column: str) -> bool:
 
 
 def check_columns(dataset: Dataset, source: str, text_columns: tuple[str, ...], has_labels: bool) -> None:
-    """Refuse a data set that lacks a column."""
+    """Refuses a data set that lacks a column."""
     wanted = [*text_columns, LABEL_COLUMN] if has_labels else list(text_columns)
     missing = [name for name in wanted if name not in dataset.column_names]
     if missing:
         raise ValueError(missing_columns_message(source, dataset.column_names, missing))
     for name in text_columns:
-        # An empty file has no types, and gets its own message later.
-        if dataset.num_rows and not is_text(dataset, name):
+        if not is_text(dataset, name):
             raise ValueError(f"{source}: the column {name} should hold text, it holds {dataset.features[name]}.")
 
 
@@ -371,40 +337,26 @@ def missing_columns_message(source: str, found: list[str], missing: list[str]) -
 
 def drop_incomplete(dataset: Dataset, source: str, text_columns: tuple[str, ...], has_labels: bool) -> Dataset:
     """
-    Leave out the examples that have no text or no label, and say how many.
-
-    Test examples all stay, without labels: predictions are matched to them by position.
-
-    Raises:
-        `ValueError`: if no example is left.
+    Leaves out the examples that have no text or no label, and says how many. Test examples all stay, without labels:
+    predictions are matched to them by position. Raises a ValueError if no example is left.
     """
-    if has_labels:
-        columns = [*text_columns, LABEL_COLUMN]
-        complete = [
-            index
-            for index, values in enumerate(zip(*(dataset[name] for name in columns), strict=True))
-            if all(value is not None and value != "" for value in values)
-        ]
-        if 0 < len(complete) < dataset.num_rows:
-            logger.warning(
-                "%s: %d of %d examples lack a text or a label and are left out.",
-                source,
-                dataset.num_rows - len(complete),
-                dataset.num_rows,
-            )
-        total = dataset.num_rows
-        dataset = dataset.select(complete) if len(complete) < total else dataset
-        if dataset.num_rows == 0:
-            raise ValueError(f"{source} has no example with both a text and a label, of {total}. Check the file.")
-    else:
-        dataset = dataset.remove_columns([LABEL_COLUMN]) if LABEL_COLUMN in dataset.column_names else dataset
-        if dataset.num_rows == 0:
-            raise ValueError(f"{source} holds no examples. Check the file.")
-    return dataset
+    if not has_labels:
+        return dataset.remove_columns([LABEL_COLUMN]) if LABEL_COLUMN in dataset.column_names else dataset
+    rows = zip(*(dataset[name] for name in (*text_columns, LABEL_COLUMN)), strict=True)
+    complete = [index for index, values in enumerate(rows) if all(value not in (None, "") for value in values)]
+    total = dataset.num_rows
+    if not complete:
+        raise ValueError(f"{source} has no example with both a text and a label, of {total}. Check the file.")
+    if len(complete) == total:
+        return dataset
+    logger.warning(
+        "%s: %d of %d examples lack a text or a label and are left out.", source, total - len(complete), total
+    )
+    return dataset.select(complete)
 
 
 def check_task_labels(dataset: Dataset, source: str, label_names: list[str] | None) -> None:
-    """Refuse labels that a GLUE task does not have."""
+    """Refuses labels that a GLUE task does not have."""
     for row, label in enumerate(dataset[LABEL_COLUMN]):
         if label_names is None and not 0.0 <= label <= 5.0:
             raise ValueError(f"{source}: the score {label} of row {row} is out of range; it should be from 0 to 5.")
@@ -417,7 +369,7 @@ def check_task_labels(dataset: Dataset, source: str, label_names: list[str] | No
 
 
 def with_numeric_labels(dataset: Dataset) -> Dataset:
-    """Turn labels that are numbers written as text into numbers: a csv column with an empty cell is read as text."""
+    """Turns labels that are numbers written as text into numbers: a csv column with an empty cell is read as text."""
     feature = dataset.features[LABEL_COLUMN]
     if isinstance(feature, ClassLabel) or not is_text(dataset, LABEL_COLUMN):
         return dataset
@@ -445,10 +397,10 @@ def classes_of(dataset: Dataset, source: str) -> list[str]:
 
 
 def check_one_kind_of_label(dataset: Dataset, source: str, is_regression: bool) -> None:
-    """Refuse scores where the first file has classes, classes where it has scores, and scores that are no numbers."""
+    """Refuses scores where the first file has classes, classes where it has scores, and scores that are no numbers."""
     feature = dataset.features[LABEL_COLUMN]
     is_class = isinstance(feature, ClassLabel)
-    if is_class or not is_regression:
+    if is_class or not is_regression or is_text(dataset, LABEL_COLUMN):
         if is_regression or feature.dtype.startswith("float"):
             raise ValueError(
                 f"{source}: labels with a decimal point are scores, those without are classes, and the files do not "
@@ -461,7 +413,7 @@ def check_one_kind_of_label(dataset: Dataset, source: str, is_regression: bool) 
 
 
 def with_class_ids(dataset: Dataset, source: str, label_names: list[str]) -> Dataset:
-    """Replace the labels by class ids from 0."""
+    """Replaces the labels by class ids from 0."""
     feature = dataset.features[LABEL_COLUMN]
     ids = {name: index for index, name in enumerate(label_names)}
     numbers = []

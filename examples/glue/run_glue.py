@@ -95,10 +95,8 @@ def parse_arguments(
     argv: list[str],
 ) -> tuple[ModelArguments, DataTrainingArguments, RecipeArguments, StoMPPTrainingArguments]:
     """
-    Read the command line, or the JSON file that is its only argument, and refuse what contradicts itself.
-
-    Raises:
-        `ValueError`: unknown keys, values out of range, or arguments that contradict the method.
+    Reads the command line, or the JSON file that is its only argument. Raises a ValueError for unknown keys, values
+    out of range, and arguments that contradict the method.
     """
     # Abbreviated names would hide from the check below which arguments were given.
     parser = HfArgumentParser(
@@ -121,7 +119,7 @@ def parse_arguments(
 
 
 def check_stages(data_args: DataTrainingArguments, training_args: StoMPPTrainingArguments) -> None:
-    """Refuse a run that does nothing, and one whose own files do not cover what it should do."""
+    """Refuses a run that does nothing, and one whose own files do not cover what it should do."""
     stages = {"do_train": "train_file", "do_eval": "validation_file", "do_predict": "test_file"}
     wanted = [flag for flag in stages if getattr(training_args, flag)]
     if not wanted:
@@ -135,15 +133,7 @@ def check_stages(data_args: DataTrainingArguments, training_args: StoMPPTraining
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """
-    Run the script.
-
-    Args:
-        argv (`list[str]`, *optional*): The command line without the program's name; that of the process if not given.
-
-    Returns:
-        `dict[str, Any]`: what `summary.json` holds.
-    """
+    """Runs the script with the words of a command line, and returns what `summary.json` holds."""
     start = time.perf_counter()
     argv = sys.argv[1:] if argv is None else list(argv)
     model_args, data_args, recipe_args, training_args = parse_arguments(argv)
@@ -200,10 +190,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def set_up_logging(training_args: StoMPPTrainingArguments) -> None:
-    """Log at the level of the training arguments, in this script and in the libraries it calls."""
-    logging.basicConfig(
-        format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", handlers=[logging.StreamHandler(sys.stdout)]
-    )
+    """Logs at the level of the training arguments, in this script and in the libraries it calls."""
+    logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", stream=sys.stdout)
     level = training_args.get_process_log_level()
     for name in (__name__, "glue_data", "hf_stompp"):
         logging.getLogger(name).setLevel(level)
@@ -243,7 +231,7 @@ def tokenize(
     data_args: DataTrainingArguments,
     training_args: StoMPPTrainingArguments,
 ) -> None:
-    """Replace the splits by tokenized ones whose labels are the model's class ids."""
+    """Replaces the splits by tokenized ones whose labels are the model's class ids."""
     max_length = min(data_args.max_seq_length, tokenizer.model_max_length)
     if max_length < data_args.max_seq_length:
         logger.warning(
@@ -283,12 +271,7 @@ def collator(
 
 
 def load_model(data: GlueData, order: list[int], model_args: ModelArguments) -> tuple[PreTrainedModel, bool]:
-    """
-    Load the model that is to be fine-tuned or evaluated.
-
-    Returns:
-        `tuple[PreTrainedModel, bool]`: the model, and whether any of its weights are new (a head to be trained).
-    """
+    """The model to be fine-tuned or evaluated, and whether any of its weights are new: a head to be trained."""
     options = model_args.downloads()
     if data.label_names is not None:
         options["id2label"] = dict(sorted(zip(order, data.label_names, strict=True)))
@@ -309,7 +292,7 @@ def load_model(data: GlueData, order: list[int], model_args: ModelArguments) -> 
 def check_model(
     recipe: Recipe, model: PreTrainedModel, head_is_new: bool, model_args: ModelArguments, data: GlueData
 ) -> None:
-    """Refuse to train a packed model or without a teacher that is needed, and to evaluate a float one as binary."""
+    """Refuses to train a packed model or without a teacher that is needed, and to evaluate a float one as binary."""
     name = model_args.model_name_or_path
     if recipe.args.do_train and packed_modules(model):
         raise ValueError(
@@ -352,7 +335,7 @@ def predicted_values(predictions: Any, order: list[int]) -> np.ndarray:
 
 
 def predict(recipe: Recipe, results: Results, data: GlueData, order: list[int], name: str) -> None:
-    """Write the predictions for the test sets to `predict_results_<task>.txt`."""
+    """Writes the predictions for the test sets to `predict_results_<task>.txt`."""
     trainer = make_trainer(recipe, results.model)
     for split, suffix in (("test", ""), ("test_mismatched", "-mm")):
         if split not in data.splits:

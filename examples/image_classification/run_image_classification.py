@@ -130,10 +130,8 @@ def parse_arguments(
     argv: list[str],
 ) -> tuple[ModelArguments, DataTrainingArguments, RecipeArguments, StoMPPTrainingArguments]:
     """
-    Read the command line, or the JSON file that comes first in it and is overridden by what follows.
-
-    Raises:
-        `ValueError`: unknown keys, values out of range, or arguments that contradict each other.
+    Reads the command line, or the JSON file that comes first in it and is overridden by what follows. Raises a
+    ValueError for values out of range, and arguments that contradict each other.
     """
     parser = HfArgumentParser(
         (ModelArguments, DataTrainingArguments, RecipeArguments, StoMPPTrainingArguments), allow_abbrev=False
@@ -171,14 +169,8 @@ def _as_words(values: Mapping[str, Any]) -> list[str]:
 
 def main(argv: list[str] | None = None, prepare: Callable[[Trainer], None] = lambda trainer: None) -> dict[str, Any]:
     """
-    Run the script.
-
-    Args:
-        argv (`list[str]`, *optional*): The command line without the program's name; that of the process if not given.
-        prepare (`Callable[[Trainer], None]`, *optional*): Called with every Trainer before it runs.
-
-    Returns:
-        `dict[str, Any]`: what `summary.json` holds.
+    Runs the script with the words of a command line, and returns what `summary.json` holds. `prepare` is called with
+    every Trainer before it runs.
     """
     start = time.perf_counter()
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -235,14 +227,9 @@ def main(argv: list[str] | None = None, prepare: Callable[[Trainer], None] = lam
 
 def read_images(data_args: DataTrainingArguments) -> tuple[dict[str, Dataset], list[str]]:
     """
-    Read and check the images.
-
-    Returns:
-        `tuple[dict[str, Dataset], list[str]]`: `train` and `validation`, as far as they were given, with the columns
-        `image` and `labels`; and the names of the classes.
-
-    Raises:
-        `ValueError`: no such columns, classes of the two parts that differ, or an image that cannot be read.
+    Reads and checks `train` and `validation`, as far as they were given, with the columns `image` and `labels`, and
+    the names of the classes. Raises a ValueError where a column is missing, the two parts have other classes, or an
+    image cannot be read.
     """
     limits = {"train": data_args.max_train_samples, "validation": data_args.max_eval_samples}
     splits, names = {}, None
@@ -295,13 +282,7 @@ def without_corrupt(split: Dataset, skip: bool) -> Dataset:
 
 
 class Images:
-    """
-    How an image becomes what the network sees.
-
-    Args:
-        processor (`BaseImageProcessor`): scales and normalises.
-        size (`int`): height and width.
-    """
+    """How an image of any size becomes what the network sees: one of `size x size`, scaled by the processor's mean."""
 
     def __init__(self, processor: Any, size: int) -> None:
         self.size = size
@@ -339,10 +320,7 @@ class Images:
 
 def load_model(model_args: ModelArguments, names: list[str], image_size: int) -> tuple[PreTrainedModel, Any, bool]:
     """
-    Load or make the model, and what makes images its input.
-
-    Returns:
-        `tuple[PreTrainedModel, BaseImageProcessor, bool]`: and whether its head is trained for these classes.
+    Loads or makes the model and what makes images its input, and says whether its head is trained for these classes.
     """
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
     size = {"height": image_size, "width": image_size}

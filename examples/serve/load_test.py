@@ -164,15 +164,8 @@ def measure(words: list[str], texts: list[str], arguments: argparse.Namespace) -
 
 def figures(clients: list[Client], span: float) -> dict[str, Any]:
     """
-    What the clients of one server saw together.
-
-    Args:
-        clients (`list[Client]`): those that have ended.
-        span (`float`): the seconds from the first request to the last answer.
-
-    Returns:
-        `dict[str, Any]`: plain JSON. Percentiles lie between two requests where none is exactly there, and are `None`
-        when none was answered.
+    What the clients of one server saw together, who have ended, in the seconds from the first request to the last
+    answer: plain JSON. Percentiles are `None` when no request was answered.
     """
     seconds = [second for client in clients for second in client.seconds]
     scores: dict[str, list[float]] = {}

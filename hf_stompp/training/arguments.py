@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from .distillation import DEFAULT_LOSSES, LABELS, LOSSES, check_losses
 from .methods import option
-from .progression import ORDERS, SCHEDULES, steps_of
+from .progression import ORDERS, SCHEDULES, plan_progression
 
 
 @dataclass
@@ -110,18 +110,18 @@ class StoMPPTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_distillation()
-        for name, table in (("progression_order", ORDERS), ("progression_schedule", SCHEDULES)):
-            if getattr(self, name) not in table:
-                raise ValueError(f"{name} must be one of {sorted(table)}, got {getattr(self, name)!r}")
-        for name in ("progression_warmup", "progression_tail"):
-            steps_of(getattr(self, name), 1, name)
-        if not 0 <= self.progression_overlap < 1:
-            raise ValueError(f"progression_overlap must lie in [0, 1), got {self.progression_overlap}")
-        if not 1 <= self.refresh_period < math.inf:
-            raise ValueError(f"refresh_period must be at least 1 step, got {self.refresh_period}")
+        # What is no schedule for any number of steps.
+        plan_progression(["unit"], 10**9, **self.progression())
         rate = self.activation_learning_rate
         if rate is not None and not 0 < rate < math.inf:
             raise ValueError(f"activation_learning_rate must be a finite number above 0, got {rate}")
+
+    def progression(self) -> dict[str, Any]:
+        """Arguments of [`~hf_stompp.training.progression.plan_progression`] after the number of steps."""
+        names = ("order", "schedule", "warmup", "tail", "overlap")
+        seed = self.seed if self.mask_seed is None else self.mask_seed
+        settings = {name: getattr(self, f"progression_{name}") for name in names}
+        return {**settings, "refresh_period": self.refresh_period, "seed": seed}
 
     def own_arguments(self) -> dict[str, Any]:
         """What this class adds to the arguments of Transformers, and a run depends on: values by name."""

@@ -188,11 +188,9 @@ LABELS = "labels"
 """Name of the model's own loss, on the labels, beside those of [`LOSSES`]."""
 
 OUTPUTS = {
-    "hidden_states": "output_hidden_states",
-    "normalized_hidden_states": "output_hidden_states",
-    "attentions": "output_attentions",
-    "mean_embeddings": "output_hidden_states",
-    "cls_embeddings": "output_hidden_states",
+    name: "output_attentions" if name == "attentions" else "output_hidden_states"
+    for name in LOSSES
+    if name != "logits"
 }
 """Which argument of a model's forward makes it put out what a loss compares; `logits` need none."""
 

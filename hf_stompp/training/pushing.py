@@ -24,6 +24,7 @@ from ..model.integrity import METADATA_PREFIX, verify_files
 from ..model.modules import packed_modules
 from ..reports.drawing import add_dynamics
 from ..reports.dynamics import final_evaluation
+from .arguments import StoMPPTrainingArguments
 
 
 logger = logging.get_logger(__name__)
@@ -35,6 +36,7 @@ LATENT_REVISION = "latent"
 class PushingTrainer(Trainer):
     """A Trainer of a binary model that pushes the packed model where Transformers' pushes the one in training."""
 
+    args: StoMPPTrainingArguments
     model: PreTrainedModel
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -92,13 +94,9 @@ class PushingTrainer(Trainer):
             evaluation=final_evaluation(self.state.log_history, self.state.global_step, self._best_step()),
             progression=self.progression_settings(),
             revision=self._card_revision,
-            speed=compare_with_float(self.model) if self._times_card() else (),
+            speed=compare_with_float(self.model) if self.args.card_speed and packed_modules(self.model) else (),
         ).save(card)
         add_dynamics(card, self.state)
-
-    def _times_card(self) -> bool:
-        """Whether the card of the model that the trainer holds tells its speed."""
-        return getattr(self.args, "card_speed", False) and bool(packed_modules(self.model))
 
     def _best_step(self) -> int | None:
         """The step whose weights were loaded at the end of training, if any were."""
@@ -273,10 +271,10 @@ def _upload_latent(repository: str, sources: list[tuple[Path, str | None]], mess
         logger.warning("%s was not pushed to %s: %s. Training goes on.", sources[-1][0], repository, error)
 
 
-def create_branch(repository: str, revision: str | None, token: str | bool | None) -> None:
+def create_branch(repository: str, revision: str, token: str | None) -> None:
     """Creates a branch that is not there yet; `upload_folder` needs one that is."""
-    if revision not in (None, "main") and not str(revision).startswith("refs/"):
-        HfApi().create_branch(repository, branch=str(revision), token=token, exist_ok=True)
+    if revision != "main" and not revision.startswith("refs/"):
+        HfApi().create_branch(repository, branch=revision, token=token, exist_ok=True)
 
 
 @contextmanager

@@ -87,8 +87,7 @@ class ResumingTrainer(Trainer):
         try:
             callbacks = read_json(folder / "trainer_state.json").get("stateful_callbacks", {})
             attributes = dict(callbacks.get(ProgressionCallback.__name__, {}).get("attributes", {}))
-            # Earlier versions saved seeds alone.
-            saved = {**attributes.get("seeds", {}), **attributes.get("step_settings", {})}
+            saved = dict(attributes.get("step_settings", {}))
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{folder}/trainer_state.json is damaged ({error}); use another checkpoint") from error
         mine = self.step_settings()

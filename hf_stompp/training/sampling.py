@@ -10,14 +10,22 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 
-class ReproducibleGrouping:
+class SameStepsResumed:
     """
-    A Trainer's `group_by_length` whose order is a function of seed and epoch, so that a run that is resumed within an
-    epoch sees the same batches, and evaluates examples in the order of the data set.
+    A Trainer of which a resumed run takes the steps that it would have taken: the order of `group_by_length` is a
+    function of seed and epoch, and a finished run takes no further step. Examples are evaluated in their order.
     """
 
     args: Any
     state: Any
+    control: Any
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Trainer looks for the end of training only after a step.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         sampler = super()._get_train_sampler(*args, **kwargs)  # type: ignore[misc]

@@ -47,7 +47,7 @@ from ..output import write_json
 from ..reports.drawing import add_dynamics
 from .arguments import StoMPPTrainingArguments
 from .recipe import FINISHED, TEACHERS, Recipe, Results, claim_output_dir
-from .sampling import ReproducibleGrouping
+from .sampling import SameStepsResumed
 from .summary import bytes_of_weights, bytes_when_saved, measure, measures, milliseconds_per_batch, save_metrics
 from .trainer import StoMPPTrainer
 from .training_set import class_names
@@ -120,9 +120,10 @@ def evaluate_model(recipe: Recipe, model: PreTrainedModel) -> Results:
     """Measures a model as it is: a float one, or a latent or packed one of an earlier run."""
     kind = "binary" if is_binarized(model) else "float"
     results = Results(model=model, config=config_of(model) if kind == "binary" else None)
+    trainer = make_trainer(recipe, model)
     with results.timed(f"evaluate_{kind}"):
-        results.metrics[kind] = measure(recipe, make_trainer(recipe, model), "eval")
-    results.milliseconds = milliseconds_per_batch(make_trainer(recipe, model), {kind: model})
+        results.metrics[kind] = measure(recipe, trainer, "eval")
+    results.milliseconds = milliseconds_per_batch(trainer, {kind: model})
     return results
 
 
@@ -156,8 +157,8 @@ def prepare_float_model(
     results.steps["float"] = 0
     if recipe.asked.float_num_train_epochs > 0:
         args = float_arguments(recipe)
-        trainer = fine_tune_float(recipe, model, args, results)
-        results.steps["float"], head_is_trained = trainer.state.global_step, True
+        fine_tune_float(recipe, model, args, results)
+        head_is_trained = True
         model = _load(model, recipe.output_dir / "float")
         results.bytes["float"] = bytes_of_weights(recipe.output_dir / "float")
     else:
@@ -372,15 +373,8 @@ def write_card(recipe: Recipe, results: Results, name: str, **details: Any) -> N
 # --- training and measuring ------------------------------------------------------------------------------------------
 
 
-class FloatTrainer(ReproducibleGrouping, Trainer):
+class FloatTrainer(SameStepsResumed, Trainer):
     """Of the float stage."""
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # As StoMPPTrainer's: a finished run that is resumed would take one more step.
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
 
 
 class EvaluateLastStep(TrainerCallback):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -24,7 +25,7 @@ from .freezing import check_settings, initialize_activations
 from .progression import Progression, plan_progression
 from .pushing import PushingTrainer
 from .resuming import ResumingTrainer
-from .sampling import ReproducibleGrouping
+from .sampling import SameStepsResumed
 from .training_set import check_training_set
 
 
@@ -38,7 +39,7 @@ def _activation_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, ResumingTrainer, PushingTrainer):
+class StoMPPTrainer(SameStepsResumed, DistillingTrainer, ResumingTrainer, PushingTrainer):
     """
     Trains a binarized model: once per optimizer step the masks advance, and everything that is reported is the fully
     binary network.
@@ -125,20 +126,9 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, ResumingTrainer, Pu
         Raises:
             ValueError: the schedule cannot finish, nothing would be trained, or a resumed run has another progression.
         """
-        args = self.args
         config = config_of(self.model)
-        progression = plan_progression(
-            config.units,
-            total_steps,
-            order=args.progression_order,
-            schedule=args.progression_schedule,
-            warmup=args.progression_warmup,
-            tail=args.progression_tail,
-            overlap=args.progression_overlap,
-            refresh_period=args.refresh_period,
-            seed=args.seed if args.mask_seed is None else args.mask_seed,
-        )
-        check_settings(config, progression, args.train_committed)
+        progression = plan_progression(config.units, total_steps, **self.args.progression())
+        check_settings(config, progression, self.args.train_committed)
         if self._saved_progression is not None:
             refuse_another(progression, self._saved_progression)
         return progression
@@ -212,13 +202,6 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, ResumingTrainer, Pu
         """Whether another loss than the model's reads the labels."""
         return self.compute_loss_func is not None or type(self).compute_loss is not StoMPPTrainer.compute_loss
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # Trainer looks for the end of training only after a step: a finished run that is resumed would take one more.
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
-
     # --- masks -----------------------------------------------------------------------------------------------------
 
     def check_same_masks(self) -> None:
@@ -244,9 +227,7 @@ class StoMPPTrainer(ReproducibleGrouping, DistillingTrainer, ResumingTrainer, Pu
         return super()._wrap_model(model, *args, **kwargs)
 
     def _initialize_activations(self, inputs: dict[str, Any], by_batch: bool = False) -> None:
-        def reduce(statistic: Tensor) -> Tensor:
-            return self.accelerator.reduce(statistic, reduction="sum")
-
+        reduce = partial(self.accelerator.reduce, reduction="sum")
         if self.teacher is not None or self._has_own_loss:
             # They may be no classes.
             inputs = self.without_labels(inputs)

@@ -436,6 +436,7 @@ def test_scores_of_own_files_make_a_regression(read_own):
         ("sentence,label\n", "", r"train\.csv holds no examples, or is no valid csv"),
         ("sentence,label\n,1\np,\n", "", r"train\.csv has no example with both a text and a label, of 2"),
         ("sentence,label\np,0\nq,1\n", "sentence,label\np,0.5\n", r"the files do not agree"),
+        ("sentence,label\np,0.5\nq,1.5\n", "sentence,label\np,high\n", r"the files do not agree"),
         ("sentence,label\np,0.5\nq,inf\n", "", r"train\.csv: the score inf of row 1 is not a finite number"),
     ],
 )
