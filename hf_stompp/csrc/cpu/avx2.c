@@ -408,7 +408,7 @@ ALWAYS_INLINE void multiply_tables(const product *p, const uint8_t *tables, int 
     __m256i sums[TABLE_ROWS][8];
     for (int i = 0; i < rows; i++)
         for (int j = 0; j < 8; j++)
-            sums[i][j] = _mm256_set1_epi32((int)(-2 * TABLE_OFFSET * STEP_TABLES * steps) - totals[i]);
+            sums[i][j] = _mm256_set1_epi32((int)(-2 * TABLE_OFFSET * STEP_TABLES * steps - totals[i]));
     for (int64_t begin = 0; begin < steps; begin += TABLE_STEPS) {
         int64_t end = min_int64(steps, begin + TABLE_STEPS);
         __m256i words[TABLE_ROWS][2][4] = {{{{0}}}};
