@@ -17,7 +17,7 @@ import random
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +29,8 @@ from torch import Tensor
 # As a program it needs the library alone, and to import transformers under a sanitizer takes ten seconds.
 if __name__ != "__main__":
     from hf_stompp.ops.build import COMMON_FLAGS, KERNEL_FILES, SOURCES, BuildError, find_compiler
+    from hf_stompp.ops.cpu import NativeKernels
+    from hf_stompp.ops.operators import on_kernels
 
 HEADER = Path(__file__).resolve().parent / "emulated_amx.h"
 EMULATED = f'-DHF_STOMPP_EMULATED_AMX="{HEADER}"'
@@ -237,17 +239,23 @@ def compiler(amx_flags: list[str]) -> list[str]:
 def make_library(
     compiler: list[str], amx_flags: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """`make_library(*flags)`: of this kernel alone; skips where its vector instructions are missing."""
+    """
+    `make_library(*flags)`: of this kernel, and of others by their files' names; skips where its vector instructions are
+    missing.
+    """
     missing = VECTOR_FLAGS - cpu_flags()
     if missing:
         pytest.skip(f"the processor has no {', '.join(sorted(missing))}")
 
-    def make(*flags: str) -> Path:
+    def make(*flags: str, others: Sequence[str] = ()) -> Path:
         folder = tmp_path_factory.mktemp("library")
-        defines = ['-DHF_STOMPP_SOURCE_HASH="none"', "-DHF_STOMPP_WITH_AMX"]
-        common, objects = [*flags, "-fopenmp", "-c"], [folder / "amx.o", folder / "dispatch.o"]
-        run_compiler(*compiler, *amx_flags, *common, SOURCES / "amx.c", "-o", objects[0])
-        run_compiler(*compiler, *COMMON_FLAGS, *common, *defines, SOURCES / "dispatch.c", "-o", objects[1])
+        files = {name: [*COMMON_FLAGS, *KERNEL_FILES["x86_64"][name]] for name in others}
+        files["amx.c"] = amx_flags
+        defines = [f"-DHF_STOMPP_WITH_{Path(name).stem.upper()}" for name in files]
+        files["dispatch.c"] = [*COMMON_FLAGS, '-DHF_STOMPP_SOURCE_HASH="none"', *defines]
+        objects = [folder / f"{name}.o" for name in files]
+        for (name, own), output in zip(files.items(), objects, strict=True):
+            run_compiler(*compiler, *own, *flags, "-fopenmp", "-c", SOURCES / name, "-o", output)
         run_compiler(*compiler, *flags, "-fopenmp", "-shared", *objects, "-o", folder / "library.so")
         return folder / "library.so"
 
@@ -269,6 +277,20 @@ def real(make_library: Callable[..., Path]) -> ctypes.CDLL:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_emulated_kernel_is_bit_exact(emulated: ctypes.CDLL, case: Case) -> None:
     check(emulated, case)
+
+
+def test_what_is_no_product_runs_on_another_kernel(make_library: Callable[..., Path]) -> None:
+    kernels = on_kernels("cpu", NativeKernels(load(make_library(EMULATED, others=["scalar.c"])), "amx"))
+    reference = on_kernels("cpu", None)
+    x, vector = torch.randn(5, 70), torch.randn(70, dtype=torch.float64)
+    weight, mask, scale = pack(torch.randn(9, 70) >= 0), torch.rand(5, 70) < 0.5, torch.rand(5, 1)
+
+    assert torch.equal(kernels.pack_sign(x, None)[0], reference.pack_sign(x, None)[0])
+    torch.testing.assert_close(
+        kernels.sign_product(weight, 70, vector, False), reference.sign_product(weight, 70, vector, False)
+    )
+    arguments = x, mask, scale, 1.3, torch.float32
+    assert torch.equal(kernels.masked_weight(*arguments), reference.masked_weight(*arguments))
 
 
 def test_kernel_is_bit_exact_on_the_processor(real: ctypes.CDLL) -> None:

@@ -246,12 +246,10 @@ static int64_t limit(int64_t steps) {
 
 const struct kernel hf_stompp_amx_kernel = {
     .unavailable = unavailable,
-    .pack_sign = pack_sign_avx512,
     .scratch_bytes = scratch_bytes,
     .multiply = multiply,
     .byte_scratch_bytes = scratch_bytes,
     .multiply_bytes = multiply,
     .rows_per_thread = 512,
     .limit = limit,
-    MASKED_FUNCTIONS,
 };

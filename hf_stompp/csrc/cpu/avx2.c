@@ -119,7 +119,7 @@ static inline void store_sums8(const product *p, int64_t row, int64_t column, __
     }
 }
 
-/* store_sum for `rows` rows of COLUMNS columns. Out of line: unrolled into every kernel it would double the time that the
+/* store_sum for some rows of COLUMNS columns. Out of line: unrolled into its callers it would double the time that this
  * file takes to compile. No row_scales: they are 1. */
 static __attribute__((noinline)) void store_sums(const product *p, int64_t row, int rows, int64_t column,
                                                  const int32_t *sums, const float *row_scales) {

@@ -78,6 +78,12 @@ static const struct kernel *choose(int kernel, int64_t rows) {
     return NULL;
 }
 
+/* For what is no product, which AMX does not help: the best of the others where AMX was asked for. */
+static const struct kernel *choose_other(int kernel) {
+    const struct kernel *chosen = choose(kernel, 0);
+    return chosen && kernel == HF_STOMPP_AMX ? choose(HF_STOMPP_AUTO, 0) : chosen;
+}
+
 int hf_stompp_chosen(int kernel, int64_t rows) {
     const struct kernel *chosen = choose(kernel, rows);
     for (int candidate = 0; candidate < HF_STOMPP_KERNELS; candidate++)
@@ -98,7 +104,7 @@ static void piece(int64_t size, int64_t alignment, int64_t parts, int64_t index,
 }
 
 int hf_stompp_pack_sign(const struct hf_stompp_packing *p) {
-    const struct kernel *chosen = choose((int)p->kernel, p->rows);
+    const struct kernel *chosen = choose_other((int)p->kernel);
     if (!chosen) return HF_STOMPP_UNAVAILABLE;
     int64_t parts = (int64_t)((double)p->rows * (double)p->features / WORK_PER_THREAD) + 1;
     parts = max_int64(1, min_int64(parts, p->threads));
@@ -179,7 +185,7 @@ static int64_t parts_of(double elements, int64_t threads) {
     }
 
 int hf_stompp_masked_weight(const struct hf_stompp_masked_weight *p) {
-    const struct kernel *chosen = choose((int)p->kernel, AMX_ROWS);
+    const struct kernel *chosen = choose_other((int)p->kernel);
     if (!chosen) return HF_STOMPP_UNAVAILABLE;
     int64_t parts = parts_of((double)p->rows * (double)p->columns, p->threads);
     IN_PIECES(p->rows, 1, parts, chosen->masked_weight(p, begin, end))
@@ -187,7 +193,7 @@ int hf_stompp_masked_weight(const struct hf_stompp_masked_weight *p) {
 }
 
 int hf_stompp_masked_activation(const struct hf_stompp_masked_activation *p) {
-    const struct kernel *chosen = choose((int)p->kernel, AMX_ROWS);
+    const struct kernel *chosen = choose_other((int)p->kernel);
     if (!chosen) return HF_STOMPP_UNAVAILABLE;
     int64_t parts = parts_of((double)p->rows * (double)p->features, p->threads);
     if (p->sums)
@@ -198,7 +204,7 @@ int hf_stompp_masked_activation(const struct hf_stompp_masked_activation *p) {
 }
 
 int hf_stompp_sign_product(const struct hf_stompp_sign_product *p) {
-    const struct kernel *chosen = choose((int)p->kernel, AMX_ROWS);
+    const struct kernel *chosen = choose_other((int)p->kernel);
     if (!chosen) return HF_STOMPP_UNAVAILABLE;
     int64_t parts = parts_of((double)p->out_features * (double)p->in_features, p->threads);
     if (p->transposed)

@@ -47,7 +47,8 @@ HF_STOMPP_EXPORT int hf_stompp_has_threads(void);
 /* Why a kernel cannot run here; NULL if it can. */
 HF_STOMPP_EXPORT const char *hf_stompp_unavailable(int kernel);
 
-/* The kernel that a call with this many rows runs; -1 if none can. */
+/* The kernel that a product with this many rows runs; -1 if none can. Nothing else runs on AMX: where it is asked for,
+ * the best of the others does that. */
 HF_STOMPP_EXPORT int hf_stompp_chosen(int kernel, int64_t rows);
 
 /* Runs the inner instructions of a kernel `steps` times on registers alone, to measure what they could do at best.

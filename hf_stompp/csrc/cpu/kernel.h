@@ -24,7 +24,6 @@ typedef void pack_sign_function(const void *input, int64_t input_dtype, const fl
 struct kernel {
     /* Why it cannot run on this machine; NULL if it can. */
     const char *(*unavailable)(void);
-    pack_sign_function *pack_sign;
     /* Bytes of working memory for a part, and the part itself. The memory is aligned to 64 bytes. */
     size_t (*scratch_bytes)(const product *, const struct part *);
     void (*multiply)(const product *, const struct part *, void *scratch);
@@ -36,6 +35,8 @@ struct kernel {
     /* Runs the inner instructions `steps` times on registers alone; returns the pairs of bits they would have
      * multiplied. What a product could reach at best. NULL where nobody has written it. */
     int64_t (*limit)(int64_t steps);
+    /* What is no product. NULL in the kernel for AMX, which has instructions for products alone. */
+    pack_sign_function *pack_sign;
     /* The functions of masked.h, on a part of the rows or of the columns. */
     void (*masked_weight)(const struct hf_stompp_masked_weight *, int64_t row_begin, int64_t row_end);
     void (*masked_activation)(const struct hf_stompp_masked_activation *, int64_t row_begin, int64_t row_end);

@@ -123,7 +123,7 @@ ALWAYS_INLINE void weight_gradient_rows(const struct hf_stompp_masked_weight *p,
     } while (0)
 #define EXPAND(...) __VA_ARGS__
 
-static void masked_weight(const struct hf_stompp_masked_weight *p, int64_t begin, int64_t end) {
+static inline void masked_weight(const struct hf_stompp_masked_weight *p, int64_t begin, int64_t end) {
     if (p->gradient)
         FOR_DTYPES(weight_gradient_rows, (p, begin, end), p->weight_dtype, p->other_dtype);
     else
@@ -199,7 +199,7 @@ ALWAYS_INLINE void activation_rows(const struct hf_stompp_masked_activation *p, 
     }
 }
 
-static void masked_activation(const struct hf_stompp_masked_activation *p, int64_t begin, int64_t end) {
+static inline void masked_activation(const struct hf_stompp_masked_activation *p, int64_t begin, int64_t end) {
     if (p->dtype == HF_STOMPP_F32)
         activation_rows(p, begin, end, HF_STOMPP_F32);
     else if (p->dtype == HF_STOMPP_BF16)
@@ -260,7 +260,7 @@ ALWAYS_INLINE void activation_gradient_columns(const struct hf_stompp_masked_act
     }
 }
 
-static void masked_activation_gradient(const struct hf_stompp_masked_activation *p, int64_t begin, int64_t end) {
+static inline void masked_activation_gradient(const struct hf_stompp_masked_activation *p, int64_t begin, int64_t end) {
     if (p->dtype == HF_STOMPP_F32)
         activation_gradient_columns(p, begin, end, HF_STOMPP_F32);
     else if (p->dtype == HF_STOMPP_BF16)
@@ -278,7 +278,7 @@ static void masked_activation_gradient(const struct hf_stompp_masked_activation 
 static const float signs_of_byte[256][8] = {SIGNS64(0), SIGNS64(64), SIGNS64(128), SIGNS64(192)};
 
 /* Rows [begin, end) of output = signs @ vector. */
-static void sign_product_rows(const struct hf_stompp_sign_product *p, int64_t begin, int64_t end) {
+static inline void sign_product_rows(const struct hf_stompp_sign_product *p, int64_t begin, int64_t end) {
     int64_t bytes = row_bytes(p->in_features), whole = p->in_features / 8;
     for (int64_t row = begin; row < end; row++) {
         const uint8_t *bits = p->weight + row * bytes;
@@ -293,7 +293,7 @@ static void sign_product_rows(const struct hf_stompp_sign_product *p, int64_t be
 }
 
 /* Columns [begin, end) of output = vector @ signs, begin a multiple of BLOCK. */
-static void sign_product_columns(const struct hf_stompp_sign_product *p, int64_t begin, int64_t end) {
+static inline void sign_product_columns(const struct hf_stompp_sign_product *p, int64_t begin, int64_t end) {
     int64_t bytes = row_bytes(p->in_features);
     for (int64_t k = begin; k < end; k += BLOCK) {
         double sums[BLOCK] = {0};
