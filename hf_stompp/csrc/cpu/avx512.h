@@ -119,7 +119,7 @@ static void store_sums16(const product *p, int64_t row, int64_t rows, int64_t co
     const __m512 limit =
         p->output_threshold ? _mm512_maskz_loadu_ps(live, p->output_threshold + column) : _mm512_setzero_ps();
     uint8_t *bits = p->output_bits ? p->output_bits + row * bit_bytes + column / 8 : NULL;
-    uint8_t *output = (uint8_t *)p->output + (row * features + column) * element_bytes(dtype);
+    uint8_t *output = bits ? NULL : (uint8_t *)p->output + (row * features + column) * element_bytes(dtype);
     for (int64_t i = 0; i < rows; i++) {
         __m512 value = _mm512_cvtepi32_ps(_mm512_load_si512(sums + i * stride));
         if (row_scales) value = _mm512_mul_ps(value, _mm512_set1_ps(row_scales[i]));
