@@ -9,6 +9,11 @@
 
 #include "hf_stompp.h"
 
+/* Bits are packed in bytes, and read and written as words. */
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "the kernels are for little-endian processors alone"
+#endif
+
 typedef struct hf_stompp_product product;
 
 /* A part of a product: some rows, some columns. Column bounds are multiples of COLUMN_ALIGNMENT, or the end. */
