@@ -73,12 +73,7 @@ __attribute__((always_inline)) static inline void pack_rows(const void *input, i
 
 static void pack_sign(const void *input, int64_t dtype, const float *threshold, int64_t rows, int64_t features,
                       uint8_t *bits, int32_t *popcounts) {
-    if (dtype == HF_STOMPP_F32)
-        pack_rows(input, HF_STOMPP_F32, threshold, rows, features, bits, popcounts);
-    else if (dtype == HF_STOMPP_BF16)
-        pack_rows(input, HF_STOMPP_BF16, threshold, rows, features, bits, popcounts);
-    else
-        pack_rows(input, HF_STOMPP_F16, threshold, rows, features, bits, popcounts);
+    WITH_DTYPE(dtype, pack_rows(input, DTYPE, threshold, rows, features, bits, popcounts));
 }
 
 /* store_sum for 8 columns from `column` on. */

@@ -1,9 +1,8 @@
-/* Products of packed signs with floats that are rounded to bytes, row by row, as quantize_rows in
- * hf_stompp/ops/integers.py does it. A bit b stands for 2b - 1, so the sum of signed codes is twice the sum of those
- * whose bit is set, less the sum of all.
+/* Floats rounded to bytes, row by row, as quantize_rows in hf_stompp/ops/integers.py does it, for products with packed
+ * signs. A bit b stands for 2b - 1, so the sum of signed codes is twice the sum of those whose bit is set, less the sum
+ * of all.
  *
- * Plain C; each kernel includes it and compiles it with its own instructions. A kernel that has a better product than
- * multiply_bytes takes the quantization alone.
+ * Plain C; each kernel includes it and compiles it with its own instructions.
  */
 #ifndef HF_STOMPP_BYTES_H
 #define HF_STOMPP_BYTES_H
@@ -43,59 +42,17 @@ ALWAYS_INLINE float quantize_row_of(const void *input, int64_t dtype, int64_t ro
 }
 
 /* Calls a function for each row, with the dtype as a constant. */
-#define QUANTIZE_ROWS(function)                                                                     \
-    for (int64_t i = 0; i < rows; i++) {                                                            \
-        int8_t *own = codes + i * code_bytes(p->in_features);                                       \
-        if (p->input_dtype == HF_STOMPP_F32)                                                        \
-            scales[i] = function(p->input, HF_STOMPP_F32, row + i, p->in_features, own, totals + i);  \
-        else if (p->input_dtype == HF_STOMPP_BF16)                                                  \
-            scales[i] = function(p->input, HF_STOMPP_BF16, row + i, p->in_features, own, totals + i); \
-        else                                                                                        \
-            scales[i] = function(p->input, HF_STOMPP_F16, row + i, p->in_features, own, totals + i);  \
+#define QUANTIZE_ROWS(function)                                                                  \
+    for (int64_t i = 0; i < rows; i++) {                                                         \
+        int8_t *own = codes + i * code_bytes(p->in_features);                                    \
+        WITH_DTYPE(p->input_dtype,                                                               \
+                   scales[i] = function(p->input, DTYPE, row + i, p->in_features, own, totals + i)); \
     }
 
 /* The rows from `row` on as bytes, with the scale and the sum of each. */
 static inline void quantize_rows(const product *p, int64_t row, int64_t rows, int8_t *codes, float *scales,
                                  int32_t *totals) {
     QUANTIZE_ROWS(quantize_row_of)
-}
-
-/* The bits of a column of the weight as bytes of 0 and 1. */
-static inline void flags_of_column(const product *p, int64_t column, uint8_t *flags) {
-    const uint8_t *weight = p->weight + column * row_bytes(p->in_features);
-    for (int64_t k = 0; k < code_bytes(p->in_features); k += BLOCK) {
-        uint64_t word;
-        memcpy(&word, weight + k / 8, 8);
-        flags_of_bits(word, flags + k);
-    }
-}
-
-/* Rows for which a column is expanded once. */
-enum { BYTE_ROWS = 16 };
-
-__attribute__((unused)) static size_t byte_scratch_bytes(const product *p, const struct part *part) {
-    (void)part;
-    return (size_t)((BYTE_ROWS + 1) * code_bytes(p->in_features));
-}
-
-__attribute__((unused)) static void multiply_bytes(const product *p, const struct part *part, void *scratch) {
-    int64_t bytes = code_bytes(p->in_features);
-    int8_t *codes = scratch;
-    uint8_t *flags = (uint8_t *)scratch + BYTE_ROWS * bytes;
-    for (int64_t row = part->row_begin; row < part->row_end; row += BYTE_ROWS) {
-        int64_t rows = min_int64(BYTE_ROWS, part->row_end - row);
-        float scales[BYTE_ROWS];
-        int32_t totals[BYTE_ROWS];
-        quantize_rows(p, row, rows, codes, scales, totals);
-        for (int64_t column = part->column_begin; column < part->column_end; column++) {
-            flags_of_column(p, column, flags);
-            for (int64_t i = 0; i < rows; i++) {
-                int32_t sum = 0;
-                for (int64_t k = 0; k < bytes; k++) sum += codes[i * bytes + k] * (int8_t)flags[k];
-                store_sum(p, row + i, column, 2 * sum - totals[i], scales[i]);
-            }
-        }
-    }
 }
 
 #endif

@@ -1,10 +1,6 @@
 /* Chooses the kernel, splits the work over threads, and is the door from Python. */
 #include <stdlib.h>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -103,21 +99,31 @@ static void piece(int64_t size, int64_t alignment, int64_t parts, int64_t index,
     *end = min_int64(size, blocks * (index + 1) / parts * alignment);
 }
 
+/* For the loop that follows: its turns on `parts` threads. */
+#ifdef _OPENMP
+#define PARALLEL _Pragma("omp parallel for num_threads((int)parts) if (parts > 1)")
+#else
+#define PARALLEL
+#endif
+
+/* Runs call(begin, end) for pieces of [0, size), cut at multiples of `alignment`, on `parts` threads. */
+#define IN_PIECES(size, alignment, parts, call)                                                  \
+    PARALLEL for (int64_t index = 0; index < parts; index++) {                                   \
+        int64_t begin, end;                                                                      \
+        piece(size, alignment, parts, index, &begin, &end);                                      \
+        call;                                                                                    \
+    }
+
 int hf_stompp_pack_sign(const struct hf_stompp_packing *p) {
     const struct kernel *chosen = choose_other((int)p->kernel);
     if (!chosen) return HF_STOMPP_UNAVAILABLE;
     int64_t parts = (int64_t)((double)p->rows * (double)p->features / WORK_PER_THREAD) + 1;
     parts = max_int64(1, min_int64(parts, p->threads));
-#ifdef _OPENMP
-#pragma omp parallel for num_threads((int)parts) if (parts > 1)
-#endif
-    for (int64_t index = 0; index < parts; index++) {
-        int64_t begin, end;
-        piece(p->rows, 1, parts, index, &begin, &end);
-        chosen->pack_sign((const uint8_t *)p->input + begin * p->features * element_bytes(p->input_dtype),
-                          p->input_dtype, p->threshold, end - begin, p->features,
-                          p->bits + begin * row_bytes(p->features), p->popcounts ? p->popcounts + begin : NULL);
-    }
+    int64_t input_bytes = p->features * element_bytes(p->input_dtype), bytes = row_bytes(p->features);
+    IN_PIECES(p->rows, 1, parts,
+              chosen->pack_sign((const uint8_t *)p->input + begin * input_bytes, p->input_dtype, p->threshold,
+                                end - begin, p->features, p->bits + begin * bytes,
+                                p->popcounts ? p->popcounts + begin : NULL))
     return HF_STOMPP_OK;
 }
 
@@ -137,10 +143,7 @@ int hf_stompp_binary_linear(const struct hf_stompp_product *p) {
         expect_first_writes(p->output, p->rows * p->out_features * element_bytes(p->output_dtype));
     /* Bits are written in pieces of up to 64 columns; what lies beyond out_features stays as it is set here. */
     if (p->output_bits) memset(p->output_bits, 0, (size_t)(p->rows * row_bytes(p->out_features)));
-#ifdef _OPENMP
-#pragma omp parallel for num_threads((int)parts) if (parts > 1)
-#endif
-    for (int64_t index = 0; index < parts; index++) {
+    PARALLEL for (int64_t index = 0; index < parts; index++) {
         struct part part;
         piece(p->rows, 1, row_parts, index / column_parts, &part.row_begin, &part.row_end);
         piece(p->out_features, COLUMN_ALIGNMENT, column_parts, index % column_parts, &part.column_begin,
@@ -170,19 +173,6 @@ static const double ELEMENTS_PER_THREAD = 64e3;
 static int64_t parts_of(double elements, int64_t threads) {
     return max_int64(1, min_int64((int64_t)(elements / ELEMENTS_PER_THREAD), threads));
 }
-
-/* Runs call(begin, end) for pieces of [0, size), cut at multiples of `alignment`, on `parts` threads. */
-#ifdef _OPENMP
-#define PARALLEL _Pragma("omp parallel for num_threads((int)parts) if (parts > 1)")
-#else
-#define PARALLEL
-#endif
-#define IN_PIECES(size, alignment, parts, call)                                                  \
-    PARALLEL for (int64_t index = 0; index < parts; index++) {                                   \
-        int64_t begin, end;                                                                      \
-        piece(size, alignment, parts, index, &begin, &end);                                      \
-        call;                                                                                    \
-    }
 
 int hf_stompp_masked_weight(const struct hf_stompp_masked_weight *p) {
     const struct kernel *chosen = choose_other((int)p->kernel);

@@ -12,11 +12,7 @@
 
 #define HF_STOMPP_ABI_VERSION 4
 
-#if defined(_WIN32)
-#define HF_STOMPP_EXPORT __declspec(dllexport)
-#else
 #define HF_STOMPP_EXPORT __attribute__((visibility("default")))
-#endif
 
 enum hf_stompp_dtype { HF_STOMPP_F32 = 0, HF_STOMPP_BF16 = 1, HF_STOMPP_F16 = 2, HF_STOMPP_BITS = 3 };
 
@@ -133,7 +129,8 @@ HF_STOMPP_EXPORT int hf_stompp_masked_weight(const struct hf_stompp_masked_weigh
 
 /* Without sums: output = offset +- amplitude where the mask is set, + where pre_activation >= threshold; else
  * value clipped to center +- bound. passes: whether the gradient passes to the value, whose range is center +- window
- * where the mask is set; upper: which side of the middle it is on. With one: output = gradient where it passes, else 0, and sums over the rows.
+ * where the mask is set; upper: which side of the middle it is on.
+ * With sums: output = gradient where it passes, else 0, and sums over the rows.
  */
 struct hf_stompp_masked_activation {
     int64_t kernel, threads;
@@ -151,7 +148,8 @@ struct hf_stompp_masked_activation {
     const void *gradient;
     /* rows x features of dtype. */
     void *output;
-    /* NULL without a gradient; else 3 x features: the sums of what passes; of what does not or is frozen; of the upper of those. */
+    /* NULL without a gradient; else 3 x features: the sums of what passes; of what does not or is frozen; of the upper
+     * of those. */
     double *sums;
 };
 

@@ -117,6 +117,21 @@ static inline uint16_t f16_of_float(float value) {
     return (uint16_t)(sign | ((magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13));
 }
 
+/* A statement, in which DTYPE is the dtype of floats as a constant: no loop in what it calls holds a branch on it. */
+#define WITH_DTYPE(dtype, statement)                                                             \
+    do {                                                                                         \
+        if ((dtype) == HF_STOMPP_F32) {                                                          \
+            enum { DTYPE = HF_STOMPP_F32 };                                                      \
+            statement;                                                                           \
+        } else if ((dtype) == HF_STOMPP_BF16) {                                                  \
+            enum { DTYPE = HF_STOMPP_BF16 };                                                     \
+            statement;                                                                           \
+        } else {                                                                                 \
+            enum { DTYPE = HF_STOMPP_F16 };                                                      \
+            statement;                                                                           \
+        }                                                                                        \
+    } while (0)
+
 static inline float load_float(const void *input, int64_t dtype, int64_t index) {
     if (dtype == HF_STOMPP_F32) return ((const float *)input)[index];
     uint16_t half = ((const uint16_t *)input)[index];

@@ -1,5 +1,5 @@
-/* Masked binarization of weights and activations, value and gradient, and products of packed signs with one vector: what
- * training does besides the binary products. Plain C; each kernel includes it and compiles it with its own
+/* Masked binarization of weights and activations, value and gradient, and products of packed signs with one vector:
+ * what training does besides the binary products. Plain C; each kernel includes it and compiles it with its own
  * instructions, which is what makes it fast: written for the compiler to vectorise, in blocks of BLOCK elements.
  *
  * Everything is computed in float and rounded once to the type of the result, as in hf_stompp/ops/weights.py
@@ -67,8 +67,8 @@ ALWAYS_INLINE uint8_t passes(struct rule rule, uint8_t frozen, uint8_t inside) {
     return (inside & (rule.inside | (frozen ^ 1))) | (rule.always & frozen);
 }
 
-ALWAYS_INLINE void weight_rows(const struct hf_stompp_masked_weight *p, int64_t begin, int64_t end, int64_t weight_dtype,
-                               int64_t output_dtype) {
+ALWAYS_INLINE void weight_rows(const struct hf_stompp_masked_weight *p, int64_t begin, int64_t end,
+                               int64_t weight_dtype, int64_t output_dtype) {
     for (int64_t row = begin; row < end; row++) {
         float scale = p->scale[row], bound = (float)p->clip * scale;
         for (int64_t k = 0; k < p->columns; k += BLOCK) {
@@ -200,12 +200,7 @@ ALWAYS_INLINE void activation_rows(const struct hf_stompp_masked_activation *p, 
 }
 
 static inline void masked_activation(const struct hf_stompp_masked_activation *p, int64_t begin, int64_t end) {
-    if (p->dtype == HF_STOMPP_F32)
-        activation_rows(p, begin, end, HF_STOMPP_F32);
-    else if (p->dtype == HF_STOMPP_BF16)
-        activation_rows(p, begin, end, HF_STOMPP_BF16);
-    else
-        activation_rows(p, begin, end, HF_STOMPP_F16);
+    WITH_DTYPE(p->dtype, activation_rows(p, begin, end, DTYPE));
 }
 
 /* A block of a row of the gradient, and its part of the sums. */
@@ -260,13 +255,9 @@ ALWAYS_INLINE void activation_gradient_columns(const struct hf_stompp_masked_act
     }
 }
 
-static inline void masked_activation_gradient(const struct hf_stompp_masked_activation *p, int64_t begin, int64_t end) {
-    if (p->dtype == HF_STOMPP_F32)
-        activation_gradient_columns(p, begin, end, HF_STOMPP_F32);
-    else if (p->dtype == HF_STOMPP_BF16)
-        activation_gradient_columns(p, begin, end, HF_STOMPP_BF16);
-    else
-        activation_gradient_columns(p, begin, end, HF_STOMPP_F16);
+static inline void masked_activation_gradient(const struct hf_stompp_masked_activation *p, int64_t begin,
+                                              int64_t end) {
+    WITH_DTYPE(p->dtype, activation_gradient_columns(p, begin, end, DTYPE));
 }
 
 /* signs_of_byte[b][j] = +1 where bit j of b is set, -1 elsewhere. */

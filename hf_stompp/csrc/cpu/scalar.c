@@ -61,6 +61,44 @@ static void multiply(const product *p, const struct part *part, void *scratch) {
     }
 }
 
+/* The bits of a column of the weight as bytes of 0 and 1. */
+static void flags_of_column(const product *p, int64_t column, uint8_t *flags) {
+    const uint8_t *weight = p->weight + column * row_bytes(p->in_features);
+    for (int64_t k = 0; k < code_bytes(p->in_features); k += BLOCK) {
+        uint64_t word;
+        memcpy(&word, weight + k / 8, 8);
+        flags_of_bits(word, flags + k);
+    }
+}
+
+/* Rows for which a column is expanded once. */
+enum { BYTE_ROWS = 16 };
+
+static size_t byte_scratch_bytes(const product *p, const struct part *part) {
+    (void)part;
+    return (size_t)((BYTE_ROWS + 1) * code_bytes(p->in_features));
+}
+
+static void multiply_bytes(const product *p, const struct part *part, void *scratch) {
+    int64_t bytes = code_bytes(p->in_features);
+    int8_t *codes = scratch;
+    uint8_t *flags = (uint8_t *)scratch + BYTE_ROWS * bytes;
+    for (int64_t row = part->row_begin; row < part->row_end; row += BYTE_ROWS) {
+        int64_t rows = min_int64(BYTE_ROWS, part->row_end - row);
+        float scales[BYTE_ROWS];
+        int32_t totals[BYTE_ROWS];
+        quantize_rows(p, row, rows, codes, scales, totals);
+        for (int64_t column = part->column_begin; column < part->column_end; column++) {
+            flags_of_column(p, column, flags);
+            for (int64_t i = 0; i < rows; i++) {
+                int32_t sum = 0;
+                for (int64_t k = 0; k < bytes; k++) sum += codes[i * bytes + k] * (int8_t)flags[k];
+                store_sum(p, row + i, column, 2 * sum - totals[i], scales[i]);
+            }
+        }
+    }
+}
+
 const struct kernel hf_stompp_scalar_kernel = {
     .unavailable = unavailable,
     .pack_sign = pack_sign,
