@@ -230,6 +230,11 @@ inline int multiprocessors() {
 
 inline int device = 0;
 
+/* Of a call on the host; stays until it is asked for. */
+inline cudaError_t last_error = cudaSuccess;
+
+inline cudaError_t fail(cudaError_t error) { return last_error = error; }
+
 inline int capability() {
     const char *const value = getenv("HF_STOMPP_EMULATED_CAPABILITY");
     int major = 9, minor = 0;
@@ -257,7 +262,7 @@ inline cudaError_t cudaGetDevice(int *device) {
 }
 
 inline cudaError_t cudaSetDevice(int device) {
-    if (device < 0 || device >= emulated_cuda::DEVICES) return cudaErrorInvalidDevice;
+    if (device < 0 || device >= emulated_cuda::DEVICES) return emulated_cuda::fail(cudaErrorInvalidDevice);
     emulated_cuda::device = device;
     return cudaSuccess;
 }
@@ -268,7 +273,7 @@ inline cudaError_t cudaGetDeviceCount(int *count) {
 }
 
 inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device) {
-    if (device < 0 || device >= emulated_cuda::DEVICES) return cudaErrorInvalidDevice;
+    if (device < 0 || device >= emulated_cuda::DEVICES) return emulated_cuda::fail(cudaErrorInvalidDevice);
     const int capability = emulated_cuda::capability();
     switch (attribute) {
         case cudaDevAttrMultiProcessorCount: *value = emulated_cuda::multiprocessors(); return cudaSuccess;
@@ -277,14 +282,14 @@ inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, 
         case cudaDevAttrMaxSharedMemoryPerBlockOptin:
             *value = static_cast<int>(emulated_cuda::most_shared_bytes(capability));
             return cudaSuccess;
-        default: return cudaErrorInvalidValue;
+        default: return emulated_cuda::fail(cudaErrorInvalidValue);
     }
 }
 
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *attributes, const void *function) {
-    if (function == nullptr) return cudaErrorInvalidValue;
+    if (function == nullptr) return emulated_cuda::fail(cudaErrorInvalidValue);
     const int capability = emulated_cuda::capability();
-    if (capability < 80) return cudaErrorNoKernelImageForDevice;
+    if (capability < 80) return emulated_cuda::fail(cudaErrorNoKernelImageForDevice);
     *attributes = {};
     attributes->maxThreadsPerBlock = 1024;
     attributes->binaryVersion = attributes->ptxVersion = capability;
@@ -292,10 +297,14 @@ inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *attributes, const v
 }
 
 inline cudaError_t cudaFuncSetAttribute(const void *function, cudaFuncAttribute, int) {
-    return function == nullptr ? cudaErrorInvalidValue : cudaSuccess;
+    return function == nullptr ? emulated_cuda::fail(cudaErrorInvalidValue) : cudaSuccess;
 }
 
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetLastError() {
+    const cudaError_t error = emulated_cuda::last_error;
+    emulated_cuda::last_error = cudaSuccess;
+    return error;
+}
 
 inline const char *cudaGetErrorString(cudaError_t error) {
     switch (error) {
@@ -1352,10 +1361,14 @@ int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_
 
 }  // namespace hf_stompp
 
-/* For tests: the current device, and what was launched last. */
+/* For tests: the current device, the last error, and what was launched last. */
 extern "C" {
 
 __attribute__((visibility("default"), used)) inline int emulated_cuda_device() { return emulated_cuda::device; }
+
+__attribute__((visibility("default"), used)) inline int emulated_cuda_last_error() {
+    return emulated_cuda::last_error;
+}
 
 __attribute__((visibility("default"), used)) inline int64_t emulated_cuda_launches() {
     return emulated_cuda::last_launch.count;

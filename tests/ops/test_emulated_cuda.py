@@ -569,6 +569,18 @@ def test_choice_of_a_kernel_depends_on_the_size(library: ctypes.CDLL, capability
         assert all(library.hf_stompp_cuda_has_kernel(0, kernel) for kernel in chosen)
 
 
+def test_no_error_is_left_behind_for_a_later_call(library: ctypes.CDLL) -> None:
+    record = struct.pack("9q", 7, 0, 0, 0, 0, 3, 40, 0, 0)
+    with emulation(capability="7.5"):
+        for call in (
+            lambda: library.hf_stompp_cuda_check(0) == NO_KERNEL_IMAGE,
+            lambda: library.hf_stompp_cuda_pack_sign(record) == INVALID_DEVICE,
+            lambda: not library.hf_stompp_cuda_has_kernel(7, 0),
+        ):
+            assert call()
+            assert library.emulated_cuda_last_error() == OK
+
+
 def test_device_without_code_is_reported(library: ctypes.CDLL) -> None:
     with emulation(capability="7.5"):
         assert library.hf_stompp_cuda_check(0) == NO_KERNEL_IMAGE

@@ -4,18 +4,24 @@
 
 namespace {
 
+/* Asks for an error, which would stay otherwise, and be taken for that of a later call. */
+cudaError_t forget(cudaError_t error) {
+    if (error != cudaSuccess) cudaGetLastError();
+    return error;
+}
+
 /* Makes a device current, and the one that was so again at the end. */
 class DeviceGuard {
 public:
     explicit DeviceGuard(int64_t device) {
-        status_ = cudaGetDevice(&previous_);
+        status_ = forget(cudaGetDevice(&previous_));
         if (status_ == cudaSuccess && previous_ != device) {
-            status_ = cudaSetDevice(static_cast<int>(device));
+            status_ = forget(cudaSetDevice(static_cast<int>(device)));
             changed_ = status_ == cudaSuccess;
         }
     }
     ~DeviceGuard() {
-        if (changed_) cudaSetDevice(previous_);
+        if (changed_) forget(cudaSetDevice(previous_));
     }
     DeviceGuard(const DeviceGuard &) = delete;
     DeviceGuard &operator=(const DeviceGuard &) = delete;
@@ -30,7 +36,7 @@ private:
 
 int attribute(int64_t device, cudaDeviceAttr what) {
     int value = 0;
-    return cudaDeviceGetAttribute(&value, what, static_cast<int>(device)) == cudaSuccess ? value : 0;
+    return forget(cudaDeviceGetAttribute(&value, what, static_cast<int>(device))) == cudaSuccess ? value : 0;
 }
 
 /* Whether kernels can begin before the one ahead of them has ended. */
@@ -75,10 +81,7 @@ int hf_stompp_cuda_check(int64_t device) {
     const DeviceGuard guard(device);
     if (guard.status()) return guard.status();
     cudaFuncAttributes attributes;
-    const int status = cudaFuncGetAttributes(&attributes, hf_stompp::probe_kernel());
-    // An error stays until it is asked for, and would be taken for that of a later call.
-    if (status) cudaGetLastError();
-    return status;
+    return forget(cudaFuncGetAttributes(&attributes, hf_stompp::probe_kernel()));
 }
 
 int hf_stompp_cuda_has_kernel(int64_t device, int64_t kernel) {

@@ -161,13 +161,11 @@ __device__ __forceinline__ void wait_for_earlier_kernels() {
 template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, void *stream, bool overlaps,
            Arguments... arguments) {
+    cudaError_t error = cudaSuccess;
     // The size, all in all, up to which no permission is needed.
-    if (shared_bytes > 48 * 1024 - MOST_STATIC_SHARED_BYTES) {
-        const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),
-                                                       cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                       static_cast<int>(shared_bytes));
-        if (error != cudaSuccess) return error;
-    }
+    if (shared_bytes > 48 * 1024 - MOST_STATIC_SHARED_BYTES)
+        error = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),
+                                     cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -178,7 +176,7 @@ int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_
     config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = &attribute;
     config.numAttrs = overlaps ? 1 : 0;
-    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+    if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
     // An error stays until it is asked for, and would be taken for that of a later call.
     if (error != cudaSuccess) cudaGetLastError();
     return error;

@@ -138,6 +138,9 @@ __global__ void __launch_bounds__(THREADS, COLUMNS == 128 ? 4 : 6) multiply_wgmm
         Output::template write<THREADS>(results, sums, static_cast<int>(threadIdx.x) / WARP * 16, 0, row_popcounts,
                                         parameters, product, static_cast<int64_t>(tile) * ROWS, first_column);
     }
+#else
+    // Without its instructions: an error rather than an output that nothing has written.
+    __trap();
 #endif
 }
 
