@@ -49,6 +49,12 @@ class Operator:
         return entry(kernels, result.pop(), *arguments)
 
 
+def _run_in_triton(name: str, kernels: Any, result: Any, *arguments: Any) -> Any:
+    # Triton launches on the current device, whatever its tensors are on.
+    with torch.cuda.device_of(arguments[0]):
+        return getattr(kernels, name)(result, *arguments)
+
+
 OPERATORS: dict[str, Operator] = {}
 """All operators by name."""
 
@@ -80,7 +86,7 @@ def declare(
             function of the operator's name, `(result, *arguments) -> result`.
     """
     name = schema.partition("(")[0]
-    triton = (lambda kernels, *arguments: getattr(kernels, name)(*arguments)) if in_triton else None
+    triton = partial(_run_in_triton, name) if in_triton else None
     operator = OPERATORS[name] = Operator(meta, reference, takes, cpu, cuda, triton)
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"hf_stompp::{name}", meta, lib=library)

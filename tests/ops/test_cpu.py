@@ -731,7 +731,9 @@ def test_kernels_that_the_compiler_does_not_know_are_left_out(
     assert "avx2" in forced.output and "not built" in forced.output
 
 
-def test_nothing_is_built_for_processors_whose_words_begin_with_the_highest_byte(compiler: str, tmp_path: Path) -> None:
+def test_nothing_is_built_for_processors_whose_words_begin_with_the_highest_byte(
+    compiler: str, tmp_path: Path
+) -> None:
     with pytest.raises(build.BuildError, match="little-endian"):
         build.build(tmp_path / LIBRARY_NAME, ["-D__BYTE_ORDER__=__ORDER_BIG_ENDIAN__"])
     assert list(tmp_path.iterdir()) == []

@@ -240,8 +240,8 @@ def make_library(
     compiler: list[str], amx_flags: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
     """
-    `make_library(*flags)`: of this kernel, and of others by their files' names; skips where its vector instructions are
-    missing.
+    `make_library(*flags)`: of this kernel, and of others by the names of their files; skips where its vector
+    instructions are missing.
     """
     missing = VECTOR_FLAGS - cpu_flags()
     if missing:

@@ -998,3 +998,23 @@ def test_surrogate_that_kernels_do_not_know_runs_in_plain_pytorch(
             assert same(actual, expected)
     passed = native_kernel.masked_weight_grad(*(simple("masked_weight_grad") | {"surrogate": "all"}).values())
     assert same(passed, simple("masked_weight_grad")["grad"].to(passed.dtype))
+
+
+@pytest.mark.parametrize("op", MASKED_OPS)
+def test_triton_runs_on_the_device_of_its_tensors(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    current = 0
+
+    def exchange(index: int) -> int:
+        nonlocal current
+        previous, current = current, index if index >= 0 else current
+        return previous
+
+    for name in ("_exchange_device", "_maybe_exchange_device"):
+        monkeypatch.setattr(torch.cuda, name, exchange)
+    kernels = on_kernels("triton", SimpleNamespace(**{op: lambda result, *arguments: current}))
+    arguments = simple(op, dtype=torch.bfloat16)
+    for device, expected in [("cuda:1", 1), ("cuda:0", 0)]:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            moved = rearranged(arguments, lambda tensor, device=device: torch.empty_like(tensor, device=device))
+            assert getattr(kernels, op)(*moved.values()) == expected
+        assert current == 0
