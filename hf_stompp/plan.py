@@ -142,8 +142,8 @@ def sublayer_unit(layer: str, children: Iterable[str]) -> str:
 
 def unit_prefixes(unit: str) -> tuple[str, ...]:
     """What the names of everything in a unit begin with: the inverse of [`sublayer_unit`], and of a module's name."""
-    layer, _, children = unit.rpartition(".")
-    return tuple(f"{layer}.{child}." for child in children.split("+"))
+    layer, dot, children = unit.rpartition(".")
+    return tuple(f"{layer}{dot}{child}." for child in children.split("+"))
 
 
 def renamed(plan: Plan, rename: Callable[[str], str]) -> Plan:

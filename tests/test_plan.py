@@ -134,3 +134,4 @@ def test_what_lies_in_a_unit_begins_with_its_name_and_a_dot() -> None:
     unit = sublayer_unit("encoder.layer.1", ["intermediate", "output"])
     assert unit_prefixes(unit) == ("encoder.layer.1.intermediate.", "encoder.layer.1.output.")
     assert not "encoder.layer.10.output.dense".startswith(unit_prefixes("encoder.layer.1"))
+    assert unit_prefixes("word_embedding") == ("word_embedding.",)
