@@ -244,15 +244,14 @@ class StoMPPConfig(QuantizationConfigMixin):
         self.example_inputs = checked_inputs(example_inputs)
         self.state = state
         self.plan: Plan = {}
-        self.format_version = self.oldest_version() if format_version is None else format_version
+        self.format_version = FORMAT_VERSION if format_version is None else format_version
         self._check(unknown)
         self.modules = modules
+        version, field = self.oldest_version()
         if format_version is None:
-            self.format_version = self.oldest_version()
-        elif self.oldest_version() > format_version:
-            raise ValueError(
-                f"StoMPPConfig.modules needs format version {self.oldest_version()}, got {format_version}"
-            )
+            self.format_version = version
+        elif version > format_version:
+            raise ValueError(f"StoMPPConfig.{field} needs format version {version}, got {format_version}")
 
     def _check(self, unknown: dict[str, Any]) -> None:
         version = self.format_version
@@ -293,8 +292,6 @@ class StoMPPConfig(QuantizationConfigMixin):
                     f"StoMPPConfig.{field} must be a finite number above 0 (a multiple of the scale) or None (the "
                     f"clip range), got {in_short(value)}"
                 )
-        if self.word_embeddings == "int8" and version < 4:
-            raise ValueError(f"StoMPPConfig.word_embeddings='int8' needs format version 4, got {version}")
         if self.layer_stack is not None and not is_module_name(self.layer_stack):
             raise ValueError(
                 f"StoMPPConfig.layer_stack must be a module name or None, got {in_short(self.layer_stack)}"
@@ -318,8 +315,6 @@ class StoMPPConfig(QuantizationConfigMixin):
                 f"{in_short(modes)}"
             )
         _check_patterns("modes", list(modes))
-        if modes and self.format_version < 2:
-            raise ValueError(f"StoMPPConfig.modes needs format version 2, got {self.format_version}")
 
     def to_dict(self) -> dict[str, Any]:
         """What is saved, plain JSON: a file of an older format version has no field that its readers do not know."""
@@ -337,15 +332,17 @@ class StoMPPConfig(QuantizationConfigMixin):
         """All fields by name, the plan as `modules`."""
         return {name: value for name, value in self.__dict__.items() if name != "plan"} | {"modules": self.modules}
 
-    def oldest_version(self) -> int:
-        """The oldest version of the file format that can say what this config does."""
+    def oldest_version(self) -> tuple[int, str]:
+        """The oldest version of the file format that can say what this config does, and the field that asks for it."""
         if self.activation_functions != "kept":
-            return 6
+            return 6, "activation_functions"
         if any(entry.kind == "convolution" for entry in self.plan.values()):
-            return 5
+            return 5, "modules"
         if self.word_embeddings == "int8":
-            return 4
-        return 3 if self.activation_bits is not None else 2 if self.modes else 1
+            return 4, "word_embeddings"
+        if self.activation_bits is not None:
+            return 3, "activation_bits"
+        return (2, "modes") if self.modes else (1, "mode")
 
     def _may_round_inputs(self, format_version: int | None) -> bool:
         """Whether the mode of all layers, or of some, is `bwn`, and the file is not older than such rounding."""

@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoConfig, BertConfig
@@ -342,6 +343,16 @@ def test_convolutions_need_the_format_that_knows_them() -> None:
     assert StoMPPConfig(modules=modules).format_version == 5
     with pytest.raises(ValueError, match="modules needs format version 5, got 4"):
         StoMPPConfig(modules=modules, format_version=4)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "version"),
+    [("activation_functions", "sign", 6), ("word_embeddings", "int8", 4), ("modes", {"query": "float"}, 2)],
+)
+def test_a_field_that_the_given_format_version_does_not_know_is_named(field: str, value: Any, version: int) -> None:
+    assert StoMPPConfig(**{field: value}, format_version=version).format_version == version
+    with pytest.raises(ValueError, match=f"StoMPPConfig.{field} needs format version {version}, got {version - 1}"):
+        StoMPPConfig(**{field: value}, format_version=version - 1)
 
 
 def test_signs_need_the_format_that_knows_them() -> None:

@@ -53,7 +53,7 @@ def binarize_modules(model: nn.Module, config: StoMPPConfig) -> None:
         raise ValueError("this StoMPPConfig belongs to another model; pass a fresh one, StoMPPConfig(...)")
     inputs = example_inputs(model) if config.example_inputs is None else config.example_inputs
     config.plan = plan_modules(model, config, inputs)
-    config.format_version = max(config.format_version, config.oldest_version())
+    config.format_version = max(config.format_version, config.oldest_version()[0])
     _check_packed_form(model, config, inputs)
     swap_in_masked(model, config)
     config.example_inputs = None
