@@ -1,4 +1,4 @@
-"""Swaps modules by the plan. Knows nothing of transformers."""
+"""Swaps modules by the plan: float ones for masked or packed ones, and packed ones for float ones."""
 
 from __future__ import annotations
 
