@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping
 from contextlib import ExitStack
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..config import StoMPPConfig, matches
 from ..nn.convolution import Geometry
+from ..nn.module import tensor_version
 from ..plan import EMBEDDING_KINDS, Plan, PlannedModule, sublayer_unit
 from .example_inputs import example_inputs
 from .stack import Stack, find_stack
@@ -27,31 +30,24 @@ def is_excluded(name: str, patterns: list[str]) -> bool:
     return any(matches(name, pattern) for pattern in patterns)
 
 
+_Read: TypeAlias = tuple[Tensor, int | None]
+"""A tensor that was read, and how often it had been written in place by then."""
+
+
 class _Trace(TorchFunctionMode):
     """What one forward pass did with the linear layers of a stack, and with the tensors they put out."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer_calls: dict[str, int] = {}
-        # What each of them read first, and how often that tensor had been written in place by then.
-        self.reads: dict[str, tuple[Tensor, int] | None] = {}
+        self.layer_calls: Counter[str] = Counter()
+        # What each of them read first.
+        self.reads: dict[str, _Read | None] = {}
         # Outputs of linear layers and of what may be activation functions. Keeping a tensor keeps its identity from
         # being reused.
         self.outputs: dict[str, list[Tensor]] = {}
         self.readers: dict[int, set[str]] = {}
         self.functions: set[str] = set()
         self.running: list[str] = [""]
-
-    def start(self, name: str) -> None:
-        """A linear layer or an activation function begins."""
-        self.running.append(name)
-
-    def end(self, name: str, output: Any) -> None:
-        """It ends; from now on it is recorded who reads its output."""
-        self.running.pop()
-        if isinstance(output, Tensor):
-            self.outputs.setdefault(name, []).append(output)
-            self.readers.setdefault(id(output), set())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for value in tree_leaves((args, kwargs)):
@@ -71,45 +67,34 @@ class _Trace(TorchFunctionMode):
         return read is not None and read[0].dim() == 4 and read[0].shape[1] == self.outputs[convolution][0].shape[1]
 
 
-def _first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-
-
 @torch.no_grad()
 def _trace(model: nn.Module, stack: Stack, inputs: Mapping[str, Any]) -> _Trace:
     trace, candidates = _Trace(), stack.binary_candidates()
 
-    def on_layer(name: str) -> Any:
-        def hook(module: nn.Module, args: Any) -> None:
-            trace.layer_calls[name] = trace.layer_calls.get(name, 0) + 1
+    def on_layer(name: str, module: nn.Module, args: Any) -> None:
+        trace.layer_calls[name] += 1
 
-        return hook
+    def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        trace.running.append(name)
+        tensor = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        trace.reads.setdefault(name, None if tensor is None else (tensor, tensor_version(tensor)))
 
-    def before(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            trace.start(name)
-            tensor = _first_tensor(args, kwargs)
-            trace.reads.setdefault(
-                name, None if tensor is None else (tensor, 0 if tensor.is_inference() else tensor._version)
-            )
-
-        return hook
-
-    def after(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            trace.end(name, output)
-
-        return hook
+    def after(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        trace.running.pop()
+        if isinstance(output, Tensor):
+            trace.outputs.setdefault(name, []).append(output)
+            # From now on it is recorded who reads it.
+            trace.readers.setdefault(id(output), set())
 
     with ExitStack() as hooks:
         for layer_name, layer in stack.layers.items():
-            hooks.callback(layer.register_forward_pre_hook(on_layer(layer_name)).remove)
+            hooks.callback(layer.register_forward_pre_hook(partial(on_layer, layer_name)).remove)
             for name, module in layer.named_modules(prefix=layer_name):
                 if _may_be_activation_function(module):
                     trace.functions.add(name)
                 if name in trace.functions or name in candidates:
-                    hooks.callback(module.register_forward_pre_hook(before(name), with_kwargs=True).remove)
-                    hooks.callback(module.register_forward_hook(after(name)).remove)
+                    hooks.callback(module.register_forward_pre_hook(partial(before, name), with_kwargs=True).remove)
+                    hooks.callback(module.register_forward_hook(partial(after, name)).remove)
         modes = {module: module.training for module in model.modules()}
         model.eval()
         try:
@@ -190,12 +175,17 @@ def plan_modules(model: nn.Module, config: StoMPPConfig, inputs: Mapping[str, An
             "supported: choose one such as BERT or RoBERTa"
         )
     _check_modes(stack, config)
-    _warn_of_idle_layers(stack, config, trace)
+    wanted = [
+        name
+        for name in stack.binary_candidates()
+        if not is_excluded(name, config.modules_to_not_convert) and config.mode_of(name) != "float"
+    ]
+    _warn_of_idle_layers(stack, wanted, trace)
     plan: Plan = {}
     if config.word_embeddings != "float":
         plan.update(_plan_embedding(model, EMBEDDING_KINDS[config.word_embeddings]))
     for layer_name in stack.layers:
-        plan.update(_plan_layer(layer_name, stack, config, trace, plan))
+        plan.update(_plan_layer(layer_name, stack, wanted, config, trace, plan))
     if config.activation_functions == "sign" and not any(entry.kind == "sign" for entry in plan.values()):
         raise ValueError(
             f"StoMPPConfig.activation_functions='sign' finds no activation function to replace in "
@@ -229,14 +219,8 @@ def _check_modes(stack: Stack, config: StoMPPConfig) -> None:
             )
 
 
-def _warn_of_idle_layers(stack: Stack, config: StoMPPConfig, trace: _Trace) -> None:
-    idle = [
-        name
-        for name in stack.binary_candidates()
-        if name not in trace.reads
-        and not is_excluded(name, config.modules_to_not_convert)
-        and config.mode_of(name) != "float"
-    ]
+def _warn_of_idle_layers(stack: Stack, wanted: Iterable[str], trace: _Trace) -> None:
+    idle = [name for name in wanted if name not in trace.reads]
     if idle:
         logger.warning(
             "%d %ss stay float, because they do not run on the example input: %s%s. They need another "
@@ -259,14 +243,14 @@ def _plan_embedding(model: nn.Module, kind: str) -> Plan:
     return {name: PlannedModule(name, kind, unit=name)}
 
 
-def _plan_layer(layer_name: str, stack: Stack, config: StoMPPConfig, trace: _Trace, before: Plan) -> Plan:
+def _plan_layer(
+    layer_name: str, stack: Stack, wanted: Container[str], config: StoMPPConfig, trace: _Trace, before: Plan
+) -> Plan:
     candidates = stack.within(layer_name)
     linears = {
         name: module
         for name, module in candidates.items()
-        if not is_excluded(name, config.modules_to_not_convert)
-        and config.mode_of(name) != "float"
-        and not (stack.kind == "convolution" and _stays_float(name, candidates, config, trace))
+        if name in wanted and not (stack.kind == "convolution" and _stays_float(name, candidates, config, trace))
     }
     # Execution order is depth order. What did not run has no place in it, and could not be packed: its input would
     # never have got a scale.
@@ -323,7 +307,7 @@ def _plan_block(
     return plan
 
 
-def _sign_before(read: tuple[Tensor, int] | None, plan: Plan, trace: _Trace) -> str | None:
+def _sign_before(read: _Read | None, plan: Plan, trace: _Trace) -> str | None:
     """The sign of the plan that has put out what a convolution reads."""
     signs = [name for name, entry in plan.items() if entry.kind == "sign"]
     return next((name for name in signs if read is not None and trace.outputs[name][0] is read[0]), None)
@@ -357,14 +341,9 @@ def _is_shortcut(name: str, candidates: Mapping[str, nn.Conv2d], trace: _Trace) 
     Whether other convolutions of the block read the same tensor, and one of them is the main path: that with the
     largest filters, or of equally large ones the first.
     """
-    order = list(trace.reads)
-
-    def rank(convolution: str) -> tuple[int, int]:
-        return -candidates[convolution].weight[0, 0].numel(), order.index(convolution)
-
-    read: Any = trace.reads[name]
-    together = [other for other in candidates if other in trace.reads and _same(trace.reads[other], read)]
-    return min(together, key=rank) != name
+    mine: Any = trace.reads[name]
+    together = [other for other, read in trace.reads.items() if other in candidates and _same(read, mine)]
+    return max(together, key=lambda other: candidates[other].weight[0, 0].numel()) != name
 
 
 def _input_of(name: str, linears: Mapping[str, Any], plan: Plan, trace: _Trace, config: StoMPPConfig) -> str:
@@ -385,7 +364,7 @@ def _input_of(name: str, linears: Mapping[str, Any], plan: Plan, trace: _Trace, 
     return name
 
 
-def _same(one: tuple[Tensor, int] | None, other: tuple[Tensor, int]) -> bool:
+def _same(one: _Read | None, other: _Read) -> bool:
     """Whether two reads are of one tensor that nothing wrote to in between."""
     return one is not None and one[0] is other[0] and one[1] == other[1]
 
