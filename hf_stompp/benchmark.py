@@ -332,8 +332,9 @@ def _compare_with_float(packed: Any, batches: Sequence[int]) -> list[dict[str, A
     device, training = packed.device, packed.training
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]), device:
         plain = type(packed)(config).to(packed.dtype).eval()
-    # RoBERTa's positions begin behind the padding token's.
-    length = min(128, getattr(config, "max_position_embeddings", 128) - 2)
+    positions = getattr(config, "max_position_embeddings", 0)
+    # XLNet has no limit, and says -1; RoBERTa's positions begin behind the padding token's.
+    length = min(128, positions - 2) if positions > 0 else 128
 
     def timed(model: Any, ids: Tensor) -> Callable[[], None]:
         def run() -> None:

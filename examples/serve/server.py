@@ -106,7 +106,9 @@ def load(name: str, quantize: str | None, max_length: int) -> Classify:
         if packed_modules(model):
             raise ValueError(f"{name} is packed: serve it without --quantize")
         model = dynamic_int8(model)
-    longest = min(max_length, tokenizer.model_max_length, getattr(config, "max_position_embeddings", max_length))
+    positions = getattr(config, "max_position_embeddings", 0)
+    # XLNet has no limit, and says -1.
+    longest = min(max_length, tokenizer.model_max_length, positions if positions > 0 else max_length)
     labels = [config.id2label[index] for index in range(config.num_labels)]
 
     def classify(texts: list[str]) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ from ..training.sentence_encoder import copy_modules, embed, modules_folder, poo
 from ..training.stages import make_trainer, pack_and_reload, train_binary, write_card
 from ..training.summary import bytes_when_saved, measure, summarize
 from .errors import CommandError, hub_errors
-from .evaluation import read_tokenizer
+from .evaluation import longest, read_tokenizer
 from .models import megabytes, read_config, state_of
 from .options import read_losses
 from .progress import stopping_on_interrupt
@@ -113,8 +113,7 @@ def load_encoder(arguments: argparse.Namespace) -> Encoder:
         )
     if tokenizer.pad_token is None:
         raise CommandError(f"the tokenizer of {name} has no padding token, which an encoder's has: name an encoder")
-    limit = getattr(config, "max_position_embeddings", arguments.max_length)
-    length = min(arguments.max_length, tokenizer.model_max_length, limit)
+    length = longest(arguments.max_length, config, tokenizer)
     return Encoder(model.eval(), tokenizer, length, folder, pooling)
 
 

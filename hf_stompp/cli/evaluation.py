@@ -96,11 +96,7 @@ def load_classifier(arguments: argparse.Namespace) -> Classifier:
         tokenizer = read_tokenizer(arguments.model)
     model: Any = load(arguments.model, config)
     model.to(torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")))
-    length = min(
-        arguments.max_length,
-        tokenizer.model_max_length,
-        getattr(config, "max_position_embeddings", arguments.max_length),
-    )
+    length = longest(arguments.max_length, config, tokenizer)
     return Classifier(model, tokenizer, examples, labels, problem_type, length, arguments.batch_size)
 
 
@@ -163,6 +159,13 @@ def read_tokenizer(model: str) -> Any:
             f"{model} has no tokenizer: copy tokenizer.json and tokenizer_config.json of its base model"
         )
     return AutoTokenizer.from_pretrained(folder if is_local else model, trust_remote_code=False)
+
+
+def longest(asked: int, config: Any, tokenizer: Any) -> int:
+    """Tokens that a text is cut at: as many as are asked for, or fewer where tokenizer or model take no more."""
+    positions = getattr(config, "max_position_embeddings", 0)
+    # XLNet has no limit, and says -1.
+    return min(asked, tokenizer.model_max_length, positions if positions > 0 else asked)
 
 
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:

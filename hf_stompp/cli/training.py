@@ -30,7 +30,7 @@ from ..training.recipe import Recipe, Results
 from ..training.stages import card_details, is_binarized, run_recipe, write_card
 from ..training.summary import compared_with_float, summarize
 from .errors import CommandError, hub_errors
-from .evaluation import CLASSIFIERS, read_tokenizer
+from .evaluation import CLASSIFIERS, longest, read_tokenizer
 from .examples import TOKENS, Examples, read_examples
 from .labels import class_names, model_labels, output_names, problem_type_of
 from .measures import metrics_of
@@ -191,8 +191,7 @@ def _recipe(
     """The run that is asked for, its examples tokenized."""
     with hub_errors("model", arguments.model):
         tokenizer = read_tokenizer(arguments.model)
-    limit = getattr(model.config, "max_position_embeddings", arguments.max_length)
-    length = min(arguments.max_length, tokenizer.model_max_length, limit)
+    length = longest(arguments.max_length, model.config, tokenizer)
     output, problem_type = Path(arguments.output).expanduser(), arguments.problem_type
     of_words = problem_type == TOKENS
     train_set, validation_set = (
