@@ -16,6 +16,7 @@ import transformers
 from torch import nn
 
 from hf_stompp import StoMPPConfig, binarize, cli, commit, pack
+from hf_stompp.cli import sensitivity
 from hf_stompp.cli.sensitivity import Budget, suggestion_for
 from hf_stompp.model.modules import masked_modules
 from hf_stompp.model.sensitivity import (
@@ -186,6 +187,40 @@ def test_command_prints_a_table_a_suggestion_that_binarize_takes_and_a_picture(
     for wrong in (["--detail", "unit"], ["--mode", "bnn"]):
         assert cli.main([*words, *wrong]) == 2
         assert "--keep needs the costs of single layers in both modes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("file/costs.png", "cannot write to "),
+        ("folder.png", "is a folder: name a file"),
+        ("costs.doc", "ends in no kind of picture: name one that ends in ."),
+    ],
+)
+def test_picture_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(sensitivity, "measure", lambda arguments: pytest.fail("it was measured"))
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder.png").mkdir()
+    assert cli.main(["sensitivity", "model", "--file", "dev.csv", "--plot", str(tmp_path / name)]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
+
+
+@pytest.mark.parametrize("name", ["deep/costs.svg", "costs"])
+def test_measurement_that_fails_leaves_the_earlier_picture_and_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "costs.png").write_text("earlier")
+    monkeypatch.setattr(sensitivity, "measure", lambda arguments: 1 / 0)
+    assert cli.main(["sensitivity", "model", "--file", "dev.csv", "--plot", str(tmp_path / name)]) == 2
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["costs.png"]
+    assert (tmp_path / "costs.png").read_text() == "earlier"
 
 
 @pytest.mark.slow

@@ -7,7 +7,8 @@ import math
 import random
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from ..model.sensitivity import (
     suggest_modes,
 )
 from ..reports.drawing import can_draw, short_names
+from .conversion import output_file
 from .errors import CommandError
 from .evaluation import load_classifier
 from .models import megabytes, state_of
@@ -115,8 +117,6 @@ def suggestion_for(budget: Budget, model: PreTrainedModel, listed: Sequence[Cost
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """What `hf-stompp sensitivity` tells of a float classifier of texts."""
-    if arguments.plot is not None and not can_draw():
-        raise CommandError('--plot needs matplotlib, which is not installed: pip install "hf_stompp[plot]"')
     modes = tuple(arguments.mode or CHOICES["mode"])
     details = tuple(arguments.detail or DETAILS)
     wanted = next((name for name in BUDGETS if getattr(arguments, name) is not None), None)
@@ -176,9 +176,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Runs `hf-stompp sensitivity`."""
-    result = measure(arguments)
-    if arguments.plot is not None:
-        plot(result, arguments.plot)
+    # What cannot be drawn shows before minutes of measuring.
+    with nullcontext() if arguments.plot is None else _picture(arguments.plot) as file:
+        result = measure(arguments)
+        if file is not None:
+            plot(result, file)
     paragraphs = [
         f"{arguments.model}: accuracy {result['accuracy']:.4f} as it is, {result['examples']:,} examples",
         _table(result["parts"]),
@@ -188,6 +190,22 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if arguments.plot is not None:
         paragraphs.append(f"picture: {arguments.plot}")
     return result, "\n\n".join(paragraphs)
+
+
+@contextmanager
+def _picture(file: Path) -> Iterator[Path]:
+    """The file of `--plot`, to be drawn within the block."""
+    if not can_draw():
+        raise CommandError('--plot needs matplotlib, which is not installed: pip install "hf_stompp[plot]"')
+    from matplotlib.figure import Figure
+
+    # As matplotlib would call it.
+    file = file if file.suffix else file.with_suffix(".png")
+    kinds = Figure().canvas.get_supported_filetypes()
+    if file.suffix[1:].lower() not in kinds:
+        raise CommandError(f"--plot {file} ends in no kind of picture: name one that ends in .{', .'.join(kinds)}")
+    with output_file(file, force=True) as partial:
+        yield partial
 
 
 def _told(suggestion: dict[str, Any]) -> str:
