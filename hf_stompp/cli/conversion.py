@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,8 @@ WEIGHTS = re.compile(
 @contextmanager
 def output_folder(output: str, force: bool, model: str) -> Iterator[Path]:
     """
-    A new folder that takes the place of `output` when the block ends well, and vanishes when it does not: whoever
-    reads `output` never finds half a model.
+    A new folder that takes the place of `output` when the block ends well, and vanishes when it does not, with the
+    folders that were made for it: whoever reads `output` never finds half a model.
 
     `output` must not be `model`, the one that is read, and must be empty without `force`. With `force` a model that is
     there is replaced; files that are not the model's stay.
@@ -47,21 +47,22 @@ def output_folder(output: str, force: bool, model: str) -> Iterator[Path]:
         raise CommandError(f"{output} is not empty: choose another folder, or replace the model in it with --force")
     # Within it where it is there: that is what may be written to, and moving a file stays a renaming.
     place = folder if folder.is_dir() else folder.parent
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".hf_stompp-", dir=place))
-    except OSError as error:
-        raise _cannot_write(place, error) from error
-    try:
-        made = work / "new"
-        made.mkdir()
-        yield made
-        if folder.is_dir():
-            _replace_model(folder, made, work / "old")
-        else:
-            made.rename(folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with _parents_of(folder):
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            work = Path(tempfile.mkdtemp(prefix=".hf_stompp-", dir=place))
+        except OSError as error:
+            raise _cannot_write(place, error) from error
+        try:
+            made = work / "new"
+            made.mkdir()
+            yield made
+            if folder.is_dir():
+                _replace_model(folder, made, work / "old")
+            else:
+                made.rename(folder)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 @contextmanager
@@ -78,19 +79,27 @@ def output_file(output: str | Path, force: bool, suffix: str = "") -> Iterator[P
         raise CommandError(f"{output} does not end in {suffix}: name such a file to write")
     if os.path.lexists(path) and not force:
         raise CommandError(f"{output} is there: choose another file, or replace it with --force")
-    made = [folder for folder in path.parents if not folder.exists()]
+    with _parents_of(path), ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = stack.enter_context(replacing(path))
+        except OSError as error:
+            raise _cannot_write(path.parent, error) from error
+        yield partial
+
+
+@contextmanager
+def _parents_of(path: Path) -> Iterator[None]:
+    """Removes folders above a path that the block made, where the path is not there in the end."""
+    missing = [folder for folder in path.parents if not folder.exists()]
     try:
-        with ExitStack() as stack:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                partial = stack.enter_context(replacing(path))
-            except OSError as error:
-                raise _cannot_write(path.parent, error) from error
-            yield partial
+        yield
     finally:
         if not path.exists():
-            for folder in filter(Path.is_dir, made):
-                folder.rmdir()
+            # Others may have put something there meanwhile.
+            with suppress(OSError):
+                for folder in filter(Path.is_dir, missing):
+                    folder.rmdir()
 
 
 def _cannot_write(folder: Path, error: OSError) -> CommandError:

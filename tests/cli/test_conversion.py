@@ -263,10 +263,10 @@ def test_latent_model_without_its_head_is_refused_by_the_name_of_a_tensor(tiny_c
     assert "lacks qa_outputs.bias and 1 more" in refused("pack", folder, tmp_path / "output")
 
 
-@pytest.mark.parametrize("exists", [False, True])
-def test_interrupted_run_leaves_nothing(latent, tmp_path, monkeypatch, capsys, exists):
-    output = tmp_path / "output"
-    if exists:
+@pytest.mark.parametrize("where", ["new", "there", "deep/in/new"])
+def test_interrupted_run_leaves_nothing(latent, tmp_path, monkeypatch, capsys, where):
+    output = tmp_path / where
+    if where == "there":
         output.mkdir()
     before = sorted(path.name for path in tmp_path.iterdir())
 
@@ -279,7 +279,7 @@ def test_interrupted_run_leaves_nothing(latent, tmp_path, monkeypatch, capsys, e
     assert cli.main(["pack", latent, str(output)]) == 130
     assert capsys.readouterr().err.strip() == "hf-stompp: interrupted"
     assert sorted(path.name for path in tmp_path.iterdir()) == before
-    assert not exists or not list(output.iterdir())
+    assert where != "there" or not list(output.iterdir())
 
 
 def test_unpack_gives_a_latent_model_that_packs_to_the_same_bits(packed, logits, printed, tmp_path):
