@@ -80,7 +80,7 @@ class Plan:
     """What is measured."""
 
     shapes: list[tuple[int, int]]
-    # Those of the aims first.
+    # The last are left out where time is short.
     rows: tuple[int, ...]
     widths: tuple[int, ...]
     models: dict[str, BertConfig]
@@ -551,10 +551,6 @@ def measure_operators(run: Run) -> None:
         run.result["op"].append(case)
 
 
-def geometric_mean(values: list[float]) -> float:
-    return math.exp(statistics.mean(map(math.log, values)))
-
-
 def operator_means(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Geometric means of the speed-ups over the shapes, by number of rows and mode."""
     table = []
@@ -562,7 +558,9 @@ def operator_means(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for mode in MODES:
             ratios = [case["speedups"].get(mode, {}) for case in cases if case["rows"] == rows]
             means = {
-                pair: geometric_mean([r[pair] for r in ratios]) for pair in COMPARED if all(pair in r for r in ratios)
+                pair: statistics.geometric_mean(r[pair] for r in ratios)
+                for pair in COMPARED
+                if all(pair in r for r in ratios)
             }
             if means:
                 table.append({"rows": rows, "mode": mode, "shapes": len(ratios), **means})
@@ -801,68 +799,7 @@ def measure_frozen_layer(run: Run) -> None:
 # ----- What comes of it -----
 
 
-AIM_MODE = "graph_rotated"
-
 FLOAT = ("bf16_eager", "bf16_graph", "bf16_compiled", "bf16_reduce_overhead")
-
-PACKED = ("packed_graph",)
-
-
-def check_aims(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """
-    The aims, what was measured, and whether that reaches them; None where it was not measured.
-
-    Operators: in a CUDA graph over rotated tensors. Encoders: in a CUDA graph, over the fastest bf16 one.
-    """
-    cases = {(c["rows"], c["in_features"], c["out_features"]): c for c in result.get("op", [])}
-
-    def ratio(m: int, k: int, n: int) -> float | None:
-        return cases.get((m, k, n), {}).get("speedups", {}).get(AIM_MODE, {}).get("pack_product/bf16")
-
-    def share(m: int, k: int, n: int) -> float | None:
-        found = cases.get((m, k, n), {}).get("variants", {}).get("pack_product", {})
-        return found.get("share_of_memory_floor", {}).get(AIM_MODE)
-
-    def of_all(values: list[float | None], summary: Callable[[list[float]], float]) -> float | None:
-        known = [value for value in values if value is not None]
-        return summary(known) if known and len(known) == len(values) else None
-
-    def encoder(name: str) -> float | None:
-        for case in result.get("models", []):
-            if case["model"] == name and (case["batch"], case["length"]) == MAIN_BATCH:
-                times = {key: v["seconds"]["median"] for key, v in case["variants"].items() if "seconds" in v}
-                theirs = [times[key] for key in FLOAT if key in times]
-                ours = [times[key] for key in PACKED if key in times]
-                return min(theirs) / min(ours) if theirs and ours else None
-        return None
-
-    frozen = result.get("frozen_layer", {}).get("speedups", {})
-    wide = [shape for shape in SHAPES if shape[0] >= 768]
-    named = [(768, 3072), (3072, 768)]
-    aims: list[tuple[str, float, float | None]] = [
-        *((f"M = 4096, {k} -> {n}, packing included, over bf16", 2.5, ratio(4096, k, n)) for k, n in named),
-        (
-            "M = 4096, geometric mean over the nine shapes, over bf16",
-            2.0,
-            of_all([ratio(4096, *shape) for shape in SHAPES], geometric_mean),
-        ),
-        (
-            "M = 4096, slowest shape of K >= 768, over bf16",
-            1.0,
-            of_all([ratio(4096, *shape) for shape in wide], min),
-        ),
-        *((f"M = 4096, {k} -> {n}, share of its memory floor", 0.7, share(4096, k, n)) for k, n in named),
-        (f"{BASE}, 32 x 128, packed in a CUDA graph, over the fastest bf16", 2.5, encoder(BASE)),
-        (f"{LARGE}, 32 x 128, packed in a CUDA graph, over the fastest bf16", 3.0, encoder(LARGE)),
-        ("frozen layer, forward in a training step, CUDA graph, over float", 2.0, frozen.get("forward_graph")),
-        ("frozen layer, forward in a training step, eager, over float", 2.0, frozen.get("forward_eager")),
-    ]
-    if "capability" not in result["gpu"]:
-        aims = [(aim, least, None) for aim, least, _ in aims]
-    return [
-        {"aim": aim, "at_least": least, "measured": value, "reached": None if value is None else value >= least}
-        for aim, least, value in aims
-    ]
 
 
 def is_wrong(result: dict[str, Any]) -> bool:
@@ -980,16 +917,6 @@ def frozen_layer_rows(result: dict[str, Any]) -> Rows:
     return rows
 
 
-def aim_rows(result: dict[str, Any]) -> Rows:
-    """The aims."""
-    words = {True: "yes", False: "no", None: "not measured"}
-    rows = [["aim", "at least", "measured", "reached"]]
-    for aim in result["aims"]:
-        measured = "-" if aim["measured"] is None else f"{aim['measured']:.2f}"
-        rows.append([aim["aim"], f"{aim['at_least']:.2f}", measured, words[aim["reached"]]])
-    return rows
-
-
 def failures(result: dict[str, Any]) -> list[str]:
     """What failed and what was left out, one line each."""
     lines = [f"{part} ended early: {text}" for part, text in result["errors"].items()]
@@ -1033,8 +960,6 @@ def table(result: dict[str, Any]) -> str:
     found = failures(result)
     if found:
         lines += ["Failed or left out", *found[:40], *([f"and {len(found) - 40} more"] if len(found) > 40 else []), ""]
-    if "aims" in result:
-        lines += ["Aims", *columns(aim_rows(result))]
     return "\n".join(lines)
 
 
@@ -1045,14 +970,16 @@ def encoder_table(result: dict[str, Any]) -> str:
         "| speed-up over fastest bf16 |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for case in result["models"]:
+    for case in result.get("models", []):
         found = {name: v["seconds"]["median"] for name, v in case["variants"].items() if "seconds" in v}
         compiled_ones = [found[name] for name in ("bf16_compiled", "bf16_reduce_overhead") if name in found]
         seconds = [found.get("bf16_eager"), found.get("bf16_graph"), min(compiled_ones, default=None)]
         seconds += [found.get("packed_eager"), found.get("packed_graph")]
         cells = ["-" if value is None else f"{1e3 * value:.2f}" for value in seconds]
-        ratio = min(found[name] for name in FLOAT if name in found) / min(found[name] for name in PACKED)
-        cells = [case["model"], f"{case['batch']} x {case['length']}", *cells, f"{ratio:.1f}x"]
+        fastest = min((found[name] for name in FLOAT if name in found), default=None)
+        packed = found.get("packed_graph")
+        ratio = "-" if fastest is None or packed is None else f"{fastest / packed:.1f}x"
+        cells = [case["model"], f"{case['batch']} x {case['length']}", *cells, ratio]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -1126,7 +1053,6 @@ def measure(run: Run, seconds: float, save: Callable[[dict[str, Any]], None]) ->
             result["errors"][name] = f"the operators are no longer those of the beginning, {result['operators']}"
             result["operators"] = in_use
         result["op_means"] = operator_means(result.get("op", []))
-        result["aims"] = check_aims(result)
         save(result)
         print(f"{name}: {result['seconds'][name]} s", file=sys.stderr, flush=True)
 
