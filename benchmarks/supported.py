@@ -291,8 +291,8 @@ def page(result: Mapping[str, Any]) -> str:
         "|---|---|---|---|",
     ]
     for (kind, family, reason), heads in sorted(reasons.items()):
-        tried = [case for case in cases if case["family"] == family]
-        shown = "all" if len(heads) == len(tried) else ", ".join(heads)
+        heads_tried = sum(case["family"] == family for case in cases)
+        shown = "all" if len(heads) == heads_tried else ", ".join(heads)
         text = reason.replace("|", "\\|")
         lines.append(f"| {kind} | {family} | {shown} | {text} |")
     return "\n".join(lines) + "\n"

@@ -139,10 +139,9 @@ def find_log(run: Path) -> Path:
 
 def read_dynamics(run: Path, metric: str | None = None) -> Dynamics:
     """
-    Reads what a run logged, from its folder or a JSON file with a `log_history`. From a folder, `summary.json` of
-    `run_glue.py` is read as well, if it is there. `metric` is the measure to draw, by default the one that was
-    evaluated most often. Raises a ValueError where there is no log, it is empty or cannot be read, or has no such
-    measure.
+    Reads what a run logged, from its folder or a JSON file with a `log_history`. From a folder, the `summary.json` of
+    the recipe is read as well, if it is there. `metric` is the measure to draw, by default the one that was evaluated
+    most often. Raises a ValueError where there is no log, it is empty or cannot be read, or has no such measure.
     """
     file = find_log(run)
     state = _read_object(file)
@@ -174,7 +173,7 @@ def dynamics_of(
 ) -> Dynamics:
     """
     The dynamics in a Trainer's state, as in `trainer_state.json`: `log_history`, and with a progression
-    `stateful_callbacks`. `summary` is what `run_glue.py` writes to `summary.json`; its `metrics` and `progression`
+    `stateful_callbacks`. `summary` is from [`~hf_stompp.training.summary.summarize`]; its `metrics` and `progression`
     count. `source` is where the state is from, for messages. `metric` and errors are as in [`read_dynamics`].
     """
     log = state.get("log_history")
