@@ -84,7 +84,7 @@ def main() -> None:
     shapes = {f"{k}x{n}": measure_shape(native, k, n) for k, n in SHAPES}
 
     def speedup(time_of: Callable[[dict[str, float]], float]) -> float:
-        return math.exp(statistics.mean(math.log(row["fp32"] / time_of(row)) for row in shapes.values()))
+        return statistics.geometric_mean(row["fp32"] / time_of(row) for row in shapes.values())
 
     def kernel(row: dict[str, float]) -> float:
         return row["native_function"] - row["native_function_without_rows"]

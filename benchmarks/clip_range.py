@@ -11,18 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoModel, AutoTokenizer
 
-from hf_stompp import StoMPPConfig, __version__, binarize
-from hf_stompp.machine import command_line
+from hf_stompp import StoMPPConfig, binarize
+from hf_stompp.machine import command_line, surroundings
 
 
 ROOT = Path(__file__).parent.parent
@@ -65,8 +63,7 @@ def main() -> None:
         "seed": 0,
         "sentences": len(sentences),
         "rows": rows,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "hf_stompp": __version__},
-        "machine": {"platform": platform.platform(), "threads": torch.get_num_threads()},
+        **surroundings(),
     }
     OUTPUT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

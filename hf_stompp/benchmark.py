@@ -153,8 +153,8 @@ def speedups(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"rows": rows}
         for name in packed:
             for baseline in ["bf16"] if name == "packed_bf16" else ["fp32", "int8"]:
-                ratios = [math.log(case[baseline]["median"] / case[name]["median"]) for case in cases]
-                row[f"{name}/{baseline}"] = math.exp(statistics.mean(ratios))
+                ratios = [case[baseline]["median"] / case[name]["median"] for case in cases]
+                row[f"{name}/{baseline}"] = statistics.geometric_mean(ratios)
         table.append(row)
     return table
 
@@ -361,9 +361,11 @@ def instruction_limits() -> dict[str, float]:
     pair of bits.
     """
     native = cpu.native_kernels()
-    limits = {}
-    for kernel in cpu.KERNELS if native is not None else ():
-        if native is None or native.unavailable(kernel) or not native.run_limit(kernel, 1):
+    limits: dict[str, float] = {}
+    if native is None:
+        return limits
+    for kernel in cpu.KERNELS:
+        if native.unavailable(kernel) or not native.run_limit(kernel, 1):
             continue
         steps, best = 200_000, math.inf
         for _ in range(9):
