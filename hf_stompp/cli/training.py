@@ -63,19 +63,10 @@ def load_model(arguments: argparse.Namespace, examples: Examples) -> tuple[Any, 
     Also whether its head was loaded, and whether that knows these classes by name or id.
     """
     config: Any = read_config(arguments.model)
-    state = state_of(config, arguments.model)
-    if state == "packed":
+    if state_of(config, arguments.model) == "packed":
         raise CommandError(
             f"{arguments.model} is packed, which cannot be trained: `hf-stompp unpack {arguments.model} OUTPUT` makes "
             "a latent model of it, or name the float model it was made from"
-        )
-    if state == "latent" and (
-        any((arguments.mode, arguments.modes, arguments.word_embeddings, arguments.float_epochs))
-        or arguments.method == "float"
-    ):
-        raise CommandError(
-            f"{arguments.model} is binary already (latent): drop --mode, --modes, --word_embeddings, --float_epochs "
-            "and --method float, or name a float model"
         )
     known = first_architecture(config) in CLASSIFIERS
     wanted = arguments.problem_type

@@ -259,6 +259,29 @@ class TestBadInput:
         words = [float_model, tmp_path / "out", *files, "--method", "float", "--mode", "bwn", "--teacher", "none"]
         assert "drop --mode, --teacher" in refused("train", *words)
 
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--mode", "bwn"], "binarized with mode='bnn', and 'bwn' is asked for"),
+            (["--word_embeddings", "int8"], "binarized with word_embeddings='float', and 'int8' is asked for"),
+            (["--float_epochs", 1], "it has no float stage"),
+            (["--method", "float"], "it has no float stage"),
+        ],
+    )
+    def test_latent_model_that_is_to_be_made_otherwise(
+        self,
+        tiny_model: Callable,
+        saved: Callable,
+        files: list[str],
+        tmp_path: Path,
+        refused: Callable,
+        words: list,
+        message: str,
+    ) -> None:
+        latent = saved(binarize(tiny_model("bert")), "latent")
+        assert message in refused("train", latent, tmp_path / "out", *files, *SHORT, *words)
+        assert not (tmp_path / "out").exists()
+
     def test_resumed_with_other_options(
         self, float_model: str, files: list[str], tmp_path: Path, printed: Callable, refused: Callable
     ) -> None:
