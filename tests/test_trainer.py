@@ -915,11 +915,12 @@ class FailsOnLargeBatches(BertForSequenceClassification):
 def test_auto_find_batch_size_starts_again_with_empty_masks(tmp_path: Path) -> None:
     model = binarize(FailsOnLargeBatches(make_model().config), StoMPPConfig())
     recorder = Recorder(masks_of)
+    # One example less fits.
     trainer = make_trainer(
-        tmp_path, model=model, auto_find_batch_size=True, per_device_train_batch_size=8, callbacks=[recorder]
+        tmp_path, model=model, auto_find_batch_size=True, per_device_train_batch_size=3, callbacks=[recorder]
     )
     trainer.train()
-    assert model.failures >= 1
+    assert model.failures == 1
     assert trainer.is_committed
     last = MASK.replace("layer.0", "layer.2").removesuffix(".freeze_mask")
     assert not recorder.seen[0][last].any()
