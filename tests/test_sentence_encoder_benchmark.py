@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
 import torch
+from programs import load
 from scipy.stats import spearmanr
 from transformers import AutoModel, AutoTokenizer, BertTokenizer
 
@@ -37,7 +38,7 @@ def expected(folder: Path) -> float:
 
 @pytest.mark.slow
 def test_correlation_is_that_of_the_labels_that_are_known(
-    tiny_model: Callable, tiny_packed: Callable, tmp_path: Path
+    tiny_model: Callable, tiny_packed: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
     models = {"float": tiny_model("bert", AutoModel), "packed": tiny_packed("bert", auto_class=AutoModel)}
@@ -49,8 +50,10 @@ def test_correlation_is_that_of_the_labels_that_are_known(
     output = tmp_path / "results.jsonl"
     output.write_text("{}\n")
     words = ["--model", tmp_path / "packed", "--dataset_dir", tmp_path, "--float", tmp_path / "float"]
-    command = [sys.executable, str(SCRIPT), *map(str, words), "--output", str(output)]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, words), "--output", str(output)])
+    capsys.readouterr()
+    load(SCRIPT).main()
+    printed = capsys.readouterr().out
 
     line = json.loads(printed)
     assert output.read_text().splitlines() == ["{}", printed.rstrip("\n")]
