@@ -49,10 +49,10 @@ def write(path: Path, columns: dict[str, list]) -> Path:
 
 @pytest.fixture
 def files(tmp_path: Path) -> Callable[..., list[str]]:
-    """`files(suffix)`: options that name a training and a validation set."""
+    """`files(*suffixes)`: options that name a training and a validation set."""
 
-    def make(suffix: str = ".jsonl") -> list[str]:
-        names = [write(tmp_path / f"{split}{suffix}", table(48, seed)) for seed, split in enumerate(("train", "dev"))]
+    def make(train: str = ".jsonl", dev: str = ".jsonl") -> list[str]:
+        names = [write(tmp_path / f"train{train}", table(48, 0)), write(tmp_path / f"dev{dev}", table(48, 1))]
         return ["--train_file", str(names[0]), "--validation_file", str(names[1])]
 
     return make
@@ -88,11 +88,10 @@ def pieces(tags: list[str]) -> set[tuple[int, int, str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
-def test_tags_are_learned_measured_and_packed(
-    encoder: str, files: Callable, tmp_path: Path, printed: Callable, suffix: str
+def test_tags_are_learned_measured_and_packed_whatever_the_format_of_a_file(
+    encoder: str, files: Callable, tmp_path: Path, printed: Callable
 ) -> None:
-    named, output = files(suffix), tmp_path / "run"
+    named, output = files(".csv", ".parquet"), tmp_path / "run"
 
     shown = printed("train", encoder, output, *named, *ASKED, *SHORT, "--float_epochs", 8, "--learning_rate", 3e-3)
 
@@ -102,15 +101,18 @@ def test_tags_are_learned_measured_and_packed(
     assert config.architectures == ["BertForTokenClassification"] and list(config.label2id) == TAGS
     dev = table(48, 1)
     truth, tagged = list(chain(*dev["tags"])), list(chain(*answers(output / "packed", dev["tokens"])))
-    evaluated = ["eval", output / "packed", "--file", named[3], "--max_length", 16, "--label_column", "tags"]
-    found = json.loads(printed(*evaluated, "--json"))
+    evaluated = ["eval", output / "packed", "--max_length", 16, "--label_column", "tags", "--file"]
+    files_of_dev = [write(tmp_path / f"dev{suffix}", dev) for suffix in (".parquet", ".jsonl", ".csv")]
+    found, *others = (json.loads(printed(*evaluated, file, "--json")) for file in files_of_dev)
+    told = (*found["measures"], "words", "words_left_out", "examples")
+    assert all(other[name] == found[name] for other in others for name in told)
     assert found["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(truth, tagged))
     assert (found["words"], found["words_left_out"], found["examples"]) == (len(truth), 0, 48)
     packed = {name.removeprefix("eval_"): value for name, value in summary["metrics"]["packed"].items()}
     assert {name: packed[name] for name in found["measures"]} == pytest.approx(
         {name: found[name] for name in found["measures"]}
     )
-    assert f"{found['correct']} of {found['words']} words right" in printed(*evaluated)
+    assert f"{found['correct']} of {found['words']} words right" in printed(*evaluated, files_of_dev[0])
     card = ModelCard.load(output / "packed" / "README.md")
     assert card.data.pipeline_tag == "token-classification" and "| precision |" in card.text
 
