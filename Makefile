@@ -37,7 +37,9 @@ $(VENV)/test-tools: $(VENV)/installed tests/optional.txt $(BESIDE)
 	-$(BIN)/pip install --quiet --no-deps --requirement tests/optional.txt
 	touch $@
 
-# Slow tests, too; a process for each core, where pytest-xdist is installed.
+# Slow tests, too; a process for each core, where pytest-xdist is installed. The Python programs that they start would
+# each compile the package anew where nothing may be kept of it.
+test: export PYTHONDONTWRITEBYTECODE =
 test: $(VENV)/test-tools
 	$(BIN)/python -m pytest -m '' $$($(BIN)/python -c 'import xdist; print("-n auto --dist worksteal")' 2>/dev/null)
 
