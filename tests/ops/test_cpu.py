@@ -665,6 +665,11 @@ def old_compiler(compiler: str, tmp_path: Path) -> OldCompiler:
     return OldCompiler(write_program(tmp_path / "old-cc", script), log)
 
 
+def installed(native: cpu.NativeKernels) -> str:
+    """Code for a process of `processes`: its installed library is the one of this process."""
+    return f"cpu.INSTALLED = Path({str(native.path)!r})\n"
+
+
 def cached_libraries(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.so"))
 
@@ -887,11 +892,9 @@ def test_cache_that_cannot_be_written_is_warned_of(processes: Processes, compile
 
 
 @pytest.mark.slow
-def test_variable_chooses_the_kernel(
-    processes: Processes, native: cpu.NativeKernels, compiler: str, shared_cache: Path
-) -> None:
+def test_variable_chooses_the_kernel(processes: Processes, native: cpu.NativeKernels) -> None:
     for name in cpu.KERNELS:
-        outcome = processes.run(HF_STOMPP_CACHE=str(shared_cache), HF_STOMPP_CPU=name)
+        outcome = processes.run(installed(native) + REPORT, HF_STOMPP_CPU=name)
         reason = native.unavailable(name)
         if reason is None:
             assert outcome.report["kernel"] == name
@@ -930,9 +933,7 @@ def test_importing_the_operators_loads_nothing(processes: Processes, tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
-def test_kernels_take_as_many_threads_as_pytorch(
-    processes: Processes, native: cpu.NativeKernels, compiler: str, shared_cache: Path
-) -> None:
+def test_kernels_take_as_many_threads_as_pytorch(processes: Processes, native: cpu.NativeKernels) -> None:
     if not native.has_threads:
         pytest.skip("the library was built without OpenMP")
     code = """
@@ -945,7 +946,7 @@ for threads in (1, 3, 5):
 print(json.dumps(counts))
 """
     # OpenMP keeps the threads of a call for the next one.
-    one, three, five = processes.run(code, HF_STOMPP_CACHE=str(shared_cache)).report
+    one, three, five = processes.run(installed(native) + code).report
     assert (three - one, five - one) == (2, 4)
 
 
@@ -1022,16 +1023,14 @@ print(json.dumps(names))
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="mprotect of the C library")
 def test_kernels_touch_nothing_beside_their_arguments_and_outputs(
-    processes: Processes, native: cpu.NativeKernels, compiler: str, shared_cache: Path
+    processes: Processes, native: cpu.NativeKernels
 ) -> None:
-    outcome = processes.run(AT_THE_EDGE, HF_STOMPP_CACHE=str(shared_cache))
+    outcome = processes.run(installed(native) + AT_THE_EDGE)
     assert outcome.report == [name for name in cpu.KERNELS if native.unavailable(name) is None]
 
 
 @pytest.mark.slow
-def test_outputs_are_on_the_cpu_whatever_the_default_device(
-    processes: Processes, compiler: str, shared_cache: Path
-) -> None:
+def test_outputs_are_on_the_cpu_whatever_the_default_device(processes: Processes, native: cpu.NativeKernels) -> None:
     code = """
 input, weight, scale = torch.randn(3, 10), ops.pack_bits(torch.randn(5, 10)), torch.randn(5)
 arguments = (input, None, weight, 10, scale, None, torch.float32)
@@ -1044,5 +1043,5 @@ torch.set_default_device("cpu")
 for others in outputs[1:]:
     assert all(map(torch.equal, outputs[0], others))
 """
-    outcome = processes.run(code, HF_STOMPP_CACHE=str(shared_cache))
+    outcome = processes.run(installed(native) + code)
     assert outcome.status == 0, f"exit status {outcome.status}\n{outcome.output}"
