@@ -8,6 +8,7 @@ sanitizers needs a process that has loaded their runtime before everything else.
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import math
 import mmap
@@ -236,8 +237,23 @@ def compiler(amx_flags: list[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def make_library(
+def assemble(
     compiler: list[str], amx_flags: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """`assemble(*flags)`: the kernel's assembly, compiled once; a warning is an error."""
+
+    @functools.cache
+    def make(*flags: str) -> Path:
+        path = tmp_path_factory.mktemp("assembly") / "amx.s"
+        run_compiler(*compiler, *amx_flags, *flags, "-Werror", "-fopenmp", "-S", SOURCES / "amx.c", "-o", path)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def make_library(
+    compiler: list[str], assemble: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
     """
     `make_library(*flags)`: of this kernel, and of others by the names of their files; skips where its vector
@@ -250,12 +266,12 @@ def make_library(
     def make(*flags: str, others: Sequence[str] = ()) -> Path:
         folder = tmp_path_factory.mktemp("library")
         files = {name: [*COMMON_FLAGS, *KERNEL_FILES["x86_64"][name]] for name in others}
-        files["amx.c"] = amx_flags
-        defines = [f"-DHF_STOMPP_WITH_{Path(name).stem.upper()}" for name in files]
+        defines = [f"-DHF_STOMPP_WITH_{Path(name).stem.upper()}" for name in ("amx.c", *files)]
         files["dispatch.c"] = [*COMMON_FLAGS, '-DHF_STOMPP_SOURCE_HASH="none"', *defines]
-        objects = [folder / f"{name}.o" for name in files]
-        for (name, own), output in zip(files.items(), objects, strict=True):
-            run_compiler(*compiler, *own, *flags, "-fopenmp", "-c", SOURCES / name, "-o", output)
+        common, objects = [*flags, "-fopenmp", "-c"], [folder / f"{name}.o" for name in ("amx.c", *files)]
+        run_compiler(*compiler, *common, assemble(*flags), "-o", objects[0])
+        for (name, own), output in zip(files.items(), objects[1:], strict=True):
+            run_compiler(*compiler, *own, *common, SOURCES / name, "-o", output)
         run_compiler(*compiler, *flags, "-fopenmp", "-shared", *objects, "-o", folder / "library.so")
         return folder / "library.so"
 
@@ -326,11 +342,8 @@ def test_emulated_kernel_is_clean_under_sanitizers(compiler: list[str], make_lib
 
 
 @pytest.mark.parametrize("flags", [[], [EMULATED]], ids=["real", "emulated"])
-def test_kernel_compiles_without_warnings(
-    compiler: list[str], amx_flags: list[str], flags: list[str], tmp_path: Path
-) -> None:
-    run_compiler(*compiler, *amx_flags, *flags, "-Werror", "-S", SOURCES / "amx.c", "-o", tmp_path / "amx.s")
-    assert ("tdpbssd" in (tmp_path / "amx.s").read_text()) == (not flags)
+def test_kernel_compiles_without_warnings(assemble: Callable[..., Path], flags: list[str]) -> None:
+    assert ("tdpbssd" in assemble(*flags).read_text()) == (not flags)
 
 
 MISUSE = {
