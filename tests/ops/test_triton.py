@@ -26,4 +26,4 @@ def test_kernels_interpreted_on_the_cpu_equal_the_reference() -> None:
         text=True,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "130 passed" in result.stdout
+    assert "82 passed" in result.stdout
