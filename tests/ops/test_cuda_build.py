@@ -144,23 +144,6 @@ def test_spilled_registers_would_be_an_error(tmp_path: Path) -> None:
     assert compiled.returncode != 0 and re.search("spill", compiled.stderr, flags=re.IGNORECASE)
 
 
-@needs_nvcc
-@pytest.mark.slow
-def test_is_built_on_first_use_into_the_cache_and_found_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("HF_STOMPP_CACHE", str(tmp_path))
-    monkeypatch.setattr(cuda, "INSTALLED", tmp_path / "nothing")
-    first = Path(cuda.find_or_build((8, 0))._name)
-    assert first.parent.parent == tmp_path
-    written = first.stat().st_mtime_ns
-    assert Path(cuda.find_or_build((8, 0))._name) == first and first.stat().st_mtime_ns == written
-    assert [path.name for path in tmp_path.iterdir()] == [first.parent.name]
-    assert [record.getMessage() for record in caplog.records if record.name == "hf_stompp.ops.cuda"] == [
-        "compiling the CUDA kernels for compute capability 8.0 with nvcc, this once"
-    ]
-
-
 def test_device_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(build.BuildError, match=r"7\.5 is below 8\.0"):
         cuda.find_or_build((7, 5))
@@ -195,6 +178,31 @@ def install_compiler(folder: Path, script: str) -> dict[str, str]:
     (folder / "bin").mkdir(parents=True)
     write_program(folder / "bin" / "nvcc", f'echo "$@" >> {folder}/told\n{script}')
     return {**os.environ, "CUDA_HOME": str(folder)}
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_is_built_on_first_use_into_the_cache_and_found_there(
+    release_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = tmp_path / "cache"
+    # Half a minute of nvcc would make the library that is there.
+    script = f'case "$*" in --version) echo 13.0; exit;; *-shared*) made={release_library};; *) made=/dev/null;; esac'
+    script += '\nwhile [ "$1" != "-o" ]; do shift; done; cp "$made" "$2"'
+    monkeypatch.setenv("CUDA_HOME", install_compiler(tmp_path / "cuda", script)["CUDA_HOME"])
+    monkeypatch.setenv("HF_STOMPP_CACHE", str(cache))
+    monkeypatch.setattr(cuda, "INSTALLED", tmp_path / "nothing")
+    first = Path(cuda.find_or_build((8, 0))._name)
+    assert first.parent.parent == cache
+    written = first.stat().st_mtime_ns
+    assert Path(cuda.find_or_build((8, 0))._name) == first and first.stat().st_mtime_ns == written
+    assert [path.name for path in cache.iterdir()] == [first.parent.name]
+    told = (tmp_path / "cuda" / "told").read_text().splitlines()
+    assert sum("-shared" in line for line in told) == 1
+    assert sum("arch=compute_80,code=sm_80" in line for line in told) == len(build.CUDA_FILES) + 1
+    assert [record.getMessage() for record in caplog.records if record.name == "hf_stompp.ops.cuda"] == [
+        "compiling the CUDA kernels for compute capability 8.0 with nvcc, this once"
+    ]
 
 
 def build_extensions(
