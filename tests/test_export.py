@@ -59,6 +59,26 @@ def packed(tiny_packed: Callable) -> Callable[..., Any]:
     return make
 
 
+@pytest.fixture(scope="module")
+def exports() -> dict[str, tuple[nn.Module, Path]]:
+    return {}
+
+
+@pytest.fixture
+def exported(
+    packed: Callable, exports: dict[str, tuple[nn.Module, Path]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[nn.Module, Path]]:
+    """`exported(name)`: a packed model with that of `CONFIGS` and its ONNX file, made once; they are only read."""
+
+    def export(name: str) -> tuple[nn.Module, Path]:
+        if name not in exports:
+            exports[name] = packed(config=CONFIGS[name]), tmp_path_factory.mktemp("onnx") / "model.onnx"
+            export_onnx(*exports[name])
+        return exports[name]
+
+    return export
+
+
 def onnx_outputs(path: Path, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     import onnxruntime
 
@@ -236,18 +256,12 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 @needs_onnx
 @pytest.mark.parametrize(
-    "config",
-    [pytest.param(config, marks=[] if name == "bnn" else pytest.mark.slow) for name, config in CONFIGS.items()],
-    ids=CONFIGS,
+    "name", [pytest.param(name, marks=[] if name == "bnn" else pytest.mark.slow) for name in CONFIGS]
 )
-def test_packed_model_exported_to_onnx_gives_the_same_logits_at_any_batch_and_length(
-    packed, logits, tiny_inputs, config, tmp_path
-):
-    model, path = packed(config=config), tmp_path / "model.onnx"
+def test_packed_model_exported_to_onnx_gives_the_same_logits_at_any_batch_and_length(exported, tiny_inputs, name):
+    model, path = exported(name)
 
-    export_onnx(model, path)
-
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx"]
+    assert sorted(file.name for file in path.parent.iterdir()) == ["model.onnx"]
     for batch, length in [(2, 8), (5, 17), (1, 40), (1, 1)]:
         inputs = tiny_inputs("bert", batch=batch, length=length)
         inputs["token_type_ids"] = torch.randint(0, 2, (batch, length))
@@ -258,12 +272,11 @@ def test_packed_model_exported_to_onnx_gives_the_same_logits_at_any_batch_and_le
 
 @needs_onnx
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [{}, CONFIGS["bwn_embeddings"]], ids=["bnn", "bwn_embeddings"])
-def test_onnx_file_holds_the_packed_bits_and_standard_operators_alone(packed, config, tmp_path):
+@pytest.mark.parametrize("name", ["bnn", "bwn_embeddings"])
+def test_onnx_file_holds_the_packed_bits_and_standard_operators_alone(exported, name):
     import onnx
 
-    model, path = packed(config=config), tmp_path / "model.onnx"
-    export_onnx(model, path)
+    model, path = exported(name)
 
     file = onnx.load(path)
     onnx.checker.check_model(file, full_check=True)
@@ -282,10 +295,8 @@ def test_onnx_file_holds_the_packed_bits_and_standard_operators_alone(packed, co
 
 @needs_onnx
 @pytest.mark.slow
-def test_onnx_file_says_nothing_of_the_machine_it_was_made_on(packed, tmp_path):
-    export_onnx(packed(), tmp_path / "model.onnx")
-
-    content = (tmp_path / "model.onnx").read_bytes()
+def test_onnx_file_says_nothing_of_the_machine_it_was_made_on(exported):
+    content = exported("bnn")[1].read_bytes()
     assert str(Path(__file__).parent.parent).encode() not in content and b"site-packages" not in content
 
 
