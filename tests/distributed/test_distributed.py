@@ -138,13 +138,25 @@ def test_a_killed_rank_ends_the_job(two: Any) -> None:
     assert (folder / "killed" / "checkpoint-4").is_dir() and not (folder / "killed" / "final.safetensors").exists()
 
 
+@pytest.fixture(scope="module")
+def of_torchrun(two: Any) -> Path:
+    """One start by torchrun: goes on with the training of `two` that was killed, and begins another one."""
+    resumed = Run(str(two[0] / "killed"), **DROPOUT, resume=True)
+    launch(TORCHRUN, resumed, Run(str(two[0] / "torchrun"), batch=4, surrogate="none"))
+    return two[0]
+
+
 @pytest.mark.slow
-def test_two_processes_of_which_one_was_killed_resume_to_the_same_bits(two: Any) -> None:
-    whole, killed = two[0] / "whole", two[0] / "killed"
-    launch(accelerate("cpu_2.yaml"), Run(str(killed), **DROPOUT, resume=True))
+def test_two_processes_of_which_one_was_killed_resume_to_the_same_bits(of_torchrun: Path) -> None:
+    whole, killed = of_torchrun / "whole", of_torchrun / "killed"
     expected, found = final(whole), final(killed)
     assert expected.keys() == found.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+@pytest.mark.slow
+def test_two_processes_of_torchrun_equal_one(of_torchrun: Path) -> None:
+    assert_equals_one(of_torchrun / "torchrun", 2, surrogate="none")
 
 
 def test_one_process_does_not_go_on_with_what_two_began(two: Any) -> None:
@@ -193,12 +205,6 @@ def test_two_machines_equal_one(tmp_path: Path) -> None:
     for result in [finish(machine) for machine in machines]:
         assert result.returncode == 0, result.stderr[-4000:]
     assert_equals_one(tmp_path / "two", 2, schedule="linear")
-
-
-@pytest.mark.slow
-def test_two_processes_of_torchrun_equal_one(tmp_path: Path) -> None:
-    launch(TORCHRUN, Run(str(tmp_path / "two"), batch=4, surrogate="none"))
-    assert_equals_one(tmp_path / "two", 2, surrogate="none")
 
 
 @pytest.mark.slow
