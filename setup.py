@@ -25,15 +25,12 @@ build = load_build()
 
 BUILD_CUDA = "HF_STOMPP_BUILD_CUDA"
 
-LIBRARIES = {"libhf_stompp_cpu": build.LIBRARY_NAME, "libhf_stompp_cuda": build.CUDA_LIBRARY_NAME}
-
 
 class BuildKernels(build_ext):
     """Plain libraries, not Python extensions. The CPU kernels may be missing: they are compiled on first use then."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        *packages, name = fullname.split(".")
-        return os.path.join(*packages, LIBRARIES[name])
+        return os.path.join(*fullname.split(".")) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))

@@ -100,10 +100,14 @@ def find_compiler() -> list[str]:
     raise BuildError("there is no C compiler on the PATH (cc, gcc or clang); install one, or set CC")
 
 
+def _version_lines(compiler: list[str]) -> list[str]:
+    result = subprocess.run([*compiler, "--version"], capture_output=True, text=True, errors="replace")
+    return (result.stdout or result.stderr).strip().splitlines() or ["unknown"]
+
+
 def compiler_version(compiler: list[str]) -> str:
     """What the compiler calls itself, one line."""
-    output = subprocess.run([*compiler, "--version"], capture_output=True, text=True, errors="replace")
-    return (output.stdout or output.stderr).splitlines()[0] if output.stdout or output.stderr else "unknown"
+    return _version_lines(compiler)[0]
 
 
 def _run(command: list[str]) -> str | None:
@@ -112,17 +116,15 @@ def _run(command: list[str]) -> str | None:
     return None if result.returncode == 0 else (result.stderr or result.stdout).strip() or "failed without a message"
 
 
-def build(target: Path, extra_flags: list[str] | None = None, architecture: str | None = None) -> Path:
+def build(target: Path, extra_flags: list[str] | None = None) -> Path:
     """
     Compiles the library into the file `target`, which appears whole or not at all, and returns it. Raises a BuildError
     without a compiler, or with what it complained of.
 
     A kernel whose instructions the compiler does not know is left out, OpenMP likewise. The extra flags are for every
-    file and the link, such as `-fsanitize=address`. The architecture is a key of `KERNEL_FILES`, for a cross-compiler;
-    that of this machine when not given.
+    file and the link, such as `-fsanitize=address`.
     """
     compiler, extra = find_compiler(), extra_flags or []
-    architecture = architecture or ARCHITECTURES.get(platform.machine().lower(), "other")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as folder:
         work = Path(folder)
@@ -133,7 +135,7 @@ def build(target: Path, extra_flags: list[str] | None = None, architecture: str 
             threads = []
         flags = [*COMMON_FLAGS, *threads, *extra]
         objects, defines = [], [f'-DHF_STOMPP_SOURCE_HASH="{source_hash()}"']
-        files = KERNEL_FILES[architecture]
+        files = KERNEL_FILES[ARCHITECTURES.get(platform.machine().lower(), "other")]
         commands = [
             [*compiler, *flags, *kernel_flags, "-c", str(SOURCES / name), "-o", str(work / f"{name}.o")]
             for name, kernel_flags in files.items()
@@ -171,8 +173,7 @@ def find_nvcc() -> str:
 
 def nvcc_version(nvcc: str) -> str:
     """What nvcc calls itself, its last line."""
-    output = subprocess.run([nvcc, "--version"], capture_output=True, text=True, errors="replace").stdout
-    return output.strip().splitlines()[-1] if output.strip() else "unknown"
+    return _version_lines([nvcc])[-1]
 
 
 def architecture_flags(architectures: Iterable[str]) -> list[str]:

@@ -6,7 +6,6 @@ import ctypes
 import os
 import platform
 import struct
-import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +14,8 @@ from typing import Any
 import torch
 
 from . import build
-from .native import at_fork, call, check_origin, open_or_build
+from .native import call, check_origin, loading_lock, open_or_build
 
-
-ABI_VERSION = 4
 
 # enum hf_stompp_kernel, in the order in which they are preferred.
 KERNELS = ("amx", "avx512", "avx2", "neon", "scalar")
@@ -39,9 +36,8 @@ def open_library(path: Path, handle: int | None = None) -> ctypes.CDLL:
     if it cannot be loaded, or was built from other sources than those of this package.
     """
     native = ctypes.CDLL(str(path), handle=handle)
-    check_origin(native, "hf_stompp", ABI_VERSION, build.source_hash())
+    check_origin(native, "hf_stompp", build.source_hash())
     # The others take a record, and bytes are passed as a pointer.
-    native.hf_stompp_unavailable.argtypes = [ctypes.c_int]
     native.hf_stompp_unavailable.restype = ctypes.c_char_p
     native.hf_stompp_chosen.argtypes = [ctypes.c_int, ctypes.c_int64]
     native.hf_stompp_limit.argtypes = [ctypes.c_int, ctypes.c_int64]
@@ -120,17 +116,6 @@ def check_status(status: int) -> None:
         raise RuntimeError(f"hf_stompp: the native kernel returned status {status}")
 
 
-_lock = threading.Lock()
-
-
-def _renew_lock() -> None:
-    global _lock
-    _lock = threading.Lock()
-
-
-# In a child no thread is left that would release it.
-at_fork(_renew_lock)
-
 _loaded: tuple[NativeKernels | None, str | None] | None = None
 
 
@@ -143,7 +128,7 @@ def native_kernels() -> NativeKernels | None:
     """
     global _loaded
     if _loaded is None:
-        with _lock:
+        with loading_lock():
             if _loaded is None:
                 _loaded = _load(os.environ.get(_VARIABLE) or None)
     return _loaded[0]
@@ -151,7 +136,8 @@ def native_kernels() -> NativeKernels | None:
 
 def why_reference() -> str | None:
     """Why the reference runs the operators on the CPU; None where native kernels do."""
-    return _loaded[1] if native_kernels() is None and _loaded is not None else None
+    native_kernels()
+    return None if _loaded is None else _loaded[1]
 
 
 def _load(kernel: str | None) -> tuple[NativeKernels | None, str | None]:

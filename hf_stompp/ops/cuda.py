@@ -12,7 +12,6 @@ import ctypes
 import logging
 import os
 import struct
-import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,12 +21,10 @@ import torch
 from torch import Tensor
 
 from . import build, eight_bit
-from .native import at_fork, call, check_origin, open_or_build
+from .native import call, check_origin, loading_lock, open_or_build
 
 
 logger = logging.getLogger(__name__)
-
-ABI_VERSION = 1
 
 # enum hf_stompp_cuda_kernel.
 KERNELS = ("mma_64x64", "mma_128x128", "wgmma_64x64", "wgmma_64x128")
@@ -59,7 +56,7 @@ def open_library(path: Path, handle: int | None = None) -> ctypes.CDLL:
     if it cannot be loaded, or was built from other sources than those of this package.
     """
     native = ctypes.CDLL(str(path), handle=handle)
-    check_origin(native, "hf_stompp_cuda", ABI_VERSION, build.cuda_source_hash())
+    check_origin(native, "hf_stompp_cuda", build.cuda_source_hash())
     # The others take a record, and bytes are passed as a pointer.
     native.hf_stompp_cuda_message.restype = ctypes.c_char_p
     native.hf_stompp_cuda_check.argtypes = [ctypes.c_int64]
@@ -197,17 +194,6 @@ class Device:
         return otherwise()
 
 
-_lock = threading.Lock()
-
-
-def _renew_lock() -> None:
-    global _lock
-    _lock = threading.Lock()
-
-
-# In a child no thread is left that would release it.
-at_fork(_renew_lock)
-
 _devices: dict[int, Device] = {}
 
 _masked: tuple[Any] | None = None
@@ -223,7 +209,7 @@ def device(of: torch.device) -> Device:
     index = torch.cuda.current_device() if of.index is None else of.index
     found = _devices.get(index)
     if found is None:
-        with _lock:
+        with loading_lock():
             found = _devices.get(index)
             if found is None:
                 found = _devices[index] = _load(index, os.environ.get(_VARIABLE) or None)
@@ -270,7 +256,7 @@ def masked_kernels() -> Any:
     """
     global _masked
     if _masked is None:
-        with _lock:
+        with loading_lock():
             if _masked is None:
                 _masked = (_load_triton(),)
     return _masked[0]

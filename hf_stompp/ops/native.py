@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import os
 import struct
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,22 @@ def call(function: Callable[[bytes], int], layout: struct.Struct, fields: Iterab
     return function(layout.pack(*numbers))
 
 
-def at_fork(renew: Callable[[], None]) -> None:
-    """Calls a function in every child that this process forks; a no-op where processes are not forked."""
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=renew)
+_lock = threading.Lock()
+
+
+def loading_lock() -> threading.Lock:
+    """What a thread holds while it finds or builds what this process loads once; not to be taken twice."""
+    return _lock
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    # In a child no thread is left that would release it.
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def cache_folder() -> Path:
@@ -59,7 +72,7 @@ def cache_folder() -> Path:
         raise OSError(f"no folder to compile them in: {error}; name one in HF_STOMPP_CACHE") from error
 
 
-def check_origin(native: ctypes.CDLL, prefix: str, abi_version: int, source_hash: str) -> None:
+def check_origin(native: ctypes.CDLL, prefix: str, source_hash: str) -> None:
     """
     Checks that a library, whose functions' names begin with `prefix`, was built from the sources of this package.
     Raises an OSError if it was built from others, or is no library of ours.
@@ -67,10 +80,9 @@ def check_origin(native: ctypes.CDLL, prefix: str, abi_version: int, source_hash
     try:
         hash_of = getattr(native, f"{prefix}_source_hash")
         hash_of.restype = ctypes.c_char_p
-        version, sources = getattr(native, f"{prefix}_abi_version")(), hash_of().decode()
     except AttributeError as error:
         raise OSError(f"{native._name} is no library of hf_stompp ({error})") from error
-    if version != abi_version or sources != source_hash:
+    if hash_of().decode() != source_hash:
         raise OSError(f"{native._name} was built from other sources than those of this hf_stompp")
 
 

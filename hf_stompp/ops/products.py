@@ -318,10 +318,11 @@ def _linear_on_cuda(on: cuda.Device, output: Tensor, input: Tensor, threshold: T
 def _sign_on_cuda(on: cuda.Device, result: Tensor, input: Tensor, threshold: Tensor | None, *layer: Any) -> Tensor:
     bits = _packed(on, input, threshold)
 
-    def in_two_steps() -> Tensor:
-        return _packed(on, _in_pytorch(on, bits, *layer[:-1]), layer[-1])
-
-    return on.attempt(lambda native: _launch(native, result, bits, *layer), in_two_steps, on.product == "bits")
+    return on.attempt(
+        lambda native: _launch(native, result, bits, *layer),
+        lambda: _packed(on, _in_pytorch(on, bits, *layer[:-1]), layer[-1]),
+        on.product == "bits",
+    )
 
 
 def _byte_on_cuda(on: cuda.Device, output: Tensor, *layer: Any) -> Tensor:

@@ -47,8 +47,6 @@ static const struct kernel *const kernels[HF_STOMPP_KERNELS] = {
 #endif
 };
 
-int hf_stompp_abi_version(void) { return HF_STOMPP_ABI_VERSION; }
-
 const char *hf_stompp_source_hash(void) { return HF_STOMPP_SOURCE_HASH; }
 
 int hf_stompp_has_threads(void) {

@@ -10,8 +10,6 @@
 
 #include <stdint.h>
 
-#define HF_STOMPP_ABI_VERSION 4
-
 #define HF_STOMPP_EXPORT __attribute__((visibility("default")))
 
 enum hf_stompp_dtype { HF_STOMPP_F32 = 0, HF_STOMPP_BF16 = 1, HF_STOMPP_F16 = 2, HF_STOMPP_BITS = 3 };
@@ -31,8 +29,6 @@ enum hf_stompp_kernel {
 enum hf_stompp_surrogate { HF_STOMPP_NO_SURROGATE = 0, HF_STOMPP_STE = 1, HF_STOMPP_CLIPPED_STE = 2 };
 
 enum hf_stompp_status { HF_STOMPP_OK = 0, HF_STOMPP_NO_MEMORY = 1, HF_STOMPP_UNAVAILABLE = 2 };
-
-HF_STOMPP_EXPORT int hf_stompp_abi_version(void);
 
 /* The hash of the sources, as build.py passed it to the compiler. */
 HF_STOMPP_EXPORT const char *hf_stompp_source_hash(void);

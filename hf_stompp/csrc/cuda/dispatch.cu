@@ -65,8 +65,6 @@ bool fits(int64_t rows, int64_t features) { return rows <= MOST_ROWS && features
 
 extern "C" {
 
-int hf_stompp_cuda_abi_version(void) { return HF_STOMPP_CUDA_ABI_VERSION; }
-
 const char *hf_stompp_cuda_source_hash(void) { return HF_STOMPP_SOURCE_HASH; }
 
 const char *hf_stompp_cuda_message(int status) {

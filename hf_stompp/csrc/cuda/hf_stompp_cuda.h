@@ -13,8 +13,6 @@
 
 #include <stdint.h>
 
-#define HF_STOMPP_CUDA_ABI_VERSION 1
-
 #define HF_STOMPP_CUDA_EXPORT __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -43,8 +41,6 @@ enum hf_stompp_cuda_status {
     /* More rows or features than the kernel takes. */
     HF_STOMPP_CUDA_TOO_LARGE = -2
 };
-
-HF_STOMPP_CUDA_EXPORT int hf_stompp_cuda_abi_version(void);
 
 /* The hash of the sources, as build.py passed it to the compiler. */
 HF_STOMPP_CUDA_EXPORT const char *hf_stompp_cuda_source_hash(void);
