@@ -50,15 +50,7 @@ def at_least(input: Tensor, threshold: Tensor | None) -> Tensor:
 
 
 def pack_bools(bits: Tensor) -> Tensor:
-    """
-    Packs booleans, eight to a byte, least significant bit first.
-
-    Args:
-        bits (`Tensor` of shape `(..., features)`): bool.
-
-    Returns:
-        `Tensor` of shape `(..., packed_bytes(features))`: uint8, zero beyond `features`.
-    """
+    """Packs booleans, eight to a byte, least significant bit first; zero beyond the features."""
     features = bits.shape[-1]
     padded = F.pad(bits.to(torch.uint8), (0, 8 * packed_bytes(features) - features)).unflatten(-1, (-1, 8))
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)

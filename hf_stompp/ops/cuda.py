@@ -51,10 +51,7 @@ class CudaError(RuntimeError):
 
 
 def open_library(path: Path, handle: int | None = None) -> ctypes.CDLL:
-    """
-    Loads a native library and declares its functions. `handle` is its own, if it is loaded already. Raises an OSError
-    if it cannot be loaded, or was built from other sources than those of this package.
-    """
+    """See [`~hf_stompp.ops.cpu.open_library`]."""
     native = ctypes.CDLL(str(path), handle=handle)
     check_origin(native, "hf_stompp_cuda", build.cuda_source_hash())
     # The others take a record, and bytes are passed as a pointer.

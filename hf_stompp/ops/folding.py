@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from . import cuda
-from .bits import packed_bytes, unpack_signs
+from .bits import unpack_signs
 from .cpu import NativeKernels
-from .operators import check_device, check_dtype, check_floating, check_place, declare, library
+from .operators import check_device, check_dtype, check_floating, check_packed_weight, check_place, declare, library
 
 
 SIGN_PRODUCT = "sign_product(Tensor packed_weight, int in_features, Tensor vector, bool transposed) -> Tensor"
@@ -23,18 +23,8 @@ FOLD = (
 )
 
 
-def _check_packed_weight(op: str, packed_weight: Tensor, in_features: int) -> None:
-    check_dtype(op, "packed_weight", packed_weight, torch.uint8)
-    shape = packed_weight.shape
-    if in_features < 1 or len(shape) != 2 or shape[1] != packed_bytes(in_features):
-        raise ValueError(
-            f"hf_stompp::{op}: packed_weight must have shape (out_features, packed bytes of in_features="
-            f"{in_features}), got {tuple(shape)}"
-        )
-
-
 def _sign_product_meta(packed_weight: Tensor, in_features: int, vector: Tensor, transposed: bool) -> Tensor:
-    _check_packed_weight("sign_product", packed_weight, in_features)
+    check_packed_weight("sign_product", packed_weight, in_features)
     check_dtype("sign_product", "vector", vector, torch.float64)
     rows = packed_weight.shape[0]
     read, written = (rows, in_features) if transposed else (in_features, rows)
@@ -102,7 +92,7 @@ torch.library.register_autograd("hf_stompp::sign_product", _sign_product_grad, s
 def _fold_meta(
     packed_weight: Tensor, row_scale: Tensor, offset: Tensor, amplitude: Tensor, bias: Tensor | None, in_features: int
 ) -> tuple[Tensor, Tensor]:
-    _check_packed_weight("fold", packed_weight, in_features)
+    check_packed_weight("fold", packed_weight, in_features)
     rows = packed_weight.shape[0]
     shapes: dict[str, tuple[Tensor | None, list[tuple[int, ...]]]] = {
         "row_scale": (row_scale, [(rows, 1)]),

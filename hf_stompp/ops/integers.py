@@ -39,19 +39,7 @@ def quantize_rows(input: Tensor) -> tuple[Tensor, Tensor]:
 def scale_sums(
     sums: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, row_scale: Tensor | None = None
 ) -> Tensor:
-    """
-    `sums * row_scale * scale + bias`, each operation rounded to float32 by itself, then to `dtype`.
-
-    Args:
-        sums (`Tensor` of shape `(..., out_features)`): float32, integers.
-        scale (`Tensor` of shape `(out_features,)`): float32.
-        bias (`Tensor` of shape `(out_features,)`, *optional*): float32.
-        dtype (`torch.dtype`): of the result.
-        row_scale (`Tensor` of shape `(..., 1)`, *optional*): float32; 1 when not given.
-
-    Returns:
-        `Tensor` of shape `(..., out_features)`: of `dtype`.
-    """
+    """`sums * row_scale * scale + bias` of float32, each operation rounded by itself, then to `dtype`."""
     product = (sums if row_scale is None else sums * row_scale) * scale
     return (product if bias is None else product + bias).to(dtype)
 

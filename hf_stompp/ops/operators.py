@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .bits import packed_bytes
 from .cpu import native_kernels
 from .cuda import device, masked_kernels
 
@@ -72,18 +73,14 @@ def declare(
     """
     Defines an operator, and registers what computes it.
 
-    Args:
-        schema (`str`): name, arguments and results.
-        meta (`Callable`): called with the arguments in front of every implementation, and alone for tensors without
-            values. Raises a TypeError (for a dtype) or a ValueError (shapes, numbers, tensors on different devices)
-            for what does not fit, and returns new dense tensors.
-        reference (`Callable`): what the operator computes, in plain PyTorch. It runs where nothing else does.
-        takes (`Callable`, *optional*): whether kernels compute the operator on these arguments; always when not given.
-        cpu (`Callable`, *optional*): `(kernels, result, *arguments) -> result` for
-            [`~hf_stompp.ops.cpu.NativeKernels`]; `result` is from `meta`, to be filled.
-        cuda (`Callable`, *optional*): the same for the [`~hf_stompp.ops.cuda.Device`] of the first argument.
-        in_triton (`bool`, *optional*, defaults to `False`): in place of `cuda`, [`~hf_stompp.ops.triton`] has a
-            function of the operator's name, `(result, *arguments) -> result`.
+    `meta` is called with the arguments in front of every implementation, and alone for tensors without values. It
+    raises a TypeError (for a dtype) or a ValueError (shapes, numbers, tensors on different devices) for what does not
+    fit, and returns new dense tensors. `reference` computes the operator in plain PyTorch, where nothing else does.
+
+    `takes` tells whether kernels compute it on these arguments; they always do when it is not given. `cpu` is called
+    as `(kernels, result, *arguments) -> result` with [`~hf_stompp.ops.cpu.NativeKernels`] and what `meta` returned,
+    to be filled; `cuda` likewise with the [`~hf_stompp.ops.cuda.Device`] of the first argument. With `in_triton`
+    [`~hf_stompp.ops.triton`] has, in its place, a function of the operator's name, `(result, *arguments) -> result`.
     """
     name = schema.partition("(")[0]
     triton = partial(_run_in_triton, name) if in_triton else None
@@ -101,11 +98,8 @@ def declare(
 
 def on_kernels(entry: str, kernels: Any) -> SimpleNamespace:
     """
-    The operators by name, on kernels of one's choice: for measurements and tests.
-
-    Args:
-        entry (`str`): `"cpu"`, `"cuda"` or `"triton"`, an argument of [`declare`].
-        kernels: what the functions there are called with; None for the reference.
+    The operators by name, on kernels of one's choice, None for the reference: for measurements and tests. `entry` is
+    `"cpu"`, `"cuda"` or `"triton"`, whose functions are called with the kernels.
     """
     functions = {
         name: partial(operator.run, getattr(operator, entry), lambda input: kernels)
@@ -147,6 +141,16 @@ def check_place(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], devi
     if tensor.shape != shape:
         raise ValueError(f"hf_stompp::{op}: {name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
     check_device(op, name, tensor, device)
+
+
+def check_packed_weight(op: str, packed_weight: Tensor, in_features: int) -> None:
+    check_dtype(op, "packed_weight", packed_weight, torch.uint8)
+    shape, row_bytes = packed_weight.shape, packed_bytes(in_features)
+    if in_features < 1 or len(shape) != 2 or shape[1] != row_bytes:
+        raise ValueError(
+            f"hf_stompp::{op}: packed_weight must have shape (out_features, {row_bytes}) for in_features="
+            f"{in_features}, got {tuple(shape)}"
+        )
 
 
 def check_vector(op: str, name: str, vector: Tensor | None, size: int, device: torch.device) -> None:

@@ -18,7 +18,7 @@ from .bits import at_least, empty_bits, pack_bools, packed_bytes, plus_minus_one
 from .cpu import NativeKernels, check_status
 from .integers import integer_linear, quantize_rows, scale_sums
 from .native import DTYPES
-from .operators import FLOATS, check_device, check_dtype, check_floats, check_vector, declare
+from .operators import FLOATS, check_device, check_floats, check_packed_weight, check_vector, declare
 
 
 BINARY_LINEAR = (
@@ -61,7 +61,6 @@ def _check(
         )
     if dtype not in FLOATS:
         raise TypeError(f"hf_stompp::{op}: dtype must be float32, bfloat16 or float16, got {dtype}")
-    check_dtype(op, "packed_weight", packed_weight, torch.uint8)
     if not 1 <= in_features < TOO_MANY_FEATURES:
         raise ValueError(
             f"hf_stompp::{op}: in_features must be at least 1 and below {TOO_MANY_FEATURES}, or sums are not exact; "
@@ -69,19 +68,14 @@ def _check(
         )
     if is_bits and threshold is not None:
         raise ValueError(f"hf_stompp::{op}: a threshold was given for an input that is bits already")
-    row_bytes = packed_bytes(in_features)
-    last, shape, weight_shape = row_bytes if is_bits else in_features, input.shape, packed_weight.shape
+    last, shape = packed_bytes(in_features) if is_bits else in_features, input.shape
     if not shape or shape[-1] != last:
         raise ValueError(
             f"hf_stompp::{op}: the last dimension of the input must be {last} "
             f"({'bytes' if is_bits else 'in_features'}), got shape {tuple(shape)}"
         )
-    if len(weight_shape) != 2 or weight_shape[1] != row_bytes:
-        raise ValueError(
-            f"hf_stompp::{op}: packed_weight must have shape (out_features, {row_bytes}) for in_features="
-            f"{in_features}, got {tuple(weight_shape)}"
-        )
-    out_features, device = weight_shape[0], input.device
+    check_packed_weight(op, packed_weight, in_features)
+    out_features, device = packed_weight.shape[0], input.device
     check_device(op, "packed_weight", packed_weight, device)
     check_vector(op, "threshold", threshold, in_features, device)
     check_vector(op, "scale", scale, out_features, device)

@@ -80,7 +80,7 @@ def test_shapes_are_known_without_values() -> None:
     ("index", "value", "error", "message"),
     [
         (0, torch.zeros(OUT, 32), TypeError, "packed_weight must be uint8"),
-        (0, torch.zeros(OUT, 31, dtype=torch.uint8), ValueError, "packed bytes of in_features=37"),
+        (0, torch.zeros(OUT, 31, dtype=torch.uint8), ValueError, r"\(out_features, 32\) for in_features=37"),
         (1, torch.ones(OUT), ValueError, r"row_scale must have shape \(9, 1\), got \(9,\)"),
         (1, torch.ones(OUT, 1, dtype=torch.int64), TypeError, "row_scale must be floating"),
         (2, torch.ones(IN + 1), ValueError, r"offset must have shape \(\) or \(37,\), got \(38,\)"),
