@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from torch import nn
 
@@ -62,17 +62,12 @@ class BinarizationReport:
         return UnitReport("total", **{name: sum(getattr(row, name) for row in self.units) for name in fields})
 
     def __str__(self) -> str:
-        header = ["unit", "modules", "binary weights", "float weights", "bytes before", "latent", "packed"]
-        rows = [
-            [row.unit, *(f"{getattr(row, name):,}" for name in UnitReport.__dataclass_fields__ if name != "unit")]
-            for row in [*self.units, self.total]
-        ]
-        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-        lines = [[header[0].ljust(widths[0]), *(h.rjust(w) for h, w in zip(header[1:], widths[1:], strict=True))]]
-        lines += [
-            [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))] for row in rows
-        ]
-        return "\n".join("  ".join(line) for line in lines)
+        header = ("unit", "modules", "binary weights", "float weights", "bytes before", "latent", "packed")
+        rows = [(unit, *map("{:,}".format, sizes)) for unit, *sizes in map(astuple, [*self.units, self.total])]
+        units, *numbers = zip(header, *rows, strict=True)
+        columns = [[cell.ljust(max(map(len, units))) for cell in units]]
+        columns += [[cell.rjust(max(map(len, column))) for cell in column] for column in numbers]
+        return "\n".join(map("  ".join, zip(*columns, strict=True)))
 
 
 def packed_linear_bytes(out_features: int, in_features: int, has_bias: bool) -> int:
@@ -91,32 +86,26 @@ def report(model: nn.Module, config: StoMPPConfig) -> BinarizationReport:
             counts[unit][field] = counts[unit].get(field, 0) + value
 
     float_bytes = next(p for p in model.parameters() if p.is_floating_point()).element_size()
+
+    def add_binary(unit: str, weights: int, biases: int, packed: int) -> None:
+        before = (weights + biases) * float_bytes
+        latent = before + weights
+        sizes = {"bytes_before": before, "bytes_latent": latent, "bytes_packed": packed}
+        add(unit, modules=1, binary_weights=weights, float_weights=biases, **sizes)
+
     for name, module in model.named_modules():
         if isinstance(module, MaskedBinaryActivation | PackedBinaryActivation):
             owner = name if name in plan else name.rpartition(".")[0]
             features = module.features
             # Latent: mask, shift, threshold and scale; packed: threshold.
             add(plan[owner].unit, modules=1, bytes_latent=features * 9 + 4, bytes_packed=features * FLOAT32_BYTES)
-        elif isinstance(
-            module, MaskedBinaryLinear | PackedBinaryLinear | MaskedBinaryEmbedding | PackedBinaryEmbedding
-        ):
-            rows, columns = _shape(module)
-            bias = rows if plan[name].bias else 0
-            before = (rows * columns + bias) * float_bytes
-            is_linear = isinstance(module, MaskedBinaryLinear | PackedBinaryLinear)
-            if is_linear:
-                packed = packed_linear_bytes(rows, columns, bool(bias) or plan[name].reads_bits)
-            else:
-                packed = rows * (packed_bytes(columns) + float_bytes)
-            add(
-                plan[name].unit,
-                modules=1,
-                binary_weights=rows * columns,
-                float_weights=bias,
-                bytes_before=before,
-                bytes_latent=before + rows * columns,
-                bytes_packed=packed,
-            )
+        elif isinstance(module, MaskedBinaryLinear | PackedBinaryLinear):
+            rows, columns, has_bias = module.out_features, module.in_features, plan[name].bias
+            packed = packed_linear_bytes(rows, columns, has_bias or plan[name].reads_bits)
+            add_binary(plan[name].unit, rows * columns, rows if has_bias else 0, packed)
+        elif isinstance(module, MaskedBinaryEmbedding | PackedBinaryEmbedding):
+            rows, columns = module.num_embeddings, module.embedding_dim
+            add_binary(plan[name].unit, rows * columns, 0, rows * (packed_bytes(columns) + float_bytes))
         elif isinstance(module, RoundedEmbedding | PackedInt8Embedding):
             entries = module.num_embeddings * module.embedding_dim
             before, after = entries * float_bytes, entries + module.num_embeddings * float_bytes
@@ -134,11 +123,3 @@ def report(model: nn.Module, config: StoMPPConfig) -> BinarizationReport:
         weights = tensor.numel() if isinstance(tensor, nn.Parameter) else 0
         add(unit, float_weights=weights, bytes_before=size, bytes_latent=size, bytes_packed=size)
     return BinarizationReport([UnitReport(unit, **values) for unit, values in counts.items()])
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    """Rows and columns of the weight that a module stands for."""
-    if isinstance(module, MaskedBinaryLinear | PackedBinaryLinear):
-        return module.out_features, module.in_features
-    assert isinstance(module, MaskedBinaryEmbedding | PackedBinaryEmbedding)
-    return module.num_embeddings, module.embedding_dim
