@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from ..config import StoMPPConfig
@@ -25,18 +25,14 @@ def follow_prefix(model: nn.Module, config: StoMPPConfig) -> None:
     names = list(config.plan)
     if not prefix or not names:
         return
-    is_base, has_prefix = not hasattr(model, prefix), all(name.startswith(f"{prefix}.") for name in names)
-    if is_base and has_prefix:
-        length = len(prefix) + 1
-
-        def rename(name: str) -> str:
-            return name[length:]
-    elif not is_base and not has_prefix and hasattr(getattr(model, prefix), names[0].split(".")[0]):
-
-        def rename(name: str) -> str:
-            return f"{prefix}.{name}"
-    else:
+    inside = f"{prefix}."
+    is_base, has_prefix = not hasattr(model, prefix), all(name.startswith(inside) for name in names)
+    if is_base != has_prefix or not (is_base or hasattr(getattr(model, prefix), names[0].split(".")[0])):
         return
+
+    def rename(name: str) -> str:
+        return name[len(inside) :] if is_base else inside + name
+
     if config.modes:
         # A pattern may have held the prefix. What is left float is in no plan, so nothing is lost with its pattern.
         linears = [entry for entry in config.plan.values() if entry.is_linear]
@@ -63,28 +59,26 @@ has a mask; and where a packed model has no `packed_weight`, its file lacks a fl
 """
 
 
-def check_modules(model: nn.Module, files: Iterable[str], state: str, known: Iterable[str]) -> None:
+def check_modules(model: nn.Module, files: Mapping[str, Path], state: str, known: Iterable[str]) -> None:
     """
-    Checks that safetensors files are those of a model with these binary modules, whose tensors have the names `known`.
+    Checks that the safetensors files of tensors, by their names, are those of a model with these binary modules, whose
+    tensors have the names `known`.
     The guard in packed files would refuse a latent model without an explanation; a layer that only the file knows as
     masked would become a float one, and a threshold that only the file knows would be dropped. The `ValueError` names
     the first of [`BINARY_TENSORS`] that the model lacks.
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     known = {name.removeprefix(prefix) for name in known}
-    for file in files:
-        with safe_open(file, framework="pt") as handle:
-            names = list(handle.keys())
-        for name in names:
-            inside = name.removeprefix(prefix)
-            module, _, tensor = inside.rpartition(".")
-            if not module or tensor not in BINARY_TENSORS[state] or inside in known:
-                continue
-            if tensor == "packed_weight":
-                found = f"the packed tensor {name!r}, but its config.json says {state!r}"
-            else:
-                found = f"the tensor {name!r}, but the modules in its config.json lack {module!r}"
-            raise ValueError(f"{file} holds {found}: they are not of one model; download or copy the folder again")
+    for name, file in files.items():
+        inside = name.removeprefix(prefix)
+        module, _, tensor = inside.rpartition(".")
+        if not module or tensor not in BINARY_TENSORS[state] or inside in known:
+            continue
+        if tensor == "packed_weight":
+            found = f"the packed tensor {name!r}, but its config.json says {state!r}"
+        else:
+            found = f"the tensor {name!r}, but the modules in its config.json lack {module!r}"
+        raise ValueError(f"{file} holds {found}: they are not of one model; download or copy the folder again")
 
 
 def expect_guard(model: nn.Module) -> None:

@@ -81,13 +81,13 @@ def verify_files(files: Iterable[str | Path]) -> dict[str, Path]:
 class Verification:
     """
     [`verify_files`] for files that are loaded meanwhile: the longer part, hashing, runs in a thread of its own. A file
-    that is not safetensors, or is cut, raises a `ValueError` at once.
+    that is not safetensors, or is cut, raises a `ValueError` at once. `files` has the file of each tensor by its name.
     """
 
     def __init__(self, files: Iterable[str | Path]) -> None:
         paths = [Path(file) for file in files]
         self._states = {path: _state_of(path) for path in paths}
-        _names_in(paths)
+        self.files = _names_in(paths)
         for path in paths:
             with safe_open(path, framework="pt") as handle:
                 if not any(key.startswith(METADATA_PREFIX) for key in handle.metadata() or {}):

@@ -41,8 +41,9 @@ class StoMPPQuantizer(HfQuantizer):
       `from_pretrained`.
     """
 
-    requires_calibration = False
     quantization_config: StoMPPConfig
+    # The Trainer asks this even to evaluate; StoMPPTrainer.train refuses a packed model itself.
+    is_trainable = is_qat_trainable = is_compileable = True
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config = self.quantization_config
@@ -55,8 +56,7 @@ class StoMPPQuantizer(HfQuantizer):
                 )
             return
         follow_prefix(model, config)
-        files = kwargs.get("checkpoint_files") or []
-        self._verification = Verification(files)
+        self._verification = Verification(kwargs.get("checkpoint_files") or [])
         if config.state == "latent":
             swap_in_masked(model, config)
         else:
@@ -64,7 +64,7 @@ class StoMPPQuantizer(HfQuantizer):
             skip_initialization(model)
             expect_guard(model)
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        check_modules(model, files, config.state, self._shapes)
+        check_modules(model, self._verification.files, config.state, self._shapes)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -139,19 +139,6 @@ class StoMPPQuantizer(HfQuantizer):
         self.remove_quantization_config(model)
         del holder._upload_modified_files
         return model
-
-    @property
-    def is_trainable(self) -> bool:
-        # The Trainer asks this even to evaluate; StoMPPTrainer.train refuses a packed model itself.
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        return True
 
 
 class PlainQuantizer(StoMPPQuantizer):
