@@ -27,7 +27,6 @@ from ..nn import (
     RoundedEmbedding,
 )
 from ..nn.convolution import Geometry
-from ..nn.module import BinaryInputModule
 from ..nn.residual_norm import is_residual_norm
 from ..plan import PlannedModule
 from .cautions import attend, watch
@@ -67,11 +66,10 @@ def _activation_bits(entry: PlannedModule, config: StoMPPConfig) -> int | None:
     return config.activation_bits if entry.kind == "linear" and not entry.reads_bits else None
 
 
-def check_fits(model: nn.Module, config: StoMPPConfig, latent: bool = False) -> None:
+def check_fits(model: nn.Module, config: StoMPPConfig) -> None:
     """
-    Checks that a float model, or with `latent` a latent one too, has the modules that the config says are replaced,
-    each of its kind. Raises a `ValueError` if there is no plan, or a module is missing, of another kind, or has parts
-    where it must not.
+    Checks that a float or latent model has the modules that the config says are replaced, each of its kind. Raises a
+    `ValueError` if there is no plan, or a module is missing, of another kind, or has parts where it must not.
     """
     if not config.plan:
         raise ValueError(
@@ -79,7 +77,7 @@ def check_fits(model: nn.Module, config: StoMPPConfig, latent: bool = False) -> 
         )
     found = dict(model.named_modules())
     for name, entry in config.plan.items():
-        module, expected = found.get(name), CLASSES[entry.kind][: 2 if latent else 1]
+        module, expected = found.get(name), CLASSES[entry.kind][:2]
         if not isinstance(module, expected):
             what = "no such module" if module is None else f"a {type(module).__name__}"
             raise ValueError(
@@ -108,9 +106,8 @@ def _wire_inputs(model: nn.Module, config: StoMPPConfig, make: Callable[[nn.Modu
         if source is None or entry.kind == "sign":
             continue
         if entry.kind == "activation":
-            producer, activation = modules[source], modules[name]
-            if isinstance(producer, BinaryInputModule):
-                producer.put_out_signs_of(activation)
+            producer: Any = modules[source]
+            producer.put_out_signs_of(modules[name])
             continue
         linear: Any = modules[name]
         if source == name:
@@ -122,16 +119,14 @@ def _wire_inputs(model: nn.Module, config: StoMPPConfig, make: Callable[[nn.Modu
 
 
 def _features(config: StoMPPConfig, name: str, modules: dict[str, nn.Module]) -> int:
-    """Size of the tensor that an activation puts out: what its reader takes in."""
+    """Features of an activation, which its reader takes in; channels of a sign, those of the convolution before it."""
+    entry = config.plan[name]
+    if entry.kind == "sign":
+        convolution: Any = modules[entry.input or ""]
+        return int(convolution.out_channels)
     reader = next(entry for entry in config.plan.values() if entry.is_linear and entry.input == name)
     linear: Any = modules[reader.name]
     return int(linear.in_features)
-
-
-def _channels(entry: PlannedModule, modules: dict[str, nn.Module]) -> int:
-    """Channels of a sign: those of the convolution before it."""
-    convolution: Any = modules[entry.input or ""]
-    return int(convolution.out_channels)
 
 
 def swap_in_masked(model: nn.Module, config: StoMPPConfig) -> None:
@@ -187,7 +182,7 @@ def swap_in_masked(model: nn.Module, config: StoMPPConfig) -> None:
             new = RoundedEmbedding.of(old)
         elif entry.kind == "sign":
             sign = {**settings, "clip": config.activation_clip, "window": config.activation_window}
-            new = MaskedBinarySign(_channels(entry, modules), old, **sign, device=device)
+            new = MaskedBinarySign(_features(config, name, modules), old, **sign, device=device)
         else:
             new = activation(_features(config, name, modules), device, old)
         new.train(old.training)
@@ -207,7 +202,7 @@ def swap_in_packed(model: nn.Module, config: StoMPPConfig, dtype: torch.dtype | 
     (`meta` included). `dtype` is that of the output of packed word embeddings, their own when not given. Raises what
     [`check_fits`] does.
     """
-    check_fits(model, config, latent=True)
+    check_fits(model, config)
     modules = dict(model.named_modules())
     device = next(model.parameters()).device
     for name, entry in config.plan.items():
@@ -226,10 +221,7 @@ def swap_in_packed(model: nn.Module, config: StoMPPConfig, dtype: torch.dtype | 
             new = CLASSES[entry.kind].packed(old.num_embeddings, old.embedding_dim, old.padding_idx, **place)
         else:
             function = old.activation if isinstance(old, MaskedBinaryActivation) else old
-            if entry.kind == "sign":
-                new = PackedBinarySign(_channels(entry, modules), function, device=device)
-            else:
-                new = PackedBinaryActivation(_features(config, name, modules), function, device=device)
+            new = CLASSES[entry.kind].packed(_features(config, name, modules), function, device=device)
         new.train(old.training)
         model.set_submodule(name, new)
 
@@ -284,10 +276,10 @@ def swap_in_float(model: nn.Module, config: StoMPPConfig) -> None:
             place = astuple(sizes[2]) if len(sizes) > 2 else ()
             new = CLASSES[entry.kind].float(*sizes[:2], *place, bias=has_bias, device=module.packed_weight.device)
             new.weight.copy_(module.float_weight(torch.float32))
-            if module.bias is not None:
+            if has_bias:
                 new.bias.copy_(module.bias)
             # Folding gave a bias to layers that had none.
-            config.plan[name] = replace(entry, bias=module.bias is not None)
+            config.plan[name] = replace(entry, bias=has_bias)
         elif entry.is_embedding:
             rows = torch.arange(module.num_embeddings, device=module.scale.device)
             new = nn.Embedding.from_pretrained(module(rows), freeze=False)
