@@ -113,9 +113,6 @@ Median milliseconds of a forward pass, beside a float model of the same shapes: 
 """
 
 
-# --- the card --------------------------------------------------------------------------------------------------------
-
-
 def usage_section(
     model_class: str, name: str, state: str = "packed", revision: str | None = None, task: str | None = None
 ) -> str:
@@ -330,30 +327,24 @@ def _what_is_binary(config: StoMPPConfig) -> str:
 
 
 def _sizes_table(sizes: BinarizationReport) -> str:
+    fields = ("binary_weights", "float_weights", "bytes_before", "bytes_packed")
     rows = [
-        {
-            "unit": _span(row.unit),
-            "binary weights": f"{row.binary_weights:,}",
-            "float weights": f"{row.float_weights:,}",
-            "bytes, float model": f"{row.bytes_before:,}",
-            "bytes, packed": f"{row.bytes_packed:,}",
-        }
-        for row in [*sizes.units, sizes.total]
+        (_span(row.unit), *(f"{getattr(row, field):,}" for field in fields)) for row in [*sizes.units, sizes.total]
     ]
-    return make_markdown_table(rows).strip()
+    return _table(("unit", "binary weights", "float weights", "bytes, float model", "bytes, packed"), rows)
 
 
 def _speed_table(speed: Sequence[Mapping[str, Any]]) -> str:
     rows = [
-        {
-            "batch": f"{row['batch']} x {row['length']} tokens",
-            "float": f"{1e3 * row['float']:.2f}",
-            "packed": f"{1e3 * row['packed']:.2f}",
-            "times faster": f"{row['float'] / row['packed']:.1f}",
-        }
+        (
+            f"{row['batch']} x {row['length']} tokens",
+            f"{1e3 * row['float']:.2f}",
+            f"{1e3 * row['packed']:.2f}",
+            f"{row['float'] / row['packed']:.1f}",
+        )
         for row in speed
     ]
-    return make_markdown_table(rows).strip() if rows else ""
+    return _table(("batch", "float", "packed", "times faster"), rows)
 
 
 def _machine(model: PreTrainedModel) -> str:
