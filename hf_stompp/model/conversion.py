@@ -110,15 +110,6 @@ def _check_packable(model: nn.Module) -> None:
         raise ValueError(f"{damaged} holds NaN or infinity; nothing was packed")
 
 
-def _check_overflow(packed: nn.Module) -> None:
-    name = first_nonfinite(packed.state_dict().items())
-    if name is not None:
-        raise ValueError(
-            f"{name} would be infinite: weights or scales are too large for products of them in float32; nothing was "
-            "packed"
-        )
-
-
 @torch.no_grad()
 def pack(model: Model) -> Model:
     """
@@ -159,7 +150,12 @@ def pack(model: Model) -> Model:
             module.scale.copy_(row_scale.flatten())
         else:
             module.threshold.copy_(source.threshold)
-    _check_overflow(packed)
+    infinite = first_nonfinite(packed.state_dict().items())
+    if infinite is not None:
+        raise ValueError(
+            f"{infinite} would be infinite: weights or scales are too large for products of them in float32; nothing "
+            "was packed"
+        )
     attach_quantizer(packed, config)
     return packed.eval()
 

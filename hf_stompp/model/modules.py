@@ -113,12 +113,11 @@ def unit_parameters(model: nn.Module, config: StoMPPConfig) -> list[list[nn.Para
 @contextmanager
 def fully_binary(model: nn.Module) -> Iterator[None]:
     """Commits every mask within the block, and restores the masks after it, whatever happens inside."""
-    saved = {name: m.freeze_mask.clone() for name, m in masked_modules(model).items() if not m.committed}
-    modules = masked_modules(model)
+    saved = [(m, m.freeze_mask.clone()) for m in masked_modules(model).values() if not m.committed]
     try:
-        for name in saved:
-            modules[name].commit()
+        for module, _ in saved:
+            module.commit()
         yield
     finally:
-        for name, mask in saved.items():
-            modules[name].restore(mask)
+        for module, mask in saved:
+            module.restore(mask)
