@@ -17,10 +17,6 @@ PRE_ACTIVATION_RANGE = 10.0
 """Pre-activations beyond this are taken for saturated when a threshold is initialised."""
 
 
-def _identity(statistic: Tensor) -> Tensor:
-    return statistic
-
-
 def _positive(scale: Tensor) -> Tensor:
     """`scale`, or 1 where it is 0: a constant input has no distance from its mean, and any positive scale serves."""
     return torch.where(scale > 0, scale, torch.ones_like(scale))
@@ -146,7 +142,7 @@ class MaskedBinaryActivation(MaskedBinaryModule):
         )
 
     @torch.no_grad()
-    def initialize(self, input: Tensor, reduce: Callable[[Tensor], Tensor] = _identity) -> None:
+    def initialize(self, input: Tensor, reduce: Callable[[Tensor], Tensor] = lambda statistic: statistic) -> None:
         """
         Sets scale, shift and threshold from a batch.
 

@@ -160,7 +160,7 @@ def convolve_bits(
     return images_of(binary_linear(bits, None, *layer))
 
 
-class HasGeometry:
+class HasGeometry(nn.Module):
     """The attributes of [`~torch.nn.Conv2d`] that a model may read: some pad by them."""
 
     geometry: Geometry
@@ -174,6 +174,9 @@ class HasGeometry:
     groups = property(lambda self: 1)
     out_channels = property(lambda self: self.out_features)
     activation_features = property(lambda self: self.in_channels)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.geometry}, {super().extra_repr()}"
 
 
 class MaskedBinarySign(MaskedBinaryActivation):
@@ -193,10 +196,6 @@ class MaskedBinarySign(MaskedBinaryActivation):
         super().__init__(channels, activation, scale="fixed", shift="none", **settings)
         self.scale.fill_(1.0)
         self.initialized = True
-
-    def level_of_zero(self) -> Tensor:
-        """What it makes of 0, float32 of shape `(channels,)`: +1 where that is frozen."""
-        return self.freeze_mask.float()
 
     def forward(self, input: Tensor) -> Tensor:
         pixels = pixels_of(input)
@@ -281,7 +280,8 @@ class MaskedBinaryConv2d(HasGeometry, MaskedBinaryLinear):
         if self.binarizes_input:
             levels = activation(surrounded(pixels, pixels.new_zeros(self.in_channels), self.padding))
         else:
-            levels = surrounded(pixels, activation.level_of_zero(), self.padding)
+            # A sign makes +1 of 0 where a channel is frozen, else 0.
+            levels = surrounded(pixels, activation.freeze_mask.float(), self.padding)
         return self._convolve(images_of(levels.to(compute_dtype(input))), (0, 0))
 
     def _convolve(self, images: Tensor, padding: Pair) -> Tensor:
@@ -294,9 +294,6 @@ class MaskedBinaryConv2d(HasGeometry, MaskedBinaryLinear):
         filters = weight.view_as(self.weight).to(images.dtype)
         bias = None if self.bias is None else self.bias.to(images.dtype)
         return F.conv2d(images, filters, bias, self.stride, padding, self.dilation)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.geometry}, {super().extra_repr()}"
 
 
 class PackedBinaryConv2d(HasGeometry, PackedBinaryLinear):
@@ -332,6 +329,3 @@ class PackedBinaryConv2d(HasGeometry, PackedBinaryLinear):
         filters = in_filter_order(super()._unpacked(dtype), self.geometry)
         # Strides decide the order in which PyTorch sums, and those of a 1 x 1 filter pass for contiguous already.
         return filters.clone(memory_format=torch.contiguous_format)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.geometry}, {super().extra_repr()}"

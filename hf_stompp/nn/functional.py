@@ -188,7 +188,6 @@ def masked_binary_linear(
     clip: float,
     surrogate: str,
     window: float | None = None,
-    blocked: bool = False,
 ) -> Tensor:
     """
     A linear layer whose weight is binarized by [`masked_binary_weight`], in the dtype of [`compute_dtype`].
@@ -197,15 +196,12 @@ def masked_binary_linear(
         input (`Tensor` of shape `(..., in_features)`).
         weight, mask, scale, clip, surrogate, window: as in [`masked_binary_weight`].
         bias (`Tensor` of shape `(out_features,)`, *optional*).
-        blocked (`bool`, *optional*, defaults to `False`): the mask is full and the surrogate `none`: the weight gets
-            no gradient, not even 0, so that an optimizer leaves it alone.
 
     Returns:
         `Tensor` of shape `(..., out_features)`.
     """
     dtype = compute_dtype(input)
     bias = None if bias is None else bias.to(dtype)
-    weight = weight.detach() if blocked else weight
     window = clip if window is None else window
     rows = input.to(dtype).reshape(-1, input.shape[-1])
     output = _MaskedBinaryLinear.apply(rows, weight, mask, scale, bias, clip, surrogate, window)
@@ -213,7 +209,12 @@ def masked_binary_linear(
     return output.reshape(*input.shape[:-1], weight.shape[0])
 
 
-class _PackedLinear(torch.autograd.Function):
+class PackedLinear(torch.autograd.Function):
+    """
+    [`~hf_stompp.ops.binary_linear`] on packed bits, differentiable in scale and bias, float32 of shape
+    `(out_features,)`: a committed layer in STE-free training, whose weight and input get no gradient.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -241,26 +242,6 @@ class _PackedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_bias = rows.sum(dim=0, dtype=torch.float32)
         return grad_scale, grad_bias, None, None, None, None
-
-
-def packed_linear(
-    bits: Tensor, packed_weight: Tensor, in_features: int, scale: Tensor, bias: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """
-    [`~hf_stompp.ops.binary_linear`] on packed bits, differentiable in scale and bias: a committed layer in STE-free
-    training, whose weight and input get no gradient.
-
-    Args:
-        bits (`Tensor` of shape `(..., packed_bytes(in_features))`): uint8.
-        packed_weight (`Tensor` of shape `(out_features, packed_bytes(in_features))`): uint8.
-        in_features (`int`).
-        scale, bias (`Tensor` of shape `(out_features,)`): float32, from [`~hf_stompp.ops.fold`].
-        dtype (`torch.dtype`): of the result.
-
-    Returns:
-        `Tensor` of shape `(..., out_features)`.
-    """
-    return _PackedLinear.apply(scale, bias, bits, packed_weight, in_features, dtype)
 
 
 class _MaskedBinaryActivation(torch.autograd.Function):

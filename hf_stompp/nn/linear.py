@@ -12,10 +12,10 @@ from ..ops import binary_linear, binary_linear_sign, byte_linear, fold, pack_sig
 from ..ops.operators import FLOATS
 from .functional import (
     WEIGHT_CENTERS,
+    PackedLinear,
     compute_dtype,
     masked_binary_linear,
     masked_binary_weight,
-    packed_linear,
     weight_scale,
 )
 from .module import BinaryInputModule, MaskedBinaryModule, as_bits, as_integers, identity
@@ -81,11 +81,6 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
         self.register_module("input_activation", None)
         self.binarizes_input = False
         self._packed: tuple[tuple[Any, ...], tuple[Tensor, Tensor]] | None = None
-
-    @property
-    def activation_features(self) -> int:
-        """Entries that the mask of a binary input has."""
-        return self.in_features
 
     def weight_rows(self) -> Tensor:
         """The latent weight, of shape `(out_features, in_features)`."""
@@ -165,16 +160,12 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
             packed = self.packed()
             return byte_linear(input, packed[0], self.in_features, *self.folded(packed), input.dtype)
         weight = self.centered_weight()
+        scale = weight_scale(weight, self.scale)
+        if self.blocks_gradient:
+            # No gradient, not even 0: an optimizer leaves the weight alone.
+            weight = weight.detach()
         return masked_binary_linear(
-            input,
-            weight,
-            self.freeze_mask,
-            weight_scale(weight, self.scale),
-            self.bias,
-            self.clip,
-            self.surrogate,
-            self.window,
-            blocked=self.blocks_gradient,
+            input, weight, self.freeze_mask, scale, self.bias, self.clip, self.surrogate, self.window
         )
 
     def _runs_on_bytes(self, input: Tensor) -> bool:
@@ -203,7 +194,7 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
             layer: tuple[Any, ...] = packed_weight, self.in_features, scale.detach(), bias.detach(), dtype
             return as_integers(binary_linear_sign(bits, None, *layer, following.threshold.detach().float()), dtype)
         if torch.is_grad_enabled():
-            return packed_linear(bits, packed_weight, self.in_features, scale, bias, dtype)
+            return PackedLinear.apply(scale, bias, bits, packed_weight, self.in_features, dtype)
         return binary_linear(bits, None, packed_weight, self.in_features, scale, bias, dtype)
 
     def __getstate__(self) -> dict[str, Any]:

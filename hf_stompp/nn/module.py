@@ -131,9 +131,15 @@ def refer(module: nn.Module, name: str, other: nn.Module | None) -> None:
 class BinaryInputModule(nn.Module):
     """A linear layer, latent or packed, whose input may be binarized, by a module of its own or one that it shares."""
 
+    in_features: int
     input_activation: Any
     output_activation: Any = None
     binarizes_input: bool
+
+    @property
+    def activation_features(self) -> int:
+        """Entries that the mask and the threshold of a binary input have."""
+        return self.in_features
 
     def set_input_activation(self, activation: nn.Module, owned: bool, upstream: bool = False) -> None:
         """

@@ -160,11 +160,6 @@ class PackedBinaryLinear(Float32Buffers, BinaryInputModule):
         return as_integers(bits, dtype)
 
     @property
-    def activation_features(self) -> int:
-        """Entries that the threshold of a binary input has."""
-        return self.in_features
-
-    @property
     def weight(self) -> Tensor:
         """An empty tensor that tells dtype and device, which some models (T5) ask their linear layers for."""
         return self.scale.new_empty(0)
