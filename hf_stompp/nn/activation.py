@@ -24,7 +24,7 @@ def _positive(scale: Tensor) -> Tensor:
 
 class MaskedBinaryActivation(MaskedBinaryModule):
     """
-    Binarizes a tensor feature by feature, `M * hard + (1 - M) * soft`.
+    Binarizes a tensor `(..., features)` feature by feature, `M * hard + (1 - M) * soft`.
 
     The smooth branch is the model's own activation function (the identity in front of a linear layer that has none),
     clipped to `clip` times the scale; the hard branch is one of two levels, decided by the sign of the pre-activation
@@ -32,21 +32,8 @@ class MaskedBinaryActivation(MaskedBinaryModule):
     feature is its mean, the scale is the mean distance from it (the two levels that fit the batch best, as in
     XNOR-Net), and the threshold is where the activation function reaches the middle of the levels.
 
-    Args:
-        features (`int`): size of the last dimension.
-        activation (`nn.Module`, *optional*): the model's activation function, elementwise; the identity when not
-            given.
-        levels (`str`, *optional*, defaults to `"signed"`): a key of [`~hf_stompp.nn.functional.LEVELS`].
-        clip (`float`, *optional*, defaults to 1.0): clip range of the smooth branch as a multiple of the scale.
-        surrogate (`str`, *optional*, defaults to `"clipped_ste"`): a key of [`~hf_stompp.nn.functional.SURROGATES`].
-        window (`float`, *optional*): of the surrogates `clipped_ste` and `polynomial`, as a multiple of the scale; the
-            clip range when not given.
-        scale (`str`, *optional*, defaults to `"learned"`): `"learned"` or `"fixed"` at its first value.
-        initial_scale (`float`, *optional*, defaults to 1.0): first value of the scale, as a multiple of what the first
-            batch says.
-        shift (`str`, *optional*, defaults to `"learned"`): `"learned"`, `"fixed"` at its first value, or `"none"`: no
-            shift, threshold 0. Holds for the threshold as well.
-        device (`torch.device`, *optional*).
+    The arguments are as in [`StoMPPConfig`], `levels` being its `feed_forward_levels`. What `shift` says holds for the
+    threshold as well: with `"none"` that is 0.
     """
 
     scale: Tensor
@@ -96,10 +83,8 @@ class MaskedBinaryActivation(MaskedBinaryModule):
 
     def two_levels(self) -> tuple[Tensor, Tensor]:
         """
-        Middle and half distance of the two levels.
-
-        Returns:
-            `tuple(Tensor, Tensor)`: offset, of shape `(features,)` or `()`, and amplitude, of shape `()`, at least 0.
+        Middle and half distance of the two levels: offset, of shape `(features,)` or `()`, and amplitude, of shape
+        `()`, at least 0.
         """
         offset, amplitude, _ = LEVELS[self.levels](self.scale.abs(), self.shift)
         return offset, amplitude
@@ -108,9 +93,6 @@ class MaskedBinaryActivation(MaskedBinaryModule):
         """
         Whether no more than signs is wanted of this module: it is committed, and no gradient passes through it, in
         evaluation mode without gradients or in STE-free training. There, only where products of bits are fast.
-
-        Args:
-            input (`Tensor`): pre-activations.
         """
         # Whether it is committed comes last: torch.compile depends on what is read.
         if self.training:
@@ -144,11 +126,8 @@ class MaskedBinaryActivation(MaskedBinaryModule):
     @torch.no_grad()
     def initialize(self, input: Tensor, reduce: Callable[[Tensor], Tensor] = lambda statistic: statistic) -> None:
         """
-        Sets scale, shift and threshold from a batch.
-
-        Args:
-            input (`Tensor` of shape `(..., features)`): pre-activations.
-            reduce (`Callable`, *optional*): sums a statistic over the ranks of a distributed run.
+        Sets scale, shift and threshold from a batch of pre-activations `(..., features)`. `reduce` sums a statistic
+        over the ranks of a distributed run.
         """
         value = input if self.activation is None else self.activation(input)
         value = value.detach().reshape(-1, self.features).double()

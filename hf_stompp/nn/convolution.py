@@ -26,12 +26,7 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class Geometry:
-    """
-    Where the patches of a convolution lie, each by height and width.
-
-    Args:
-        kernel_size, stride, padding, dilation (`tuple[int, int]`): as in [`~torch.nn.Conv2d`].
-    """
+    """Where the patches of a convolution lie, each by height and width, as in [`~torch.nn.Conv2d`]."""
 
     kernel_size: Pair
     stride: Pair = (1, 1)
@@ -41,10 +36,8 @@ class Geometry:
     @classmethod
     def of(cls, convolution: nn.Conv2d) -> Geometry:
         """
-        That of a float convolution.
-
-        Raises:
-            ValueError: it has groups, or pads by another rule than a number of zeros.
+        That of a float convolution. Raises a `ValueError` if it has groups, or pads by another rule than a number of
+        zeros.
         """
         padding: Any = (0, 0) if convolution.padding == "valid" else convolution.padding
         if convolution.groups != 1 or convolution.padding_mode != "zeros" or isinstance(padding, str):
@@ -80,14 +73,8 @@ def images_of(pixels: Tensor) -> Tensor:
 
 def patches(pixels: Tensor, geometry: Geometry) -> Tensor:
     """
-    What a filter reads at every place, pixel by pixel.
-
-    Args:
-        pixels (`Tensor` of shape `(..., height, width, channels)`): padded.
-        geometry (`Geometry`).
-
-    Returns:
-        `Tensor` of shape `(..., out_height, out_width, taps * channels)`.
+    What a filter reads at every place of padded images, pixel by pixel: `(..., height, width, channels)` to `(...,
+    out_height, out_width, taps * channels)`.
     """
     down, right = (
         [slice(tap * step, tap * step + size - step * (kernel - 1), stride) for tap in range(kernel)]
@@ -100,15 +87,8 @@ def patches(pixels: Tensor, geometry: Geometry) -> Tensor:
 
 def surrounded(pixels: Tensor, border: Tensor, padding: Pair) -> Tensor:
     """
-    Images within a border.
-
-    Args:
-        pixels (`Tensor` of shape `(..., height, width, channels)`).
-        border (`Tensor` of shape `(channels,)`): every pixel of it.
-        padding (`tuple[int, int]`): how many of them, above and below, left and right.
-
-    Returns:
-        `Tensor` of shape `(..., height + 2 * padding[0], width + 2 * padding[1], channels)`: dtype of the pixels.
+    Images `(..., height, width, channels)` within a border, every pixel of which is `border`, of shape `(channels,)`:
+    `(..., height + 2 * padding[0], width + 2 * padding[1], channels)`, in the dtype of the pixels.
     """
     if not any(padding):
         return pixels
@@ -135,18 +115,10 @@ def convolve_bits(
     """
     A convolution of signs: [`~hf_stompp.ops.binary_linear`] on every patch.
 
-    Args:
-        pixels (`Tensor` of shape `(..., height, width, channels)`): float32, bfloat16 or float16; not padded. Channels
-            are whole bytes: a multiple of 8.
-        threshold (`Tensor` of shape `(channels,)`): float32, of the signs.
-        packed_weight (`Tensor` of shape `(out_channels, packed_bytes(taps * channels))`): uint8, in the order of
-            [`patches`].
-        scale (`Tensor` of shape `(out_channels,)`): float32.
-        bias (`Tensor` of shape `(out_channels,)`, *optional*): float32.
-        geometry (`Geometry`).
-
-    Returns:
-        `Tensor` of shape `(..., out_channels, out_height, out_width)`: in the dtype of the pixels.
+    Pixels `(..., height, width, channels)` of float32, bfloat16 or float16, not padded, to `(..., out_channels,
+    out_height, out_width)` in their dtype. Channels are whole bytes: a multiple of 8. The weight is uint8 of shape
+    `(out_channels, packed_bytes(taps * channels))`, in the order of [`patches`]; threshold, a channel, and scale and
+    bias, a filter, are float32.
     """
     channels = pixels.shape[-1]
     bits = pack_sign(pixels, threshold)[0]
@@ -181,15 +153,9 @@ class HasGeometry(nn.Module):
 
 class MaskedBinarySign(MaskedBinaryActivation):
     """
-    The sign in the place of an activation function (paper): `M * sign(u) + (1 - M) * clip(u)` with one mask entry a
-    channel. Its levels are +-1: behind BatchNorm a scale and a threshold would say nothing that is not learned there.
-
-    Args:
-        channels (`int`).
-        activation (`nn.Module`): the activation function that is replaced. It is not called.
-        settings: `clip`, `surrogate`, `window` and `device`, as in [`MaskedBinaryActivation`].
-
-    Shapes: `(..., channels, height, width)` to the same.
+    The sign in the place of an activation function (paper), which is not called: `M * sign(u) + (1 - M) * clip(u)` of
+    images `(..., channels, height, width)`, with one mask entry a channel. Its levels are +-1: behind BatchNorm a
+    scale and a threshold would say nothing that is not learned there.
     """
 
     def __init__(self, channels: int, activation: nn.Module, **settings: Any) -> None:
@@ -215,13 +181,7 @@ class MaskedBinarySign(MaskedBinaryActivation):
 
 
 class PackedBinarySign(PackedBinaryActivation):
-    """
-    [`MaskedBinarySign`], packed: +-1. Shapes: `(..., channels, height, width)` to the same.
-
-    Args:
-        channels (`int`), activation (`nn.Module`, *optional*), device (`torch.device`, *optional*): as in
-            [`PackedBinaryActivation`].
-    """
+    """[`MaskedBinarySign`], packed: images `(..., channels, height, width)` to +-1 of the same shape."""
 
     def forward(self, input: Tensor) -> Tensor:
         return plus_minus_one(input >= self.threshold.view(-1, 1, 1), input.dtype)
@@ -229,16 +189,11 @@ class PackedBinarySign(PackedBinaryActivation):
 
 class MaskedBinaryConv2d(HasGeometry, MaskedBinaryLinear):
     """
-    A convolution whose filters are masked-binarized, and whose input may be: [`MaskedBinaryLinear`] on patches, with a
-    scale a filter. The input's mask, shift and threshold have an entry a channel.
+    A convolution whose filters are masked-binarized, and whose input may be: `(batch, in_channels, height, width)` to
+    `(batch, out_channels, out_height, out_width)`.
 
-    Args:
-        in_channels (`int`), out_channels (`int`).
-        geometry (`Geometry`).
-        bias (`bool`, *optional*, defaults to `True`).
-        settings: as in [`MaskedBinaryLinear`], but for `activation_bits`: float inputs are not rounded.
-
-    Shapes: `(batch, in_channels, height, width)` to `(batch, out_channels, out_height, out_width)`.
+    It is a [`MaskedBinaryLinear`] on patches, with a scale a filter; the input's mask, shift and threshold have an
+    entry a channel. Float inputs are not rounded, whatever `activation_bits` says.
     """
 
     def __init__(
@@ -298,15 +253,9 @@ class MaskedBinaryConv2d(HasGeometry, MaskedBinaryLinear):
 
 class PackedBinaryConv2d(HasGeometry, PackedBinaryLinear):
     """
-    A convolution with 1-bit filters: [`PackedBinaryLinear`] on patches.
-
-    Args:
-        in_channels (`int`), out_channels (`int`).
-        geometry (`Geometry`).
-        bias (`bool`, *optional*, defaults to `True`).
-        binary_input (`bool`, *optional*, defaults to `True`): mode `bnn`, for which the channels must be a multiple of
-            8; otherwise `bwn`, a float convolution with `+-scale`.
-        device (`torch.device`, *optional*).
+    A convolution with 1-bit filters, `(batch, in_channels, height, width)` to `(batch, out_channels, out_height,
+    out_width)`: [`PackedBinaryLinear`] on patches. With `binary_input` (mode `bnn`) the channels must be a multiple of
+    8; otherwise (mode `bwn`) it is a float convolution with `+-scale`.
     """
 
     def __init__(

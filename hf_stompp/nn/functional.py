@@ -79,17 +79,12 @@ def compute_dtype(input: Tensor) -> torch.dtype:
 
 def weight_scale(weight: Tensor, kind: str) -> Tensor:
     """
-    Scale of the hard level of each row of a weight: a constant of the forward pass, no gradient flows into it.
+    Scale of the hard level of each row of a latent weight `(rows, in_features)` of any floating dtype: float32 of
+    shape `(rows, 1)`, a constant of the forward pass, into which no gradient flows. `kind` is a key of
+    [`WEIGHT_SCALES`].
 
     The mean is taken in float64: the mean of `in_features` equal float32 numbers is then that number, so that packing
     a model that was unpacked gives the same bits back.
-
-    Args:
-        weight (`Tensor` of shape `(rows, in_features)`): latent weight, any floating dtype.
-        kind (`str`): a key of [`WEIGHT_SCALES`].
-
-    Returns:
-        `Tensor` of shape `(rows, 1)`: float32.
     """
     return WEIGHT_SCALES[kind](weight.detach()).to(torch.float32)
 
@@ -131,17 +126,10 @@ def masked_binary_weight(
     """
     Masked binarization of a weight: `M * scale * sign(w) + (1 - M) * clip(w, -clip * scale, clip * scale)`.
 
-    Args:
-        weight (`Tensor` of shape `(rows, in_features)`): latent weight.
-        mask (`Tensor` of shape `(rows, in_features)`, bool): the freeze mask `M`.
-        scale (`Tensor` of shape `(rows, 1)`): from [`weight_scale`].
-        clip (`float`): clip range as a multiple of the scale.
-        surrogate (`str`): a key of [`SURROGATES`], the gradient of the frozen entries.
-        window (`float`, *optional*): within how many scales `clipped_ste` and `polynomial` pass the gradient of a
-            frozen entry; the clip range when not given.
-
-    Returns:
-        `Tensor` of shape `(rows, in_features)`: dtype of `weight`.
+    The latent weight and the freeze mask `M`, bool, have shape `(rows, in_features)`, and so has the result, in the
+    dtype of the weight; the scale `(rows, 1)` is that of [`weight_scale`]. `surrogate`, a key of [`SURROGATES`], is
+    the gradient of the frozen entries; `clipped_ste` and `polynomial` pass it within `window` scales, the clip range
+    when not given.
     """
     return _MaskedBinaryWeight.apply(weight, mask, scale, clip, surrogate, clip if window is None else window)
 
@@ -190,15 +178,8 @@ def masked_binary_linear(
     window: float | None = None,
 ) -> Tensor:
     """
-    A linear layer whose weight is binarized by [`masked_binary_weight`], in the dtype of [`compute_dtype`].
-
-    Args:
-        input (`Tensor` of shape `(..., in_features)`).
-        weight, mask, scale, clip, surrogate, window: as in [`masked_binary_weight`].
-        bias (`Tensor` of shape `(out_features,)`, *optional*).
-
-    Returns:
-        `Tensor` of shape `(..., out_features)`.
+    A linear layer whose weight is binarized by [`masked_binary_weight`]: `(..., in_features)` to `(...,
+    out_features)`, in the dtype of [`compute_dtype`].
     """
     dtype = compute_dtype(input)
     bias = None if bias is None else bias.to(dtype)

@@ -23,7 +23,8 @@ from .module import BinaryInputModule, MaskedBinaryModule, as_bits, as_integers,
 
 class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
     """
-    A linear layer whose weight is masked-binarized, and whose input may be.
+    A linear layer whose weight is masked-binarized, and whose input may be: `(..., in_features)` to `(...,
+    out_features)`.
 
     A layer whose weight and input are committed runs on bits, like its packed counterpart:
 
@@ -35,20 +36,8 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
     With float inputs and `activation_bits`, a committed layer runs on integers in evaluation mode without gradients,
     like its packed counterpart. Training takes the floats as they are.
 
-    Args:
-        in_features (`int`).
-        out_features (`int`).
-        bias (`bool`, *optional*, defaults to `True`).
-        scale (`str`, *optional*, defaults to `"row"`): a key of [`~hf_stompp.nn.functional.WEIGHT_SCALES`].
-        center (`str`, *optional*, defaults to `"none"`): a key of [`~hf_stompp.nn.functional.WEIGHT_CENTERS`].
-        clip (`float`, *optional*, defaults to 1.0): clip range of the weight as a multiple of its scale.
-        surrogate (`str`, *optional*, defaults to `"clipped_ste"`): a key of [`~hf_stompp.nn.functional.SURROGATES`].
-        window (`float`, *optional*): of the surrogates `clipped_ste` and `polynomial`, as a multiple of the scale; the
-            clip range when not given.
-        activation_bits (`int`, *optional*): 8 rounds float inputs in evaluation, see
-            [`~hf_stompp.ops.quantize_rows`]; they are not rounded when not given.
-        device (`torch.device`, *optional*).
-        dtype (`torch.dtype`, *optional*): of weight and bias.
+    The arguments are those of [`~torch.nn.Linear`], and as in [`StoMPPConfig`], `scale`, `center`, `clip` and `window`
+    being those of its weights.
     """
 
     def __init__(
@@ -107,11 +96,9 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
 
     def packed(self) -> tuple[Tensor, Tensor]:
         """
-        Packed signs of the weight and the scale of each row. Kept while the weight passes no gradient and the mask is
-        not written to: that a fused optimizer has changed a weight, nothing tells.
-
-        Returns:
-            `tuple(Tensor, Tensor)`: uint8 of shape `(out_features, packed_bytes(in_features))`, and `row_scale()`.
+        Packed signs of the weight, uint8 of shape `(out_features, packed_bytes(in_features))`, and [`row_scale`]. Kept
+        while the weight passes no gradient and the mask is not written to: that a fused optimizer has changed a
+        weight, nothing tells.
         """
         if not self.blocks_gradient or torch.compiler.is_compiling():
             return self._pack()
@@ -134,14 +121,9 @@ class MaskedBinaryLinear(MaskedBinaryModule, BinaryInputModule):
 
     def folded(self, packed: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Any]:
         """
-        Scale and bias of the integer product.
-
-        Args:
-            packed (`tuple(Tensor, Tensor)`, *optional*): what [`packed`] returned, where that was called already.
-
-        Returns:
-            `tuple(Tensor, Tensor)`: float32 of shape `(out_features,)`: with binary inputs those of
-                [`~hf_stompp.ops.fold`], else the row's own, and None for a bias that is not there.
+        Scale and bias of the integer product, float32 of shape `(out_features,)`: with binary inputs those of
+        [`~hf_stompp.ops.fold`], else the row's own, and None for a bias that is not there. `packed` is what
+        [`packed`] returned, where that was called already.
         """
         packed_weight, row_scale = self.packed() if packed is None else packed
         if self.input_activation is None:
@@ -233,16 +215,8 @@ class RoundedEmbedding(nn.Embedding):
 
 class MaskedBinaryEmbedding(MaskedBinaryModule):
     """
-    A word embedding table whose rows are masked-binarized. Only the rows that a batch looks up are computed.
-
-    Args:
-        num_embeddings (`int`).
-        embedding_dim (`int`).
-        padding_idx (`int`, *optional*): this row gets no gradient.
-        clip (`float`), surrogate (`str`), window (`float`, *optional*): as in [`MaskedBinaryLinear`]; the scale is
-            always that of a row.
-        device (`torch.device`, *optional*).
-        dtype (`torch.dtype`, *optional*).
+    A word embedding table whose rows are masked-binarized, each with a scale of its own. Only the rows that a batch
+    looks up are computed; that of `padding_idx` gets no gradient.
     """
 
     def __init__(

@@ -14,14 +14,10 @@ def mask_generator(seed: int, unit: str, tensor: str, step: int) -> torch.Genera
     """
     CPU generator of one freeze mask at one step.
 
-    Its seed is a hash of the arguments, so that the draw does not depend on the rank, on the device, on what other
-    tensors exist, or on what was drawn before: any rank and any resumed run draws the same.
-
-    Args:
-        seed (`int`): the run's mask seed.
-        unit (`str`): name of the unit, e.g. `"bert.encoder.layer.0"`.
-        tensor (`str`): name of the mask, e.g. `"bert.encoder.layer.0.output.dense.freeze_mask"`.
-        step (`int`): optimizer step, 0-based.
+    Its seed is a hash of the run's mask seed, the names of the unit and of the mask, such as `bert.encoder.layer.0`
+    and `bert.encoder.layer.0.output.dense.freeze_mask`, and the optimizer step, from 0 on. So the draw does not depend
+    on the rank, on the device, on what other tensors exist, or on what was drawn before: any rank and any resumed run
+    draws the same.
     """
     digest = hashlib.sha256(f"{seed}\n{unit}\n{tensor}\n{step}".encode()).digest()
     generator = torch.Generator(device="cpu")
@@ -38,13 +34,9 @@ def frozen_probability(previous: float, fraction: float, refresh_period: float) 
     Bernoulli(`previous`) to Bernoulli(`fraction`). So a mask that was Bernoulli(`previous`) becomes
     Bernoulli(`fraction`) whatever the period.
 
-    Args:
-        previous (`float`): scheduled frozen fraction of the step before, in [0, 1].
-        fraction (`float`): scheduled frozen fraction of this step, in [`previous`, 1].
-        refresh_period (`float`): mean number of steps between two draws of an entry, at least 1.
-
-    Raises:
-        ValueError: the fraction falls, lies outside [0, 1], or the period is below 1.
+    `previous` and `fraction` are the scheduled frozen fractions of the step before and of this one; `refresh_period`
+    is the mean number of steps between two draws of an entry. Raises a `ValueError` if the fraction falls or lies
+    outside [0, 1], or the period is below 1 step.
     """
     if not 0.0 <= previous <= fraction <= 1.0:
         raise ValueError(f"a frozen fraction may only grow within [0, 1], got {previous} -> {fraction}")
@@ -61,11 +53,9 @@ class MaskChanges:
     The random part of one step of a mask: which entries may change, and a uniform number for each. Does not depend on
     the mask, so that it can be drawn ahead of time.
 
-    Args:
-        candidates (`Tensor` of shape `(n,)`, *optional*): int64, indices into the flat mask, rising; None for all.
-        chances (`Tensor` of shape `(n,)`): float32, uniform in [0, 1).
-        freeze (`float`): a free candidate is frozen where its chance is below.
-        free (`float`): a frozen candidate is freed where its chance is at least 1 less this.
+    `candidates` are rising indices into the flat mask, int64 of shape `(n,)`, None for all; `chances` are uniform in
+    [0, 1), float32 of shape `(n,)`. A free candidate is frozen where its chance is below `freeze`, a frozen one freed
+    where its chance is at least `1 - free`.
     """
 
     candidates: Tensor | None
@@ -87,15 +77,8 @@ def draw_changes(
     Every entry is a candidate with the larger of the two probabilities of changing, and the distances between
     candidates are geometric: so a step that changes one entry in a hundred draws two numbers for each hundred entries.
 
-    Args:
-        entries (`int`): size of the mask.
-        previous (`float`): scheduled frozen fraction of the step before.
-        fraction (`float`): scheduled frozen fraction of this step.
-        refresh_period (`float`): mean number of steps between two draws of an entry.
-        generator (`torch.Generator`): a CPU generator, from [`mask_generator`].
-
-    Raises:
-        ValueError: see [`frozen_probability`].
+    `entries` is the size of the mask, and `generator` is from [`mask_generator`]; the rest, and the `ValueError`, are
+    those of [`frozen_probability`].
     """
     if_free, if_frozen = frozen_probability(previous, fraction, refresh_period)
     freeze, free = if_free, 1.0 - if_frozen
@@ -121,14 +104,8 @@ def draw_changes(
 @torch.no_grad()
 def change_mask_(mask: Tensor, changes: MaskChanges) -> Tensor:
     """
-    Applies [`draw_changes`] to a freeze mask, in place.
-
-    Args:
-        mask (`Tensor`, bool, any shape and device): overwritten.
-        changes (`MaskChanges`): drawn for a mask of this size.
-
-    Returns:
-        `Tensor`: `mask` itself.
+    Applies [`draw_changes`] to a freeze mask of the size that they were drawn for, bool of any shape and device, in
+    place; returns the mask itself.
     """
     flat = mask.reshape(-1)
     chances = changes.chances.to(mask.device)

@@ -20,11 +20,8 @@ _FLOATS = {integer: dtype for dtype, integer in _INTEGERS.items()}
 def as_integers(bits: Tensor, dtype: torch.dtype) -> Tensor:
     """
     Bits on their way through a model's own code: viewed as integers of the type that tells which float type they stand
-    for, so that the layer that reads them knows what to put out.
-
-    Args:
-        bits (`Tensor` of shape `(..., packed_bytes(features))`): uint8.
-        dtype (`torch.dtype`): float32, bfloat16 or float16.
+    for, so that the layer that reads them knows what to put out. Bits are uint8 of shape `(...,
+    packed_bytes(features))`, and the float type is float32, bfloat16 or float16.
     """
     return bits.view(_INTEGERS[dtype])
 
@@ -63,13 +60,8 @@ class SharedResult:
 
     def get(self, input: Tensor, reader: nn.Module, readers: int, compute: Callable[[], Tensor]) -> Tensor:
         """
-        `compute()`, or what it returned to another reader of the same tensor, or what was kept for it beforehand.
-
-        Args:
-            input (`Tensor`): what `compute` reads.
-            reader (`nn.Module`): the layer that asks.
-            readers (`int`): how many layers read the tensor.
-            compute (`Callable`).
+        `compute()`, which reads `input`, or what it returned to another reader of the same tensor, or what was kept
+        for it beforehand. `reader` is the layer that asks, one of `readers`.
         """
         kept = self.take(input, reader, readers)
         if kept is not None:
@@ -96,12 +88,8 @@ class SharedResult:
 
     def keep(self, input: Tensor, result: Tensor) -> None:
         """
-        Keeps for the readers of a tensor what was computed together with it.
-
-        Args:
-            input (`Tensor`): what they will ask for. One of inference mode is not kept for: nothing would tell that it
-                was written in place meanwhile.
-            result (`Tensor`).
+        Keeps for the readers of a tensor what was computed together with it. Not for one of inference mode: nothing
+        would tell that it was written in place meanwhile.
         """
         if not (torch.compiler.is_compiling() or input.is_inference()):
             self._set(input, result)
@@ -143,14 +131,9 @@ class BinaryInputModule(nn.Module):
 
     def set_input_activation(self, activation: nn.Module, owned: bool, upstream: bool = False) -> None:
         """
-        Says what binarizes the input of this layer.
-
-        Args:
-            activation (`MaskedBinaryActivation` or `PackedBinaryActivation`).
-            owned (`bool`): register it as a submodule. Layers that read the same tensor share one activation, and one
-                owns it.
-            upstream (`bool`, *optional*, defaults to `False`): it has already been applied, by the feed-forward
-                activation function.
+        Says what binarizes the input of this layer. With `owned` it becomes a submodule: layers that read the same
+        tensor share one activation, and one owns it. With `upstream` it has already been applied, in the place of the
+        feed-forward activation function.
         """
         activation.readers.append(self)  # type: ignore[union-attr, operator]
         if owned:
@@ -173,12 +156,8 @@ class MaskedBinaryModule(nn.Module):
 
     The mask is a persistent buffer that is only ever written in place: `torch.compile` and DistributedDataParallel
     hold references to it. `committed` repeats in a Python bool whether the mask is full, so that reading it neither
-    synchronises with a GPU nor breaks a compiled graph; every method that writes the mask keeps it true.
-
-    Args:
-        mask_shape (`tuple[int, ...]`): shape of the freeze mask.
-        surrogate (`str`): a key of [`~hf_stompp.nn.functional.SURROGATES`].
-        device (`torch.device`, *optional*).
+    synchronises with a GPU nor breaks a compiled graph; every method that writes the mask keeps it true. `surrogate`
+    is a key of [`~hf_stompp.nn.functional.SURROGATES`].
     """
 
     freeze_mask: Tensor

@@ -36,14 +36,9 @@ class Float32Buffers(nn.Module):
 
 class PackedBinaryActivation(Float32Buffers):
     """
-    The sign of a tensor minus a threshold. In the place of a feed-forward activation function it replaces that too:
-    what it puts out are bits, which the linear layer behind it reads.
-
-    Args:
-        features (`int`): size of the last dimension.
-        activation (`nn.Module`, *optional*): the activation function that is replaced. It is not called;
-            [`~hf_stompp.unpack`] gives it back.
-        device (`torch.device`, *optional*).
+    The sign of a tensor `(..., features)` minus a threshold a feature. In the place of a feed-forward activation
+    function, `activation`, it replaces that too: what it puts out are bits, which the linear layer behind it reads.
+    The function is not called; [`~hf_stompp.unpack`] gives it back.
     """
 
     threshold: Tensor
@@ -68,14 +63,8 @@ class PackedBinaryActivation(Float32Buffers):
 
     def shared_bits(self, input: Tensor, reader: nn.Module) -> Tensor:
         """
-        The packed signs of a tensor, computed once for all the linear layers that read it, see [`SharedResult`].
-
-        Args:
-            input (`Tensor` of shape `(..., features)`): float32, bfloat16 or float16.
-            reader (`nn.Module`): the linear layer that asks.
-
-        Returns:
-            `Tensor` of shape `(..., packed_bytes(features))`: uint8.
+        The packed signs of a tensor `(..., features)` of float32, bfloat16 or float16, uint8 of shape `(...,
+        packed_bytes(features))`, computed once for all the linear layers that read it, see [`SharedResult`].
         """
         # The sign has no gradient. Not always detached, since that would be another tensor.
         signed = input.detach() if input.requires_grad else input
@@ -87,11 +76,8 @@ class PackedBinaryActivation(Float32Buffers):
 
     def keep(self, input: Tensor, bits: Tensor) -> None:
         """
-        Takes the packed signs of a tensor from what has put it out, for the layers that will ask for them.
-
-        Args:
-            input (`Tensor` of shape `(..., features)`).
-            bits (`Tensor` of shape `(..., packed_bytes(features))`): uint8, of the signs relative to the threshold.
+        Takes the packed signs of a tensor, relative to the threshold, from what has put it out, for the layers that
+        will ask for them.
         """
         self._bits.keep(input, bits)
 
@@ -101,17 +87,12 @@ class PackedBinaryActivation(Float32Buffers):
 
 class PackedBinaryLinear(Float32Buffers, BinaryInputModule):
     """
-    A linear layer with 1-bit weights: `scale * integer_product + bias` on binary inputs, the same on float inputs that
-    it rounds to 8 bits, or else a float product with `+-scale`. A gradient passes through float products alone.
+    A linear layer with 1-bit weights, `(..., in_features)` to `(..., out_features)`.
 
-    Args:
-        in_features (`int`).
-        out_features (`int`).
-        bias (`bool`, *optional*, defaults to `True`).
-        binary_input (`bool`, *optional*, defaults to `True`): mode `bnn`; otherwise `bwn`.
-        activation_bits (`int`, *optional*): 8 rounds float inputs, see [`~hf_stompp.ops.quantize_rows`]; not rounded
-            when not given.
-        device (`torch.device`, *optional*).
+    With `binary_input` (mode `bnn`) it computes `scale * integer_product + bias` of the signs of floats, or of the
+    bits of a feed-forward activation. Otherwise (mode `bwn`), with `activation_bits` of 8, the same of float inputs
+    that it rounds, see [`~hf_stompp.ops.quantize_rows`], or else a float product with `+-scale`. A gradient passes
+    through float products alone.
     """
 
     packed_weight: Tensor
@@ -181,15 +162,7 @@ class PackedBinaryLinear(Float32Buffers, BinaryInputModule):
         return input, activation.threshold.float() if self.binarizes_input else None, input.dtype
 
     def float_weight(self, dtype: torch.dtype) -> Tensor:
-        """
-        The weight `+-scale`, kept between calls.
-
-        Args:
-            dtype (`torch.dtype`).
-
-        Returns:
-            `Tensor` of shape `(out_features, in_features)`.
-        """
+        """The weight `+-scale`, of shape `(out_features, in_features)`, kept between calls."""
         if torch.compiler.is_compiling():
             return self._unpacked(dtype)
         key = dtype, *identity(self.packed_weight, self.scale)
@@ -225,14 +198,8 @@ def _is_cheap_to_pack(input: Tensor) -> bool:
 
 class PackedEmbedding(nn.Module):
     """
-    A word embedding table of packed rows, each with a scale, in the dtype of the scale.
-
-    Args:
-        num_embeddings (`int`).
-        embedding_dim (`int`).
-        padding_idx (`int`, *optional*): not used; [`~hf_stompp.unpack`] gives it back.
-        device (`torch.device`, *optional*).
-        dtype (`torch.dtype`, *optional*): of the scale, hence of the output.
+    A word embedding table of packed rows, each with a scale: row numbers, int64 of shape `(...)`, to `(...,
+    embedding_dim)` in the dtype of the scale. `padding_idx` is not used; [`~hf_stompp.unpack`] gives it back.
     """
 
     scale: Tensor
@@ -287,15 +254,8 @@ class PackedInt8Embedding(PackedEmbedding):
 
 def look_up(input: Tensor, int8_weight: Tensor, scale: Tensor) -> Tensor:
     """
-    Rows of an 8-bit embedding table.
-
-    Args:
-        input (`Tensor` of shape `(...)`): int64, row numbers.
-        int8_weight (`Tensor` of shape `(num_embeddings, embedding_dim)`): int8.
-        scale (`Tensor` of shape `(num_embeddings,)`): float.
-
-    Returns:
-        `Tensor` of shape `(..., embedding_dim)`: in the dtype of the scale.
+    Rows, by their int64 numbers, of an int8 table `(num_embeddings, embedding_dim)`, each times its scale, in the
+    dtype of the scale.
     """
     # Refuses a negative number, which an index would take for one from the end.
     return F.embedding(input, int8_weight).to(scale.dtype) * scale[input].unsqueeze(-1)

@@ -20,10 +20,8 @@ class PackedResidualNorm(nn.Module):
     """
     `LayerNorm(dropout(dense(hidden_states)) + input_tensor)`, BERT's output block, in whose place it stands: its
     children are those of the block, under the same names. Where sum and LayerNorm are one kernel, that puts out the
-    sign bits of its result as well, and the layers that binarize it need not pack it (ours).
-
-    Args:
-        block (`nn.Module`): see [`is_residual_norm`]; [`~hf_stompp.unpack`] gives it back.
+    sign bits of its result as well, and the layers that binarize it need not pack it (ours). The block is one of
+    [`is_residual_norm`]; [`~hf_stompp.unpack`] gives it back.
     """
 
     dense: nn.Module
@@ -60,12 +58,8 @@ class PackedResidualNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         """
-        Args:
-            hidden_states (`Tensor` of shape `(..., in_features)`): floats, or the bits of a feed-forward activation.
-            input_tensor (`Tensor` of shape `(..., features)`): the residual.
-
-        Returns:
-            `Tensor` of shape `(..., features)`.
+        Maps `(..., in_features)`, floats or the bits of a feed-forward activation, and the residual `(..., features)`
+        to `(..., features)`.
         """
         hidden_states = self.dense(hidden_states)
         if self._fuses(hidden_states, input_tensor):
