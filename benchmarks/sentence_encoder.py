@@ -28,8 +28,8 @@ from transformers import AutoModel, AutoTokenizer
 from hf_stompp import StoMPPConfig
 from hf_stompp.data.tables import read_table, split_files
 from hf_stompp.machine import command_line, surroundings
+from hf_stompp.output import bytes_of_weights
 from hf_stompp.training.sentence_encoder import embed, modules_folder, pooling_of
-from hf_stompp.training.summary import bytes_of_weights
 
 
 SPLITS = ("test", "validation")

@@ -35,7 +35,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from hf_stompp.benchmark import dynamic_int8, torch_threads
 from hf_stompp.machine import command_line, surroundings
 from hf_stompp.model.modules import packed_modules
-from hf_stompp.training.summary import bytes_of_weights
+from hf_stompp.output import bytes_of_weights
 
 
 KINDS = {

@@ -45,7 +45,12 @@ SHAPES = [
     *((1024, 1024), (1024, 4096), (4096, 1024)),
 ]
 
-MINILM: dict[str, Any] = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+MINILM: dict[str, Any] = {
+    "hidden_size": 384,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+    "intermediate_size": 1536,
+}
 """What all-MiniLM-L6-v2 has other than BERT-base."""
 
 ROWS = [1, 32, 128, 512, 4096]

@@ -48,6 +48,11 @@ def copy_file(path: Path, folder: Path, target: Path) -> None:
     shutil.copyfile(found, target)
 
 
+def bytes_of_weights(folder: Path | str) -> int:
+    """Bytes of the safetensors files of a saved model."""
+    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+
+
 def printable(text: str) -> str:
     """A text in one line, with what would move a terminal's cursor or change its colours as Python escapes it."""
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)

@@ -78,8 +78,7 @@ def _add_inspect(commands: Any) -> None:
         "hf-stompp inspect output/packed --json",
     )
     inspect.add_argument("model", metavar="MODEL", help="a folder or a name on the Hub; float, latent or packed")
-    group = inspect.add_argument_group("what to binarize in a float model, as in StoMPPConfig")
-    choose: Any = group
+    choose = inspect.add_argument_group("what to binarize in a float model, as in StoMPPConfig")
     option(choose, "--mode", choices=CHOICES["mode"], help="bnn: 1-bit weights and activations; bwn: weights alone")
     add_modes(choose)
     option(choose, "--unit", choices=CHOICES["unit"], help="what freezes together (default: layer)")
@@ -133,7 +132,7 @@ def _add_export(commands: Any) -> None:
     export = add_command(
         commands,
         "export",
-        run_of("exporting", "run_export"),
+        run_of("exporting"),
         "1-bit weights -> an ONNX file of standard operators",
         "Writes a packed model as one ONNX file of standard operators, in float32, which any runtime can read. Its "
         "weights stay eight to a byte; its answers are those of the packed model. Batch size and sequence length are "
@@ -188,7 +187,7 @@ def _add_sensitivity(commands: Any) -> None:
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of drawing them (default: 0)")
     command.add_argument("--mode", nargs="+", choices=CHOICES["mode"], help="of the part (default: both)")
     command.add_argument("--detail", nargs="+", choices=DETAILS, help="what a part is (default: all three)")
-    budget: Any = command.add_mutually_exclusive_group()
+    budget = command.add_mutually_exclusive_group()
     budget.add_argument("--keep", type=count, metavar="N", help="suggest another mode for N layers")
     budget.add_argument("--bytes", type=count, metavar="N", help="suggest modes for a packed file of at most N bytes")
     budget.add_argument(

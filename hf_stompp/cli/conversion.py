@@ -12,12 +12,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..model.card import model_card
 from ..model.conversion import pack, unpack
-from ..output import copy_file, replacing
+from ..output import bytes_of_weights, copy_file, replacing
 from .errors import CommandError
 from .models import TOKENIZER_FILES, load, local_folder, megabytes, read_config, state_of
 
@@ -130,17 +129,11 @@ def _replace_model(folder: Path, new: Path, old: Path) -> None:
         raise
 
 
-def weight_bytes(folder: Path) -> int:
-    """Size of the files that hold a model's weights."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
 def _convert(
     arguments: argparse.Namespace,
     wanted: str,
     advice: dict[str, str],
     make: Callable[[Any], PreTrainedModel],
-    verb: str,
 ) -> tuple[dict[str, Any], str]:
     """
     Reads a model, makes another of it and saves that with the tokenizer. The model must have the state `wanted`;
@@ -150,19 +143,12 @@ def _convert(
     state = state_of(config, arguments.model)
     if state != wanted:
         raise CommandError(f"{arguments.model} is {advice[state]}")
-    with (
-        output_folder(arguments.output, arguments.force, arguments.model) as partial,
-        tqdm(total=3, desc="reading", unit="step", leave=False, disable=None) as bar,
-    ):
+    with output_folder(arguments.output, arguments.force, arguments.model) as partial:
         source = local_folder(arguments.model)
         model = load(str(source), config)
         stompp: Any = model.config.quantization_config
         mode = stompp.mode
-        bar.update()
-        bar.set_description(verb)
         made = make(model)
-        bar.update()
-        bar.set_description("writing")
         made.save_pretrained(partial)
         folder = Path(arguments.output).expanduser().resolve()
         # A card that is there may be somebody's own.
@@ -177,8 +163,8 @@ def _convert(
             "output": arguments.output,
             "class": type(made).__name__,
             "mode": mode,
-            "bytes_before": weight_bytes(source),
-            "bytes_after": weight_bytes(partial),
+            "bytes_before": bytes_of_weights(source),
+            "bytes_after": bytes_of_weights(partial),
             "files": sorted(path.name for path in partial.iterdir()),
         }
     before, after = result["bytes_before"], result["bytes_after"]
@@ -199,7 +185,7 @@ def run_pack(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         f"`hf-stompp inspect {arguments.model}` shows what would be binary",
         "packed": f"packed already: use it as it is, or `hf-stompp unpack {arguments.model} OUTPUT` to train on",
     }
-    return _convert(arguments, "latent", advice, pack, "packing")
+    return _convert(arguments, "latent", advice, pack)
 
 
 def run_unpack(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -221,4 +207,4 @@ def run_unpack(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         holder: Any = model
         return holder.dequantize()
 
-    return _convert(arguments, "packed", advice, make, "unpacking")
+    return _convert(arguments, "packed", advice, make)

@@ -25,20 +25,17 @@ class CommandError(Exception):
 
 def explain(error: BaseException) -> str:
     """An error that a command ended with, in one line of printable characters."""
-    return printable(_explain(error))
-
-
-def _explain(error: BaseException) -> str:
-    if isinstance(error, PermissionError):
-        where = f" for {error.filename}" if error.filename else ""
-        return f"no permission{where}: change its permissions, or choose another place"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"no space left on the device{f' of {error.filename}' if error.filename else ''}: make room, try again"
     # Those of Transformers and torch run over several lines.
     text = " ".join(str(error).split())
-    if isinstance(error, CommandError | OSError | RuntimeError | ValueError) and text:
-        return text
-    return f"unexpected {type(error).__name__}{f': {text}' if text else ''}; --debug shows where it comes from"
+    if isinstance(error, PermissionError):
+        where = f" for {error.filename}" if error.filename else ""
+        text = f"no permission{where}: change its permissions, or choose another place"
+    elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        where = f" of {error.filename}" if error.filename else ""
+        text = f"no space left on the device{where}: make room, try again"
+    elif not isinstance(error, CommandError | ImportError | OSError | RuntimeError | ValueError) or not text:
+        text = f"unexpected {type(error).__name__}{f': {text}' if text else ''}; --debug shows where it comes from"
+    return printable(text)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -115,6 +115,12 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         labels = labels_of_read_words(labels, logits)
     metrics = metrics_of(logits, labels, classifier.problem_type, arguments.task, class_names(model.config))
     counted = labels[labels != IGNORED].tolist() if of_words else labels
+    to_compare = {}
+    if "accuracy" in metrics:
+        to_compare = {
+            "correct": round(metrics["accuracy"] * len(counted)),
+            "largest_class": max(Counter(counted).values()) / len(counted),
+        }
     fractions = frozen_fractions(model)
     return {
         "model": arguments.model,
@@ -132,20 +138,12 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         "problem_type": classifier.problem_type,
         "measures": list(metrics),
         **metrics,
-        **(_counts(metrics["accuracy"], counted) if "accuracy" in metrics else {}),
+        **to_compare,
         "seconds": seconds,
         "examples_per_second": len(labels) / seconds,
         "batch_size": arguments.batch_size,
         "max_length": classifier.max_length,
         "device": str(model.device),
-    }
-
-
-def _counts(accuracy: float, labels: list[int]) -> dict[str, Any]:
-    """What an accuracy is compared with."""
-    return {
-        "correct": round(accuracy * len(labels)),
-        "largest_class": max(Counter(labels).values()) / len(labels),
     }
 
 

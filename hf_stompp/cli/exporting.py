@@ -6,12 +6,13 @@ import argparse
 from typing import Any
 
 from ..export import export_onnx, sample_inputs
-from .conversion import output_file, weight_bytes
+from ..output import bytes_of_weights
+from .conversion import output_file
 from .errors import CommandError
 from .models import load, local_folder, megabytes, read_config, state_of
 
 
-def run_export(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Runs `hf-stompp export`."""
     config = read_config(arguments.model)
     state = state_of(config, arguments.model)
@@ -25,16 +26,13 @@ def run_export(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         source = local_folder(arguments.model)
         model = load(str(source), config)
         inputs = sample_inputs(model)
-        try:
-            export_onnx(model, path, inputs)
-        except ImportError as error:
-            raise CommandError(str(error)) from error
+        export_onnx(model, path, inputs)
         result: dict[str, Any] = {
             "model": arguments.model,
             "output": arguments.output,
             "class": type(model).__name__,
             "inputs": list(inputs),
-            "bytes_before": weight_bytes(source),
+            "bytes_before": bytes_of_weights(source),
             "bytes_after": path.stat().st_size,
         }
     lines = [

@@ -97,7 +97,7 @@ def inspect(model: str, options: dict[str, Any]) -> tuple[dict[str, Any], Binari
         "options": {name: getattr(stompp, name) for name in CONFIG_OPTIONS},
         "units": [asdict(unit) for unit in sizes.units],
         "total": asdict(sizes.total),
-        "frozen_fractions": frozen_fractions(found) if state == "latent" else {},
+        "frozen_fractions": frozen_fractions(found),
         "float_modules": _float_bytes(found),
         "modules": stompp.modules,
     }

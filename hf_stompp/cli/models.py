@@ -54,15 +54,13 @@ def quiet_transformers() -> Iterator[None]:
     def bar(factory: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         return factory(*args, **{**options, "delay": 2, "leave": False, "disable": None})
 
-    # Older ones have no such hook, and show their bars.
-    set_hook: Callable[[Any], Any] = getattr(transformers.logging, "set_tqdm_hook", lambda hook: None)
-    hook = set_hook(bar)
+    hook = transformers.logging.set_tqdm_hook(bar)
     try:
         for logger in loggers:
             logger.set_verbosity_error()
         yield
     finally:
-        set_hook(hook)
+        transformers.logging.set_tqdm_hook(hook)
         for logger, verbosity in zip(loggers, before, strict=True):
             logger.set_verbosity(verbosity)
 

@@ -270,14 +270,9 @@ def _draw_learning_rate(axis: Any, dynamics: Dynamics, theme: _Theme) -> None:
 
     _line(axis, dynamics.learning_rate, theme.muted)
     axis.yaxis.set_major_locator(MaxNLocator(3))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _scientific(value)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_ylim(bottom=0)
     _title(axis, "Learning rate", theme)
-
-
-def _scientific(value: float) -> str:
-    mantissa, _, exponent = f"{value:.1e}".partition("e")
-    return f"{mantissa.removesuffix('.0')}e{int(exponent)}" if value else "0"
 
 
 def png(dynamics: Dynamics, dark: bool = False) -> bytes:

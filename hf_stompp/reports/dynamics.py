@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -191,11 +192,11 @@ def dynamics_of(
         )
     summary = summary or {}
     saved = _saved_progression(state, source)
-    steps = max(int(entry["step"]) for entry in log)
+    steps = max(entry["step"] for entry in log)
     chosen = _choose_metric(evaluations, metric, source)
 
     def series(entries: Sequence[Mapping[str, Any]], key: str) -> Series:
-        return Series.of((int(entry["step"]), entry.get(key)) for entry in entries)
+        return Series.of((entry["step"], entry.get(key)) for entry in entries)
 
     summary_source = f"the summary of {source}"
     results = _results(evaluations, _part(summary, "metrics", summary_source), summary_source)
@@ -266,10 +267,7 @@ def measures_of(entry: Mapping[str, Any], prefix: str) -> dict[str, float]:
 
 
 def _choose_metric(evaluations: Sequence[Mapping[str, Any]], wanted: str | None, source: str) -> str | None:
-    counts: dict[str, int] = {}
-    for entry in evaluations:
-        for name in measures_of(entry, "eval_"):
-            counts[name] = counts.get(name, 0) + 1
+    counts = Counter(name for entry in evaluations for name in measures_of(entry, "eval_"))
     wanted = wanted.removeprefix("eval_") if wanted else None
     if wanted is not None and wanted not in counts:
         has = f"it has {', '.join(counts)}" if counts else "the run was never evaluated (eval_strategy)"
@@ -291,7 +289,7 @@ def _units(training: Sequence[Mapping[str, Any]], saved: Mapping[str, Any], step
     windows = dict(zip(names, saved.get("windows", []), strict=False))
     units = []
     for name in names:
-        frozen = Series.of((int(entry["step"]), entry.get(FRACTION_PREFIX + name)) for entry in training)
+        frozen = Series.of((entry["step"], entry.get(FRACTION_PREFIX + name)) for entry in training)
         if name in windows:
             start, end = windows[name]
             # As in Progression.committed_step: before this step its masks are full.

@@ -43,12 +43,12 @@ from ..model.conversion import binarize, pack
 from ..model.integrity import last_whole_checkpoint
 from ..model.modules import config_of, packed_modules
 from ..model.quantizer import keep_names
-from ..output import write_json
+from ..output import bytes_of_weights, write_json
 from ..reports.drawing import add_dynamics
 from .arguments import StoMPPTrainingArguments
 from .recipe import FINISHED, TEACHERS, Recipe, Results, claim_output_dir
 from .sampling import SameStepsResumed
-from .summary import bytes_of_weights, bytes_when_saved, measure, measures, milliseconds_per_batch, save_metrics
+from .summary import bytes_when_saved, measure, measures, milliseconds_per_batch, save_metrics
 from .trainer import StoMPPTrainer
 from .training_set import class_names
 

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel, Trainer
 
 from ..machine import surroundings
-from ..output import write_json
+from ..output import bytes_of_weights, write_json
 from ..reports.dynamics import measures_of
 from .recipe import Recipe, Results
 
@@ -113,13 +113,8 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def bytes_of_weights(folder: Path | str) -> int:
-    """Bytes of the safetensors files of a saved model."""
-    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-
-
 def bytes_when_saved(model: PreTrainedModel, folder: Path) -> int:
-    """The same of a model in memory; it is saved for a moment within `folder`."""
+    """Bytes of the safetensors files of a model in memory; it is saved for a moment within `folder`."""
     with tempfile.TemporaryDirectory(dir=folder) as name:
         model.save_pretrained(name)
         return bytes_of_weights(name)

@@ -139,6 +139,7 @@ def test_debug_shows_the_traceback(words: list[str], capsys: pytest.CaptureFixtu
     [
         (ValueError("several\n  lines of\ttext"), "several lines of text"),
         (OSError(errno.ENOSPC, "No space left on device", "/x"), "no space left on the device of /x: make room"),
+        (ImportError("this needs a package: pip install it"), "this needs a package: pip install it"),
         (KeyError("name"), "unexpected KeyError: 'name'; --debug shows where it comes from"),
         (AssertionError(), "unexpected AssertionError; --debug shows"),
         (RuntimeError(), "unexpected RuntimeError; --debug shows"),
