@@ -280,7 +280,7 @@ def check_schedule(student: PreTrainedModel, args: StoMPPTrainingArguments, exam
     steps = args.max_steps
     if steps <= 0:
         steps = math.ceil(args.num_train_epochs * math.ceil(examples / args.train_batch_size))
-    plan_progression(config_of(student).units, steps, schedule=args.progression_schedule, tail=args.progression_tail)
+    plan_progression(config_of(student).units, steps, **args.progression())
 
 
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
