@@ -99,7 +99,7 @@ def test_cost_of_one_layer_is_that_of_signs_put_in_by_hand(tiny_model: Callable,
 
 
 def cost(name: str, divergence: float, mode: str = "bnn", detail: str = "module") -> Cost:
-    return Cost(Part(detail, name, (name,)), mode, divergence, None)
+    return Cost(Part(detail, name, (name,)), mode, divergence, 0.5)
 
 
 def test_layers_whose_other_mode_saves_most_are_changed_until_nothing_fits() -> None:

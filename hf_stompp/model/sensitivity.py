@@ -58,13 +58,13 @@ class Cost:
         mode (`str`): `"bnn"` or `"bwn"`.
         divergence (`float`): Kullback-Leibler divergence of the answers from the float model's, mean over examples, in
             nats.
-        accuracy (`float`, *optional*): share of right answers; where labels are known.
+        accuracy (`float`): share of right answers.
     """
 
     part: Part
     mode: str
     divergence: float
-    accuracy: float | None
+    accuracy: float
 
 
 def linear_names(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> dict[str, str]:
@@ -114,7 +114,7 @@ def binarized_alone(
     return commit(binary)
 
 
-def cost_of(part: Part, mode: str, logits: Tensor, float_logits: Tensor, labels: Tensor | None = None) -> Cost:
+def cost_of(part: Part, mode: str, logits: Tensor, float_logits: Tensor, labels: Tensor) -> Cost:
     """
     What a part costs, from the answers of the model in which it alone is binary.
 
@@ -122,11 +122,11 @@ def cost_of(part: Part, mode: str, logits: Tensor, float_logits: Tensor, labels:
         part (`Part`), mode (`str`): see [`Cost`].
         logits (`Tensor` of shape `(examples, classes)`): of that model.
         float_logits (`Tensor` of the same shape): of the float model.
-        labels (`Tensor` of shape `(examples,)`, *optional*): classes, int64.
+        labels (`Tensor` of shape `(examples,)`): classes, int64.
     """
     answers, expected = (F.log_softmax(one.float(), -1) for one in (logits, float_logits))
     divergence = F.kl_div(answers, expected, reduction="batchmean", log_target=True).item()
-    accuracy = None if labels is None else (logits.argmax(-1) == labels).float().mean().item()
+    accuracy = (logits.argmax(-1) == labels).float().mean().item()
     return Cost(part, mode, divergence, accuracy)
 
 
