@@ -49,6 +49,7 @@ from hf_stompp.ops import (
     plus_minus_one,
 )
 from hf_stompp.ops.operators import on_kernels
+from hf_stompp.output import text_columns
 
 
 MODES = ("graph_rotated", "graph_warm", "eager_rotated", "eager_warm")
@@ -161,13 +162,8 @@ class Clock:
 
     def interleave(self, functions: dict[str, tuple[Callable[[], Any], int]]) -> dict[str, dict[str, float]]:
         """
-        Times functions in turn, after one call of each that is not counted.
-
-        Args:
-            functions (`dict[str, tuple]`): name -> the function, and how many calls of what is measured it makes.
-
-        Returns:
-            `dict[str, dict]`: name -> `{"median", "minimum"}`, seconds a call.
+        Times functions in turn, after one call of each that is not counted: name -> `median` and `minimum` seconds.
+        Beside each stands how many calls of what is measured it makes.
         """
         repeats = {}
         for name, (function, _) in functions.items():
@@ -284,13 +280,8 @@ def measure_ceilings(run: Run) -> None:
 @dataclass
 class Variant:
     """
-    One way to compute something.
-
-    Args:
-        call (`Callable`): computes it from one of several sets of arguments, by number.
-        bytes (`int`): that must move.
-        operations (`int`, *optional*): of its product.
-        unit (`str`, *optional*): what does them, of the rates in `ceilings`.
+    One way to compute something: `call` does, from one of several sets of arguments, by number. So many `bytes` must
+    move; `unit`, of the rates in `ceilings`, does the `operations` of its product.
     """
 
     call: Callable[[int], Any]
@@ -811,12 +802,6 @@ Rows = list[list[str]]
 """A table of text: its header, then its rows."""
 
 
-def columns(rows: Rows) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return [lines[0], "-" * len(lines[0]), *lines[1:], ""]
-
-
 def microseconds(variants: dict[str, Any], name: str, mode: str) -> str:
     seconds = variants.get(name, {}).get("seconds", {}).get(mode)
     return "-" if seconds is None else f"{1e6 * seconds['median']:.1f}"
@@ -947,16 +932,16 @@ def table(result: dict[str, Any]) -> str:
     lines.append("")
     available = [mode for mode in MODES if any(mode in case["speedups"] for case in result.get("op", []))]
     for mode in available[:1]:
-        lines += [f"Linear layers, {mode}, median microseconds", *columns(operator_rows(result, mode))]
+        lines += [f"Linear layers, {mode}, median microseconds", *text_columns(operator_rows(result, mode)), ""]
         if len(kernel_rows(result, mode)) > 1:
-            lines += [f"Products of ready bits by kernel, {mode}", *columns(kernel_rows(result, mode))]
-        lines += ["Geometric mean over the shapes, times faster", *columns(mean_rows(result))]
+            lines += [f"Products of ready bits by kernel, {mode}", *text_columns(kernel_rows(result, mode)), ""]
+        lines += ["Geometric mean over the shapes, times faster", *text_columns(mean_rows(result)), ""]
         if result.get("layer_norm"):
-            lines += [f"Sum, LayerNorm and signs, {mode}", *columns(layer_norm_rows(result, mode))]
+            lines += [f"Sum, LayerNorm and signs, {mode}", *text_columns(layer_norm_rows(result, mode)), ""]
     if result.get("models"):
-        lines += ["Whole encoders", *columns(model_rows(result))]
+        lines += ["Whole encoders", *text_columns(model_rows(result)), ""]
     if "frozen_layer" in result:
-        lines += ["A layer in a training step, microseconds", *columns(frozen_layer_rows(result))]
+        lines += ["A layer in a training step, microseconds", *text_columns(frozen_layer_rows(result)), ""]
     found = failures(result)
     if found:
         lines += ["Failed or left out", *found[:40], *([f"and {len(found) - 40} more"] if len(found) > 40 else []), ""]
@@ -1028,14 +1013,7 @@ PARTS: dict[str, Callable[[Run], None]] = {
 
 
 def measure(run: Run, seconds: float, save: Callable[[dict[str, Any]], None]) -> None:
-    """
-    Runs all parts; each adds to the result, which is saved after it.
-
-    Args:
-        run (`Run`).
-        seconds (`float`): for all of them.
-        save (`Callable`): is given the result.
-    """
+    """Runs all parts in `seconds`; each adds to the result, which `save` is given after it."""
     result, begin, share = run.result, time.monotonic(), 0.0
     for name, part in PARTS.items():
         share += SHARES[name]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,19 @@ def copy_file(path: Path, folder: Path, target: Path) -> None:
 def bytes_of_weights(folder: Path | str) -> int:
     """Bytes of the safetensors files of a saved model."""
     return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+
+
+def text_columns(rows: Sequence[Sequence[str]], left: int = 0) -> list[str]:
+    """Lines of a table, a header first: `left` columns are set to the left, those behind them to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if position < left else cell.rjust(width)
+            for position, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
 def printable(text: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_stompp.output import copy_file, printable, replacing, write_json
+from hf_stompp.output import copy_file, printable, replacing, text_columns, write_json
 
 
 def test_a_file_that_is_not_written_to_its_end_leaves_the_earlier_one(tmp_path: Path) -> None:
@@ -98,3 +98,10 @@ def test_what_a_terminal_would_obey_is_escaped() -> None:
     assert printable("a\x1b[2J\n\r\u202e\x9b\u2028b") == "a\\x1b[2J\\n\\r\\u202e\\x9b\\u2028b"
     everything = "".join(map(chr, range(0x3000)))
     assert printable(everything).isprintable()
+
+
+def test_columns_are_as_wide_as_their_widest_cell_and_lines_end_in_no_space() -> None:
+    rows = [["name", "n"], ["a", "1,000"], ["longer", ""]]
+    assert text_columns(rows) == ["  name      n", "-------------", "     a  1,000", "longer"]
+    assert text_columns(rows, left=1) == ["name        n", "-------------", "a       1,000", "longer"]
+    assert text_columns(rows, left=2) == ["name    n", "---------", "a       1,000", "longer"]

@@ -27,6 +27,7 @@ from ..benchmark import (
 )
 from ..machine import command_line, surroundings
 from ..ops import cpu
+from ..output import text_columns
 from .conversion import output_file
 
 
@@ -143,20 +144,14 @@ def table(result: dict[str, Any]) -> str:
     ]
     if "linear" in result:
         limits = {kernel: f"{limit / 1e12:.2f}" for kernel, limit in result["limit_operations_per_second"].items()}
-        lines += ["Linear layers, median microseconds", *_columns(linear_rows(result))]
-        lines += [f"Limit of the inner instructions, Tops/s: {limits}", ""]
-        lines += ["Geometric mean over the shapes, times faster", *_columns(speedup_rows(result))]
+        lines += ["Linear layers, median microseconds", *text_columns(linear_rows(result))]
+        lines += ["", f"Limit of the inner instructions, Tops/s: {limits}", ""]
+        lines += ["Geometric mean over the shapes, times faster", *text_columns(speedup_rows(result)), ""]
     if result.get("models"):
-        lines += ["Whole encoders, median milliseconds", *_columns(model_rows(result))]
+        lines += ["Whole encoders, median milliseconds", *text_columns(model_rows(result)), ""]
     if result.get("loading"):
-        lines += ["BERT-base in a fresh process", *_columns(loading_rows(result))]
+        lines += ["BERT-base in a fresh process", *text_columns(loading_rows(result)), ""]
     return "\n".join(lines)
-
-
-def _columns(rows: Rows) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return [lines[0], "-" * len(lines[0]), *lines[1:], ""]
 
 
 def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:

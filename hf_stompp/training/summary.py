@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel, Trainer
 
 from ..machine import surroundings
-from ..output import bytes_of_weights, write_json
+from ..output import bytes_of_weights, text_columns, write_json
 from ..reports.dynamics import measures_of
 from .recipe import Recipe, Results
 
@@ -185,10 +185,8 @@ def summary_table(summary: Mapping[str, Any]) -> str:
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     lines = [["model", *columns]]
     lines.extend([name, *(_number(row.get(column)) for column in columns)] for name, row in rows.items())
-    widths = [max(len(line[column]) for line in lines) for column in range(len(columns) + 1)]
     title = f"{summary['task']}, {summary['method']}, seed {summary['seed']}, {summary['model']}"
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join(["", title, table[0], "-" * len(table[0]), *table[1:], ""])
+    return "\n".join(["", title, *text_columns(lines, left=len(columns) + 1), ""])
 
 
 NEAR = 0.01
