@@ -25,18 +25,8 @@ class Split(NamedTuple):
 
 def split(texts: Sequence[Sequence[str]], count: int, seed: int = 0) -> Split:
     """
-    Splits a training set.
-
-    Args:
-        texts (`Sequence[Sequence[str]]`): of each example, the one or two texts.
-        count (`int`): how many examples to hold out; a few more where examples share a text.
-        seed (`int`, *optional*, defaults to 0).
-
-    Returns:
-        `Split`.
-
-    Raises:
-        ValueError: fewer than `count` examples can be held out, or nothing would be left to train on.
+    Splits a training set, of each example its one or two texts: `count` examples are held out, a few more where
+    examples share a text. Raises a ValueError where fewer can be, or nothing would be left to train on.
     """
     rows = [tuple(" ".join(text.split()) for text in row) for row in texts]
     order = list(range(len(rows)))

@@ -55,12 +55,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 class Watch(TrainerCallback):
-    """
-    Notes gradient norms and sign flips of each unit, once a step.
-
-    Args:
-        model (`PreTrainedModel`): latent.
-    """
+    """Notes gradient norms and sign flips of each unit of a latent model, once a step."""
 
     def __init__(self, model: Any) -> None:
         units = unit_modules(model, config_of(model))

@@ -54,16 +54,7 @@ def kernels_of_this_device(cuda: Any) -> Any:
 
 
 def run_cases(cuda: Any, native: Any) -> int:
-    """
-    Runs every kernel, in each type, around the edges of its tiles.
-
-    Args:
-        cuda: the module of the operators.
-        native (`NativeKernels`): of the device.
-
-    Returns:
-        `int`: how many calls there were.
-    """
+    """Runs every kernel, in each type, around the edges of its tiles. How many calls there were."""
     import torch
 
     from hf_stompp.ops import pack_bits, products
@@ -126,14 +117,8 @@ def run_cases(cuda: Any, native: Any) -> int:
 
 def check(tool: str, limit: float) -> bool:
     """
-    Runs this program under a tool of compute-sanitizer, and prints what came of it.
-
-    Args:
-        tool (`str`): such as `"memcheck"`.
-        limit (`float`): seconds.
-
-    Returns:
-        `bool`: whether nothing was found, or nothing could be checked.
+    Runs this program under a tool of compute-sanitizer, `limit` seconds at most, and prints what came of it. Whether
+    nothing was found, or nothing could be checked.
     """
     program = shutil.which("compute-sanitizer")
     if program is None:

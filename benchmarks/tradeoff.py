@@ -49,14 +49,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Candidate:
-    """
-    A classifier to measure.
-
-    Args:
-        kind (`str`): a key of [`KINDS`].
-        classify (`Callable`): texts -> classes.
-        bytes (`int`): of its weights on disk.
-    """
+    """A classifier to measure: its kind, of [`KINDS`], a function from texts to classes, and its bytes on disk."""
 
     kind: str
     classify: Callable[[list[str]], list[int]]

@@ -76,12 +76,7 @@ def pairs(
     generator: random.Random,
 ) -> list[tuple[str, ...]]:
     """
-    New pairs of the texts of two columns.
-
-    Args:
-        first, second (`list[str]`): of equal length.
-        first_embeddings, second_embeddings (`Tensor` of shape `(texts, hidden_size)`): float, of length 1.
-        generator (`random.Random`).
+    New pairs of the texts of two columns, by their embeddings: float, of shape `(texts, hidden_size)` and length 1.
     """
     nearest = min(NEAREST, len(first))
     near_first = _nearest(first_embeddings, second_embeddings, nearest)
