@@ -18,7 +18,6 @@ from transformers import (
     BertForSequenceClassification,
     EarlyStoppingCallback,
     PreTrainedModel,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
@@ -813,8 +812,6 @@ def summed(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tens
 @pytest.mark.parametrize("with_teacher", [False, True], ids=["labels", "teacher"])
 @pytest.mark.parametrize("loss", [None, summed], ids=["of_the_model", "of_ones_own"])
 def test_accumulated_micro_batches_give_the_loss_of_one_batch(tmp_path: Path, loss: Any, with_teacher: bool) -> None:
-    if loss and with_teacher and not hasattr(Trainer, "loss_is_scaled_for_ga"):
-        pytest.skip("older versions of Transformers divide no loss beside which there is one of one's own")
 
     # Without dropout the two must agree from the first step on.
     def run(name: str, **arguments: Any) -> dict[str, float]:

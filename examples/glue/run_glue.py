@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     argv = sys.argv[1:] if argv is None else list(argv)
     model_args, data_args, recipe_args, training_args = parse_arguments(argv)
     set_up_logging(training_args)
-    if training_args.push_to_hub:
+    if training_args.push_to_hub and training_args.do_train:
         create_hub_repository(training_args)
     set_seed(training_args.seed)
 

@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None, prepare: Callable[[Trainer], None] = lam
     logging.getLogger("hf_stompp").setLevel(level)
     datasets.utils.logging.set_verbosity(level)
     transformers.utils.logging.set_verbosity(level)
-    if training_args.push_to_hub:
+    if training_args.push_to_hub and training_args.do_train:
         create_hub_repository(training_args)
     set_seed(training_args.seed)
 
@@ -282,7 +282,10 @@ def without_corrupt(split: Dataset, skip: bool) -> Dataset:
 
 
 class Images:
-    """How an image of any size becomes what the network sees: one of `size x size`, scaled by the processor's mean."""
+    """
+    How an image of any size becomes what the network sees: scaled to `size x size`, and normalised by the processor's
+    mean and standard deviation.
+    """
 
     def __init__(self, processor: Any, size: int) -> None:
         self.size = size

@@ -61,11 +61,10 @@ has a mask; and where a packed model has no `packed_weight`, its file lacks a fl
 
 def check_modules(model: nn.Module, files: Mapping[str, Path], state: str, known: Iterable[str]) -> None:
     """
-    Checks that the safetensors files of tensors, by their names, are those of a model with these binary modules, whose
-    tensors have the names `known`.
-    The guard in packed files would refuse a latent model without an explanation; a layer that only the file knows as
-    masked would become a float one, and a threshold that only the file knows would be dropped. The `ValueError` names
-    the first of [`BINARY_TENSORS`] that the model lacks.
+    `files` has the safetensors file of each tensor by its name: checks that they belong to a model with these binary
+    modules, whose tensors have the names `known`. The guard in packed files would refuse a latent model without an
+    explanation; a layer that only the file knows as masked would become a float one, and a threshold that only the
+    file knows would be dropped. The `ValueError` names the first of [`BINARY_TENSORS`] that the model lacks.
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     known = {name.removeprefix(prefix) for name in known}

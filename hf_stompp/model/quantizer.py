@@ -43,7 +43,8 @@ class StoMPPQuantizer(HfQuantizer):
 
     quantization_config: StoMPPConfig
     # The Trainer asks this even to evaluate; StoMPPTrainer.train refuses a packed model itself.
-    is_trainable = is_qat_trainable = is_compileable = True
+    is_trainable = is_qat_trainable = True
+    is_compileable = True
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config = self.quantization_config

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from .distillation import DEFAULT_LOSSES, LABELS, LOSSES, check_losses
 from .methods import option
-from .progression import ORDERS, SCHEDULES, plan_progression
+from .progression import ORDERS, SCHEDULES, check_progression
 
 
 @dataclass
@@ -110,8 +110,7 @@ class StoMPPTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_distillation()
-        # What is no schedule for any number of steps.
-        plan_progression(["unit"], 10**9, **self.progression())
+        check_progression(**self.progression())
         rate = self.activation_learning_rate
         if rate is not None and not 0 < rate < math.inf:
             raise ValueError(f"activation_learning_rate must be a finite number above 0, got {rate}")

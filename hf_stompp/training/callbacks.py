@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState, ProgressCallback
 from ..model.cautions import few_steps
 from ..model.modules import binarized_part, config_of, masked_modules
 from .freezing import Freezing, check_masks, reset_masks
-from .progression import Progression, plan_progression
+from .progression import Progression, check_progression, plan_progression
 
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class ProgressionCallback(TrainerCallback, ExportableState):
 
     def __init__(self, train_committed: bool = True, trainer: Any = None, **progression: Any) -> None:
         # Now, not when the data is ready.
-        plan_progression(["unit"], 10**9, **progression)
+        check_progression(**progression)
         self.settings = progression
         self.train_committed = train_committed
         self.trainer = trainer

@@ -120,4 +120,7 @@ class DistillingTrainer(Trainer):
             multi_label=self.model.config.problem_type == "multi_label_classification",
         )
         loss = loss + distillation_loss(outputs, target, losses, how)
+        if model.training and self.compute_loss_func is not None and not hasattr(Trainer, "loss_is_scaled_for_ga"):
+            # Before 5.20 Transformers divides no loss where there is one of one's own.
+            loss = loss / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss

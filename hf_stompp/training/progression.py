@@ -57,6 +57,28 @@ def steps_of(value: float, total_steps: int, name: str) -> int:
     return int(value) if value >= 1 else round(value * total_steps)
 
 
+def check_progression(
+    order: str = "forward",
+    schedule: str = "cubic",
+    warmup: float = 0.0,
+    tail: float = 0.3,
+    overlap: float = 0.0,
+    refresh_period: float = 100,
+    seed: int = 0,
+) -> None:
+    """Raises a ValueError where the arguments of [`plan_progression`] are bad for any number of units and steps."""
+    if order not in ORDERS:
+        raise ValueError(f"progression_order must be one of {sorted(ORDERS)}, got {order!r}")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"progression_schedule must be one of {sorted(SCHEDULES)}, got {schedule!r}")
+    if not 0.0 <= overlap < 1.0:
+        raise ValueError(f"progression_overlap must lie in [0, 1), got {overlap}")
+    if not 1 <= refresh_period < math.inf:
+        raise ValueError(f"refresh_period must be at least 1 step, got {refresh_period}")
+    steps_of(warmup, 1, "progression_warmup")
+    steps_of(tail, 1, "progression_tail")
+
+
 def plan_windows(
     num_units: int,
     total_steps: int,
@@ -88,12 +110,7 @@ def plan_windows(
     """
     if num_units < 1:
         raise ValueError("there is no unit to binarize; call binarize(model, config) on a model with encoder layers")
-    if order not in ORDERS:
-        raise ValueError(f"progression_order must be one of {sorted(ORDERS)}, got {order!r}")
-    if schedule not in SCHEDULES:
-        raise ValueError(f"progression_schedule must be one of {sorted(SCHEDULES)}, got {schedule!r}")
-    if not 0.0 <= overlap < 1.0:
-        raise ValueError(f"progression_overlap must lie in [0, 1), got {overlap}")
+    check_progression(order, schedule, warmup, tail, overlap)
     warmup_steps = steps_of(warmup, total_steps, "progression_warmup")
     tail_steps = steps_of(tail, total_steps, "progression_tail")
     if schedule == "immediate":
@@ -196,7 +213,6 @@ def plan_progression(
     Raises:
         ValueError: see [`plan_windows`], or a refresh period below 1.
     """
-    if not 1 <= refresh_period < math.inf:
-        raise ValueError(f"refresh_period must be at least 1 step, got {refresh_period}")
+    check_progression(order, schedule, warmup, tail, overlap, refresh_period)
     windows = plan_windows(len(units), total_steps, order, schedule, warmup, tail, overlap, seed)
     return Progression(list(units), [list(w) for w in windows], schedule, order, total_steps, refresh_period, seed)

@@ -130,8 +130,8 @@ def summarize(recipe: Recipe, results: Results, **known: Any) -> dict[str, Any]:
     Args:
         recipe (`Recipe`).
         results (`Results`).
-        **known: what the caller alone knows, such as `task`, `model`, `examples` and `command`, which may hold the
-            Hub token: a summary is shared, and does not hold it.
+        **known: what the caller alone knows, such as `task`, `model`, `examples` and `command`, in which dots take the
+            place of the Hub token, since a summary is shared.
 
     Returns:
         `dict[str, Any]`: plain JSON.

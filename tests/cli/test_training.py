@@ -263,6 +263,7 @@ class TestBadInput:
         ("words", "message"),
         [
             (["--mode", "bwn"], "binarized with mode='bnn', and 'bwn' is asked for"),
+            (["--modes", "attention=bwn"], "binarized with modes=None, and {'attention': 'bwn'} is asked for"),
             (["--word_embeddings", "int8"], "binarized with word_embeddings='float', and 'int8' is asked for"),
             (["--float_epochs", 1], "it has no float stage"),
             (["--method", "float"], "it has no float stage"),
