@@ -8,7 +8,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from hf_stompp.training.progression import ORDERS, SCHEDULES, Progression, plan_progression, plan_windows, steps_of
+from hf_stompp.training.progression import (
+    ORDERS,
+    SCHEDULES,
+    Progression,
+    ProgressionSettings,
+    plan_progression,
+    plan_windows,
+    steps_of,
+)
 
 
 UNITS = ["layer.0", "layer.1", "layer.2"]
@@ -64,15 +72,15 @@ def test_neither_a_share_nor_a_whole_number_of_steps_is_refused_by_name(value: f
     ],
 )
 def test_order_gives_each_unit_its_window(order: str, windows: list[tuple[int, int]]) -> None:
-    assert plan_windows(3, 100, order, tail=10) == windows
+    assert plan_windows(3, 100, ProgressionSettings(order, tail=10)) == windows
 
 
 def test_random_order_shuffles_the_windows_by_seed() -> None:
-    forward = plan_windows(12, 240, "forward", tail=0)
-    shuffled = [plan_windows(12, 240, "random", tail=0, seed=seed) for seed in range(5)]
+    forward = plan_windows(12, 240, ProgressionSettings("forward", tail=0))
+    shuffled = [plan_windows(12, 240, ProgressionSettings("random", tail=0, seed=seed)) for seed in range(5)]
     assert all(sorted(windows) == forward for windows in shuffled)
     assert len({tuple(windows) for windows in [forward, *shuffled]}) == 6
-    assert plan_windows(12, 240, "random", tail=0, seed=3) == shuffled[3]
+    assert plan_windows(12, 240, ProgressionSettings("random", tail=0, seed=3)) == shuffled[3]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +96,7 @@ def test_random_order_shuffles_the_windows_by_seed() -> None:
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
 def test_windows_by_hand(settings: dict[str, float], windows: list[tuple[int, int]]) -> None:
-    assert plan_windows(3, 100, **settings) == windows
+    assert plan_windows(3, 100, ProgressionSettings(**settings)) == windows
 
 
 def test_windows_reach_from_the_warmup_to_the_tail() -> None:
@@ -107,13 +115,13 @@ def test_windows_reach_from_the_warmup_to_the_tail() -> None:
 
 def test_windows_without_overlap_follow_one_another_without_gap() -> None:
     for units, total in itertools.product(range(2, 25), range(24, 1300, 7)):
-        windows = plan_windows(units, total, tail=0)
+        windows = plan_windows(units, total, ProgressionSettings(tail=0))
         assert [start for start, _ in windows[1:]] == [end for _, end in windows[:-1]], (units, total, windows)
 
 
 @pytest.mark.parametrize("overlap", [0.1, 0.5, 0.8])
 def test_a_window_has_the_share_overlap_in_common_with_the_next(overlap: float) -> None:
-    windows = plan_windows(6, 6000, tail=0, overlap=overlap)
+    windows = plan_windows(6, 6000, ProgressionSettings(tail=0, overlap=overlap))
     for (start, end), (following, _) in itertools.pairwise(windows):
         assert (end - following) / (end - start) == pytest.approx(overlap, abs=0.002)
 
@@ -223,11 +231,13 @@ def test_unit_in_transition_is_the_earliest_where_windows_overlap() -> None:
 )
 def test_a_plan_that_makes_no_sense_is_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        plan_windows(**{"num_units": 3, "total_steps": 100, **settings})
+        asked = {"num_units": 3, "total_steps": 100, **settings}
+        units, steps = asked.pop("num_units"), asked.pop("total_steps")
+        plan_windows(units, steps, ProgressionSettings(**asked))
 
 
 def test_global_needs_one_step_for_all_units() -> None:
-    assert plan_windows(3, 1, "global", tail=0) == [(0, 1)] * 3
+    assert plan_windows(3, 1, ProgressionSettings("global", tail=0)) == [(0, 1)] * 3
 
 
 @pytest.mark.parametrize("period", [0, 0.5, -1, math.nan])

@@ -27,7 +27,15 @@ from hf_stompp.nn import MaskedBinaryEmbedding, MaskedBinaryModule
 from hf_stompp.nn.mask import change_mask_, draw_changes, frozen_probability, mask_generator
 from hf_stompp.ops import pack_bits, pack_sign, packed_bytes, signs, unpack_signs
 from hf_stompp.plan import in_short
-from hf_stompp.training.progression import ORDERS, SCHEDULES, Progression, plan_progression, plan_windows, steps_of
+from hf_stompp.training.progression import (
+    ORDERS,
+    SCHEDULES,
+    Progression,
+    ProgressionSettings,
+    plan_progression,
+    plan_windows,
+    steps_of,
+)
 
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -63,10 +71,10 @@ def progressions(draw: Any) -> Progression:
     return plan_progression(
         [f"layer.{i}" for i in range(units)],
         warmup + within + tail,
-        order,
-        draw(st.sampled_from(sorted(SCHEDULES))),
-        warmup,
-        tail,
+        order=order,
+        schedule=draw(st.sampled_from(sorted(SCHEDULES))),
+        warmup=warmup,
+        tail=tail,
         overlap=draw(st.floats(0, 1, exclude_max=True)),
         refresh_period=draw(st.floats(1, 1e6)),
         seed=draw(st.integers(0, 2**32)),
@@ -217,11 +225,12 @@ def test_windows_fill_the_steps_between_warmup_and_tail_or_cannot_finish(
     units: int, within: int, order: str, warmup: int, tail: int, overlap: float, seed: int
 ) -> None:
     steps = warmup + within + tail
+    settings = ProgressionSettings(order, "cubic", warmup, tail, overlap, seed=seed)
     if within < (1 if order == "global" else units):
         with pytest.raises(ValueError, match="the schedule cannot finish"):
-            plan_windows(units, steps, order, "cubic", warmup, tail, overlap, seed)
+            plan_windows(units, steps, settings)
         return
-    windows = plan_windows(units, steps, order, "cubic", warmup, tail, overlap, seed)
+    windows = plan_windows(units, steps, settings)
     assert len(windows) == units
     assert all(start < end for start, end in windows)
     assert min(start for start, _ in windows) == warmup

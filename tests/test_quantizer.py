@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+from transformers.core_model_loading import WeightRenaming
 
 from hf_stompp import StoMPPConfig, binarize, commit, pack
 from hf_stompp.config import FORMAT_VERSION
@@ -818,6 +819,13 @@ def test_quantizing_at_loading_takes_only_a_fresh_latent_config(tiny_model, tmp_
 
     with pytest.raises(ValueError, match="takes a fresh StoMPPConfig"):
         load(tmp_path, quantization_config=StoMPPConfig(**used))
+
+
+def test_names_of_a_file_are_kept_whether_transformers_names_the_model_or_not(packed_folder):
+    model = AutoModelForSequenceClassification.from_pretrained(packed_folder)
+    renames, keeps = WeightRenaming("query", "q"), WeightRenaming("gamma", "weight")
+    for arguments in ((), (model,)):
+        assert model.hf_quantizer.update_weight_conversions([renames, keeps], *arguments) == [keeps]
 
 
 def test_config_of_the_checkpoint_wins_over_one_at_loading(packed_folder, tiny_packed):

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from .distillation import DEFAULT_LOSSES, LABELS, LOSSES, check_losses
 from .methods import option
-from .progression import ORDERS, SCHEDULES, check_progression
+from .progression import ORDERS, SCHEDULES, ProgressionSettings
 
 
 @dataclass
@@ -110,13 +110,13 @@ class StoMPPTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_distillation()
-        check_progression(**self.progression())
+        ProgressionSettings(**self.progression())
         rate = self.activation_learning_rate
         if rate is not None and not 0 < rate < math.inf:
             raise ValueError(f"activation_learning_rate must be a finite number above 0, got {rate}")
 
     def progression(self) -> dict[str, Any]:
-        """Arguments of [`~hf_stompp.training.progression.plan_progression`] after the number of steps."""
+        """Fields of [`~hf_stompp.training.progression.ProgressionSettings`]."""
         names = ("order", "schedule", "warmup", "tail", "overlap")
         seed = self.seed if self.mask_seed is None else self.mask_seed
         settings = {name: getattr(self, f"progression_{name}") for name in names}

@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState, ProgressCallback
 from ..model.cautions import few_steps
 from ..model.modules import binarized_part, config_of, masked_modules
 from .freezing import Freezing, check_masks, reset_masks
-from .progression import Progression, check_progression, plan_progression
+from .progression import Progression, ProgressionSettings, plan_progression
 
 
 logger = logging.getLogger(__name__)
@@ -54,8 +54,8 @@ class ProgressionCallback(TrainerCallback, ExportableState):
     Args:
         train_committed (`bool`, *optional*, defaults to `True`): as in [`StoMPPTrainingArguments`].
         trainer (`StoMPPTrainer`, *optional*): whose progression it is.
-        **progression: arguments of [`~hf_stompp.training.progression.plan_progression`] after the number of steps:
-            `order`, `schedule`, `warmup`, `tail`, `overlap`, `refresh_period`, `seed`.
+        **progression: fields of [`~hf_stompp.training.progression.ProgressionSettings`]: `order`, `schedule`,
+            `warmup`, `tail`, `overlap`, `refresh_period`, `seed`.
 
     Raises:
         TypeError, ValueError: one of them does not exist, or has a bad value; when training begins, several processes
@@ -70,7 +70,7 @@ class ProgressionCallback(TrainerCallback, ExportableState):
 
     def __init__(self, train_committed: bool = True, trainer: Any = None, **progression: Any) -> None:
         # Now, not when the data is ready.
-        check_progression(**progression)
+        ProgressionSettings(**progression)
         self.settings = progression
         self.train_committed = train_committed
         self.trainer = trainer
@@ -169,7 +169,7 @@ class MaskScheduler:
         optimizer (`torch.optim.Optimizer`): of PyTorch, or as Accelerate prepared it.
         total_steps (`int`): optimizer steps of the whole run.
         train_committed (`bool`, *optional*, defaults to `True`): as in [`StoMPPTrainingArguments`].
-        **progression: arguments of [`~hf_stompp.training.progression.plan_progression`] after the number of steps.
+        **progression: fields of [`~hf_stompp.training.progression.ProgressionSettings`].
 
     Raises:
         ValueError: nothing in the model is binarized, the schedule cannot finish, nothing would be trained, or there

@@ -57,70 +57,82 @@ def steps_of(value: float, total_steps: int, name: str) -> int:
     return int(value) if value >= 1 else round(value * total_steps)
 
 
-def check_progression(
-    order: str = "forward",
-    schedule: str = "cubic",
-    warmup: float = 0.0,
-    tail: float = 0.3,
-    overlap: float = 0.0,
-    refresh_period: float = 100,
-    seed: int = 0,
-) -> None:
-    """Raises a ValueError where the arguments of [`plan_progression`] are bad for any number of units and steps."""
-    if order not in ORDERS:
-        raise ValueError(f"progression_order must be one of {sorted(ORDERS)}, got {order!r}")
-    if schedule not in SCHEDULES:
-        raise ValueError(f"progression_schedule must be one of {sorted(SCHEDULES)}, got {schedule!r}")
-    if not 0.0 <= overlap < 1.0:
-        raise ValueError(f"progression_overlap must lie in [0, 1), got {overlap}")
-    if not 1 <= refresh_period < math.inf:
-        raise ValueError(f"refresh_period must be at least 1 step, got {refresh_period}")
-    steps_of(warmup, 1, "progression_warmup")
-    steps_of(tail, 1, "progression_tail")
+@dataclass(frozen=True)
+class ProgressionSettings:
+    """
+    In which order and how fast units freeze, whatever their number and that of the steps.
+
+    Args:
+        order (`str`, *optional*, defaults to `"forward"`): a key of [`ORDERS`].
+        schedule (`str`, *optional*, defaults to `"cubic"`): a key of [`SCHEDULES`].
+        warmup (`float`, *optional*, defaults to 0.0):
+            Steps before the first window, all units float; below 1 a share of all steps.
+        tail (`float`, *optional*, defaults to 0.3):
+            Steps after the last window, all units committed; below 1 a share of all steps.
+        overlap (`float`, *optional*, defaults to 0.0):
+            Share of its length that a window has in common with the next, in [0, 1).
+        refresh_period (`float`, *optional*, defaults to 100):
+            Mean number of steps between two draws of a mask entry, at least 1 (the paper's r).
+        seed (`int`, *optional*, defaults to 0): of the masks and of the order `random`.
+
+    Raises:
+        ValueError: one of them is out of range.
+    """
+
+    order: str = "forward"
+    schedule: str = "cubic"
+    warmup: float = 0.0
+    tail: float = 0.3
+    overlap: float = 0.0
+    refresh_period: float = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise ValueError(f"progression_order must be one of {sorted(ORDERS)}, got {self.order!r}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"progression_schedule must be one of {sorted(SCHEDULES)}, got {self.schedule!r}")
+        if not 0.0 <= self.overlap < 1.0:
+            raise ValueError(f"progression_overlap must lie in [0, 1), got {self.overlap}")
+        if not 1 <= self.refresh_period < math.inf:
+            raise ValueError(f"refresh_period must be at least 1 step, got {self.refresh_period}")
+        self.steps_around(1)
+
+    def steps_around(self, total_steps: int) -> tuple[int, int]:
+        """Steps before the first window, and after the last."""
+        return (
+            steps_of(self.warmup, total_steps, "progression_warmup"),
+            steps_of(self.tail, total_steps, "progression_tail"),
+        )
 
 
-def plan_windows(
-    num_units: int,
-    total_steps: int,
-    order: str = "forward",
-    schedule: str = "cubic",
-    warmup: float = 0.0,
-    tail: float = 0.3,
-    overlap: float = 0.0,
-    seed: int = 0,
-) -> list[tuple[int, int]]:
+def plan_windows(num_units: int, total_steps: int, settings: ProgressionSettings) -> list[tuple[int, int]]:
     """
     Window of each unit: its first step and the step after its last. In the last step of its window a unit is full.
 
     Args:
         num_units (`int`).
         total_steps (`int`): optimizer steps of the whole run.
-        order (`str`): a key of [`ORDERS`].
-        schedule (`str`): a key of [`SCHEDULES`]; only `immediate` matters here.
-        warmup (`float`): steps before the first window, all units float; below 1 a share of all steps.
-        tail (`float`): steps after the last window, all units committed; below 1 a share of all steps.
-        overlap (`float`): share of its length that a window has in common with the next, in [0, 1).
-        seed (`int`): of the order `random`.
+        settings (`ProgressionSettings`).
 
     Returns:
         `list[tuple[int, int]]`: start (inclusive) and end (exclusive) in absolute steps, one pair a unit.
 
     Raises:
-        ValueError: no unit, a bad value, or a schedule that cannot finish within `total_steps`.
+        ValueError: no unit, or a schedule that cannot finish within `total_steps`.
     """
     if num_units < 1:
         raise ValueError("there is no unit to binarize; call binarize(model, config) on a model with encoder layers")
-    check_progression(order, schedule, warmup, tail, overlap)
-    warmup_steps = steps_of(warmup, total_steps, "progression_warmup")
-    tail_steps = steps_of(tail, total_steps, "progression_tail")
-    if schedule == "immediate":
+    order, overlap = settings.order, settings.overlap
+    warmup_steps, tail_steps = settings.steps_around(total_steps)
+    if settings.schedule == "immediate":
         if warmup_steps >= total_steps:
             raise ValueError(
                 f"the schedule cannot finish: progression_warmup takes {warmup_steps} of {total_steps} steps; shorten "
                 "it or train longer"
             )
         return [(warmup_steps, warmup_steps)] * num_units
-    positions = ORDERS[order](num_units, seed)
+    positions = ORDERS[order](num_units, settings.seed)
     num_windows = max(positions) + 1
     available = total_steps - warmup_steps - tail_steps
     if available < num_windows:
@@ -196,23 +208,23 @@ class Progression:
         return [f"{name}: {other.get(name)!r} -> {mine[name]!r}" for name in names]
 
 
-def plan_progression(
-    units: list[str],
-    total_steps: int,
-    order: str = "forward",
-    schedule: str = "cubic",
-    warmup: float = 0.0,
-    tail: float = 0.3,
-    overlap: float = 0.0,
-    refresh_period: float = 100,
-    seed: int = 0,
-) -> Progression:
+def plan_progression(units: list[str], total_steps: int, **settings: Any) -> Progression:
     """
-    The progression of a run. Arguments as in [`plan_windows`] and [`Progression`].
+    The progression of a run.
+
+    Args:
+        units (`list[str]`): their names, from input to output.
+        total_steps (`int`): optimizer steps of the whole run.
+        **settings: fields of [`ProgressionSettings`].
+
+    Returns:
+        `Progression`.
 
     Raises:
-        ValueError: see [`plan_windows`], or a refresh period below 1.
+        ValueError: no unit, a setting out of range, or a schedule that cannot finish within `total_steps`.
     """
-    check_progression(order, schedule, warmup, tail, overlap, refresh_period)
-    windows = plan_windows(len(units), total_steps, order, schedule, warmup, tail, overlap, seed)
-    return Progression(list(units), [list(w) for w in windows], schedule, order, total_steps, refresh_period, seed)
+    asked = ProgressionSettings(**settings)
+    windows = [list(window) for window in plan_windows(len(units), total_steps, asked)]
+    return Progression(
+        list(units), windows, asked.schedule, asked.order, total_steps, asked.refresh_period, asked.seed
+    )
